@@ -1,0 +1,956 @@
+"""
+The whole network in one file: a GPT whose token mixer is a setting.
+
+Reading order: GPTConfig, the token mixers from the simplest on, the registry MIXERS, Block, the UNet stack, GPT.
+To try an idea, write a Mixer, add it to MIXERS, and it trains, samples, reports MFU and is tested.
+
+Letters mean one thing in the whole file: B batch, T tokens in this call, S tokens so far (past and present),
+C channels (n_embd), H heads, D channels of a head, V vocabulary.
+"""
+
+import json
+import math
+import os
+import time
+import zipfile
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass
+class GPTConfig:
+    """The architecture. An illegal combination raises ValueError, which names the fields, the values and the way out."""
+    block_size: int = 1024 # longest sequence, in tokens
+    vocab_size: int = 50304 # GPT-2's 50257, rounded up to a multiple of 64 for faster matmuls
+    n_layer: int = 12 # blocks; with unet_layers, the blocks at the narrowest level
+    n_head: int = 12 # heads of every mixer
+    n_embd: int = 768 # channels
+    dropout: float = 0.0 # for pretraining 0 is good, for finetuning try 0.1+
+    bias: bool = True # biases in Linear and LayerNorm, as GPT-2 has them; False is a bit better and faster
+    tie_weights: bool = True # one matrix for the embedding and the head
+    mixer: str = 'attention' # how tokens talk to each other: a name in MIXERS
+    pos_emb: str = 'learned' # learned | rope | relative (a bias per head and distance) | learned+relative | none
+    mlp: str = 'gelu' # gelu | gelu_tanh (what OpenAI's GPT-2 has) | relu2 | swiglu | none
+    mlp_ratio: float = 4.0 # hidden channels of the MLP, as a multiple of n_embd
+    rezero: bool = False # scale every residual branch by one learned number that starts at zero
+    time_mixing: float = 0.0 # fraction of a mixer's input channels taken from the previous token
+    time_mixing_alternate: bool = False # shift the first channels in even layers, the last ones in odd layers
+    time_weighting: str = 'none' # attention: none | circulant | full, learned weights after the softmax
+    gmlp_ratio: float = 4.0 # gmlp: channels before the split in two halves, as a multiple of n_embd
+    gmlp_tanh: bool = False # gmlp: tanh on the gate
+    gmlp_attn: int = 0 # gmlp: head size of the tiny attention added to the gate (the paper uses 64); 0 is off
+    synthesizer: str = 'dense' # synthesizer: dense (weights from each token) | random (weights learned outright)
+    synthesizer_attn: bool = False # synthesizer: mix its scores with dot-product attention's
+    unet_layers: tuple = () # blocks at each resolution on the way down (and up), outermost first; () is a flat stack
+    unet_up_layers: tuple | None = None # blocks on the way up, outermost first; None: as unet_layers
+    unet_factor: int | tuple = 2 # tokens merged into one at each level: one number, or one a level
+
+    def __post_init__(self):
+        for name in ('unet_layers', 'unet_up_layers', 'unet_factor'): # JSON and config files bring lists
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, tuple(getattr(self, name)))
+        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name, choices in dict(mixer=MIXERS, pos_emb=('learned', 'rope', 'relative', 'learned+relative', 'none'),
+                                  mlp=('gelu', 'gelu_tanh', 'relu2', 'swiglu', 'none'),
+                                  time_weighting=('none', 'circulant', 'full'),
+                                  synthesizer=('dense', 'random')).items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(choices)}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
+        if not 0.0 <= self.time_mixing <= 1.0:
+            raise ValueError(f"time_mixing={self.time_mixing} is a fraction of the channels: 0.0 (off) to 1.0")
+        if self.time_mixing and round(self.time_mixing * self.n_embd) == 0:
+            raise ValueError(f"time_mixing={self.time_mixing} of n_embd={self.n_embd} is less than one channel: "
+                             "raise it, or set 0.0")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: "
+                             f"try n_embd={math.ceil(self.n_embd / self.n_head) * self.n_head}")
+        mixer = MIXERS[self.mixer]
+        # a setting that only another choice reads would be a silent no-op
+        unread = {name: f"only mixer={other!r} reads it, and mixer={self.mixer!r} is set" for other in MIXERS
+                  for name in MIXERS[other].settings if name not in mixer.settings}
+        if not self.unet_layers:
+            unread |= dict.fromkeys(('unet_factor', 'unet_up_layers'), "only a UNet reads it, and unet_layers=() is set")
+        if not self.time_mixing:
+            unread['time_mixing_alternate'] = "only time_mixing reads it, and time_mixing=0.0 is set"
+        if self.mlp == 'none':
+            unread['mlp_ratio'] = "only an MLP reads it, and mlp='none' is set"
+        for field in fields(self):
+            if field.name in unread and getattr(self, field.name) != field.default:
+                raise ValueError(f"{field.name}={getattr(self, field.name)!r}: {unread[field.name]}; "
+                                 f"leave {field.name} at {field.default!r}")
+        mixer.check(self)
+        if self.unet_layers or self.unet_up_layers:
+            down, up, factors = self.unet_levels()
+            if not len(down) == len(up) == len(factors):
+                raise ValueError(f"unet_layers={self.unet_layers} has {len(down)} levels, unet_up_layers={up} has "
+                                 f"{len(up)}, unet_factor={self.unet_factor} has {len(factors)}: give as many of each")
+            if min(down + up) < 0 or min(factors) < 2:
+                raise ValueError(f"unet_factor={self.unet_factor} must be 2 or more, and unet_layers={down}, "
+                                 f"unet_up_layers={up} must not be negative")
+            if math.prod(factors) > self.block_size:
+                raise ValueError(f"unet_layers={self.unet_layers} with unet_factor={self.unet_factor} makes one token of "
+                                 f"{math.prod(factors)}, but block_size={self.block_size}: use fewer levels or a longer block")
+
+    def unet_levels(self):
+        """-> (blocks down, blocks up, factor), each a tuple with one entry a level, outermost first."""
+        down = tuple(self.unet_layers)
+        up = down if self.unet_up_layers is None else tuple(self.unet_up_layers)
+        factors = (self.unet_factor,) * len(down) if isinstance(self.unet_factor, int) else tuple(self.unet_factor)
+        return down, up, factors
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Caches. A cache is a plain dict that its module owns: empty at the start of a sequence, and each call appends T more
+# tokens, whatever T is. Every tensor in it has the batch first, so that a beam search can reorder it.
+
+def sub(cache, name):
+    """The part of a module's cache that its child `name` owns; None (no caching) stays None."""
+    return None if cache is None else cache.setdefault(name, {})
+
+
+def append(cache, name, new):
+    """Appends new (B, ..., T, D) along time to what the cache holds -> everything so far (B, ..., S, D)."""
+    if cache is None:
+        return new
+    T = new.size(-2)
+    buffer, past = cache.get(name, (None, 0))
+    S = past + T
+    if buffer is None or S > buffer.size(-2): # a power of two: most appends copy nothing old and allocate nothing
+        grown = new.new_empty(*new.shape[:-2], max(16, 1 << (S - 1).bit_length()), new.size(-1))
+        if past:
+            grown[..., :past, :] = buffer[..., :past, :]
+        buffer = grown
+    buffer[..., past:S, :] = new
+    cache[name] = (buffer, S)
+    return buffer[..., :S, :]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Token mixers
+
+class Mixer(nn.Module):
+    """
+    Base of all token mixers: forward(x, cache=None) maps x (B, T, C) to (B, T, C), and no output depends on a later
+    token. A subclass defines either mix(x), for whole sequences (decoding then recomputes the past: right, but slow),
+    or forward with a cache of its own. block_size is the longest sequence that it meets: in a UNet, less than the
+    config's.
+    """
+    settings = () # the fields of GPTConfig that only this mixer reads
+    pos_embs = ('learned', 'none') # 'rope' and 'relative' act on queries and keys: not every mixer has them
+
+    def __init__(self, config, block_size):
+        super().__init__()
+
+    @classmethod
+    def check(cls, config):
+        """Raises ValueError if this mixer cannot be built from config."""
+        if config.pos_emb not in cls.pos_embs:
+            raise ValueError(f"pos_emb={config.pos_emb!r} acts on queries and keys, which mixer={config.mixer!r} lacks: "
+                             f"use {' or '.join(cls.pos_embs)}")
+
+    def forward(self, x, cache=None):
+        return self.mix(append(cache, 'x', x))[:, -x.size(1):]
+
+
+class CausalSelfAttention(Mixer):
+    """
+    Multi-head attention. With time_weighting (minGPT-tuned), y_i = sum_{j<=i} softmax_j(q_i k_j / sqrt(D)) w_ij v_j:
+    'full' learns every w_ij, 'circulant' learns w_ij = alpha_{i-j} beta_j; all of them start at one.
+    """
+    settings = ('time_weighting',)
+    pos_embs = ('learned', 'rope', 'relative', 'learned+relative', 'none')
+
+    def __init__(self, config, block_size):
+        super().__init__(config, block_size)
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        H, D = config.n_head, config.n_embd // config.n_head
+        self.rope = Rope(D, block_size) if config.pos_emb == 'rope' else None
+        # zeros and ones: switched on over trained weights, they leave the logits as they were
+        self.relative = nn.Parameter(torch.zeros(H, block_size)) if 'relative' in config.pos_emb else None
+        self.time_weighting = config.time_weighting
+        if self.time_weighting == 'full':
+            self.weight = nn.Parameter(torch.ones(H, block_size, block_size).tril())
+        elif self.time_weighting == 'circulant':
+            self.alpha = nn.Parameter(torch.ones(H, block_size))
+            self.beta = nn.Parameter(torch.ones(H, block_size))
+
+    @classmethod
+    def check(cls, config):
+        super().check(config)
+        if config.pos_emb == 'rope' and config.n_embd // config.n_head % 2:
+            raise ValueError(f"pos_emb='rope' turns pairs of channels, but a head has n_embd/n_head="
+                             f"{config.n_embd // config.n_head} channels: make that even")
+
+    def forward(self, x, cache=None):
+        B, T, C = x.size()
+        q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.c_attn(x).split(C, dim=2)) # (B, H, T, D)
+        if self.rope is not None:
+            start = past_length(cache, 'k')
+            q, k = self.rope(q, start), self.rope(k, start)
+        k, v = append(cache, 'k', k), append(cache, 'v', v) # (B, H, S, D)
+        y = self.attend(q, k, v) # (B, H, T, D)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+
+    def attend(self, q, k, v):
+        if self.time_weighting == 'none':
+            return causal_attention(q, k, v, self.dropout if self.training else 0.0, self.relative)
+        if self.time_weighting == 'circulant':
+            v = v * self.beta[:, :v.size(2), None].to(v.dtype)
+        return by_rows(lambda q, k, v: self.weights(q, k) @ v, q, k, v)
+
+    def weights(self, q, k):
+        """The weight of each of the S values in each of the last T outputs: (B, H, T, S)."""
+        T, S = q.size(2), k.size(2)
+        att = F.dropout(causal_softmax(self.scores(q, k)), self.dropout, self.training)
+        if self.time_weighting == 'full':
+            return att * self.weight[:, S - T:S, :S].to(att.dtype)
+        return att * toeplitz(self.alpha, T, S).to(att.dtype)
+
+    def scores(self, q, k):
+        scores = q @ k.transpose(2, 3) / math.sqrt(q.size(-1)) # (B, H, T, S)
+        return scores if self.relative is None else scores + toeplitz(self.relative, q.size(2), k.size(2))
+
+
+class Container(CausalSelfAttention):
+    """CONTAINER (arXiv 2106.01401): (alpha softmax(q k) + beta tril(S)) v, with S a learned affinity of positions."""
+    settings = ()
+
+    def __init__(self, config, block_size):
+        super().__init__(config, block_size)
+        H = config.n_head
+        self.affinity = nn.Parameter(causal_init(H, block_size))
+        self.alpha = nn.Parameter(torch.ones(H, 1, 1))
+        self.beta = nn.Parameter(torch.full((H, 1, 1), 0.1)) # attention leads at the start
+
+    def attend(self, q, k, v):
+        return by_rows(lambda q, k, v: self.weights(q, k) @ v, q, k, v)
+
+    def weights(self, q, k):
+        T, S = q.size(2), k.size(2)
+        att = causal_softmax(self.scores(q, k)) * self.alpha + self.beta * self.affinity[:, S - T:S, :S].tril(S - T)
+        return F.dropout(att, self.dropout, self.training).to(q.dtype)
+
+
+class Synthesizer(CausalSelfAttention):
+    """
+    Synthesizer (arXiv 2005.00743): the attention scores do not compare tokens. 'dense': token i proposes its whole row
+    by an MLP, 'random': the rows are learned outright. synthesizer_attn adds q k as a second term of a learned mixture.
+    """
+    settings = ('synthesizer', 'synthesizer_attn')
+
+    def __init__(self, config, block_size):
+        super().__init__(config, block_size)
+        C, H = config.n_embd, config.n_head
+        self.dense, self.dot_product = config.synthesizer == 'dense', config.synthesizer_attn
+        if not self.dot_product:
+            self.c_attn = nn.Linear(C, C, bias=config.bias) # values only
+        if self.dense:
+            self.c_fc = nn.Linear(C, C, bias=config.bias)
+            self.rows = nn.Parameter(torch.randn(H, C // H, block_size) * 0.02)
+        else:
+            self.table = nn.Parameter(causal_init(H, block_size))
+        if self.dot_product:
+            self.mixture = nn.Parameter(torch.zeros(2, H, 1, 1)) # a softmax over the two terms, equal at the start
+
+    @classmethod
+    def check(cls, config):
+        if config.pos_emb not in Mixer.pos_embs and not config.synthesizer_attn:
+            raise ValueError(f"pos_emb={config.pos_emb!r} acts on queries and keys, which mixer='synthesizer' has only "
+                             "with synthesizer_attn=True")
+        super().check(config)
+
+    def forward(self, x, cache=None):
+        B, T, C = x.size()
+        heads = lambda t: t.view(B, T, self.n_head, -1).transpose(1, 2) # (B, H, T, D)
+        past = past_length(cache, 'v')
+        q, k, v = map(heads, self.c_attn(x).split(C, dim=2)) if self.dot_product else (None, None, heads(self.c_attn(x)))
+        if self.rope is not None:
+            q, k = self.rope(q, past), self.rope(k, past)
+        v = append(cache, 'v', v) # (B, H, S, D)
+        S = v.size(2)
+        if self.dense:
+            scores = heads(F.relu(self.c_fc(x))) @ self.rows[:, :, :S].to(x.dtype) # (B, H, T, S)
+        else:
+            scores = self.table[:, past:S, :S].expand(B, -1, -1, -1)
+        if self.dot_product:
+            a = self.mixture.softmax(0)
+            scores = a[0] * scores + a[1] * self.scores(q, append(cache, 'k', k))
+        att = F.dropout(causal_softmax(scores), self.dropout, self.training).to(v.dtype)
+        return self.resid_dropout(self.c_proj((att @ v).transpose(1, 2).reshape(B, T, C)))
+
+
+class TimeLinear(nn.Module):
+    """A linear layer along time: y_t = sum_{s<=t} W_ts x_s + b_t, W (H, T, T). Maps (B, H, T, D) to (B, H, T, D)."""
+    def __init__(self, n_head, block_size, std=None):
+        super().__init__()
+        self.weight = nn.Parameter(causal_init(n_head, block_size, std))
+        self.bias = nn.Parameter(torch.zeros(n_head, block_size))
+
+    def forward(self, x, cache=None):
+        T = x.size(2)
+        x = append(cache, 'x', x) # (B, H, S, D)
+        S = x.size(2)
+        W = self.weight[:, S - T:S, :S].to(x.dtype) # (H, T, S)
+        # only the blocks on and below the diagonal are multiplied
+        y = torch.cat([torch.einsum('hts,bhsd->bhtd', W[:, i:j, :S - T + j].tril(S - T + i), x[:, :, :S - T + j])
+                       for i, j in row_blocks(T)], dim=2)
+        return y + self.bias[:, S - T:S, None].to(y.dtype)
+
+
+class MLPMixer(Mixer):
+    """MLP-Mixer (arXiv 2105.01601) made causal: in each head, two triangular linear layers along time with a GELU between."""
+    def __init__(self, config, block_size):
+        super().__init__(config, block_size)
+        self.n_head = config.n_head
+        self.c_fc = TimeLinear(config.n_head, block_size)
+        self.c_proj = TimeLinear(config.n_head, block_size)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, cache=None):
+        B, T, C = x.size()
+        u = self.c_fc(x.view(B, T, self.n_head, -1).transpose(1, 2), sub(cache, 'c_fc')) # (B, H, T, D)
+        y = self.c_proj(F.gelu(u), sub(cache, 'c_proj'))
+        return self.resid_dropout(y.transpose(1, 2).reshape(B, T, C))
+
+
+class GatedMLP(Mixer):
+    """
+    gMLP (arXiv 2105.08050) made causal: the channels are split in (u, v), v is mixed along time and gates u. The gate
+    starts as the identity. It brings its own MLP, so mlp='none' gives the paper's block. gmlp_attn adds a tiny attention
+    to the gate (the paper's aMLP).
+    """
+    settings = ('gmlp_ratio', 'gmlp_tanh', 'gmlp_attn')
+
+    def __init__(self, config, block_size):
+        super().__init__(config, block_size)
+        self.n_head, self.tanh, self.dropout = config.n_head, config.gmlp_tanh, config.dropout
+        E = self.half_width(config)
+        self.c_fc = nn.Linear(config.n_embd, 2 * E, bias=config.bias)
+        self.ln = nn.LayerNorm(E, bias=config.bias)
+        self.gate = TimeLinear(config.n_head, block_size, std=0.02 / block_size)
+        nn.init.ones_(self.gate.bias)
+        self.c_proj = nn.Linear(E, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        if config.gmlp_attn:
+            self.attn_qkv = nn.Linear(config.n_embd, 3 * config.gmlp_attn, bias=config.bias)
+            self.attn_proj = nn.Linear(config.gmlp_attn, E, bias=config.bias)
+        self.attn_size = config.gmlp_attn
+
+    @staticmethod
+    def half_width(config):
+        return int(config.gmlp_ratio * config.n_embd) // 2
+
+    @classmethod
+    def check(cls, config):
+        super().check(config)
+        E = cls.half_width(config)
+        if E < 1 or E % config.n_head:
+            raise ValueError(f"gmlp_ratio={config.gmlp_ratio} of n_embd={config.n_embd} gives a gate of {E} channels, "
+                             f"which n_head={config.n_head} does not divide")
+        if config.gmlp_attn < 0:
+            raise ValueError(f"gmlp_attn={config.gmlp_attn} is a head size: 0 (off) or more")
+
+    def forward(self, x, cache=None):
+        B, T, C = x.size()
+        u, v = F.gelu(self.c_fc(x)).chunk(2, dim=2) # (B, T, E) each
+        v = self.ln(v).view(B, T, self.n_head, -1).transpose(1, 2)
+        gate = self.gate(v, sub(cache, 'gate')).transpose(1, 2).reshape(B, T, -1)
+        if self.attn_size:
+            q, k, a = self.attn_qkv(x)[:, None].split(self.attn_size, dim=3) # (B, 1, T, D): one head
+            a = causal_attention(q, append(cache, 'k', k), append(cache, 'v', a), self.dropout if self.training else 0.0)
+            gate = gate + self.attn_proj(a[:, 0])
+        if self.tanh:
+            gate = torch.tanh(gate)
+        return self.resid_dropout(self.c_proj(u * gate))
+
+
+MIXERS = {
+    'attention': CausalSelfAttention,
+    'mlp_mixer': MLPMixer,
+    'gmlp': GatedMLP,
+    'synthesizer': Synthesizer,
+    'container': Container,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the mixers share
+
+class Rope(nn.Module):
+    """Rotary position embedding (arXiv 2104.09864): turns the channel pairs (d, d + D/2) of x (B, H, T, D) by position."""
+    def __init__(self, D, block_size, base=10000.0):
+        super().__init__()
+        frequency = base ** (-torch.arange(0, D, 2).float() / D)
+        angle = torch.outer(torch.arange(block_size).float(), frequency) # (block_size, D/2)
+        self.register_buffer('cos', angle.cos(), persistent=False)
+        self.register_buffer('sin', angle.sin(), persistent=False)
+
+    def forward(self, x, start):
+        cos, sin = (t[start:start + x.size(2)].to(x.dtype) for t in (self.cos, self.sin))
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def past_length(cache, name):
+    return cache[name][1] if cache and name in cache else 0
+
+
+def causal_init(n_head, block_size, std=None):
+    """A lower-triangular (H, T, T) table; by default row t has standard deviation 1/sqrt(t + 1), which keeps the scale."""
+    scale = std if std is not None else torch.arange(1, block_size + 1).rsqrt()[:, None]
+    return (torch.randn(n_head, block_size, block_size) * scale).tril()
+
+
+def row_blocks(T, size=256):
+    """The rows of a triangle in blocks (first, end): work on rows first..end needs no column from end on."""
+    return [(i, min(i + size, T)) for i in range(0, T, size)]
+
+
+def by_rows(f, q, k, v):
+    """f(q, k, v) for blocks of the last T of S positions: skips most of the half of the scores that causality removes."""
+    T, past = q.size(2), k.size(2) - q.size(2)
+    return torch.cat([f(q[:, :, i:j], k[:, :, :past + j], v[:, :, :past + j]) for i, j in row_blocks(T)], dim=2)
+
+
+def toeplitz(a, T, S):
+    """M[h, i, j] = a[h, distance], where i is the i-th of the last T of S positions: a (H, block_size) -> (H, T, S)."""
+    past = S - T
+    ring = torch.cat([a[:, :past + 1].flip(1), a.new_zeros(a.size(0), T), a[:, past + 1:S].flip(1)], dim=1) # (H, S + T)
+    # rows of length S + T read as rows of length S + T - 1 are each turned one step further: no gather, cheap backward
+    rows = ring[:, None].expand(-1, T, -1).reshape(a.size(0), -1)[:, :T * (S + T - 1)]
+    return rows.view(a.size(0), T, S + T - 1)[:, :, :S]
+
+
+def causal_softmax(scores):
+    """Softmax of scores (B, H, T, S) over the positions up to each token's own; the T tokens are the last of the S."""
+    T, S = scores.shape[-2:]
+    mask = torch.ones(T, S, dtype=torch.bool, device=scores.device).tril(S - T)
+    return scores.masked_fill(~mask, float('-inf')).softmax(dim=-1)
+
+
+def causal_attention(q, k, v, dropout=0.0, relative=None):
+    """
+    Causal scaled_dot_product_attention of the last T of S positions: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D).
+    relative (H, block_size) is added to the scores by distance.
+    """
+    T, S = q.size(2), k.size(2)
+    if relative is not None:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+        bias = toeplitz(relative, T, S).to(q.dtype).masked_fill(~mask, float('-inf'))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None], dropout_p=dropout)
+    if T == S or T == 1:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
+    mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Blocks and stacks of blocks
+
+class TimeMixing(nn.Module):
+    """Takes a part of the channels from the previous token (minGPT-tuned); before the first token there are zeros."""
+    def __init__(self, config, layer):
+        super().__init__()
+        n = round(config.time_mixing * config.n_embd)
+        last = config.time_mixing_alternate and layer % 2
+        self.channels = slice(config.n_embd - n, config.n_embd) if last else slice(0, n)
+
+    def forward(self, x, cache=None):
+        here = x[:, :, self.channels]
+        before = torch.zeros_like(here[:, :1]) if not cache else cache['last']
+        if cache is not None:
+            cache['last'] = here[:, -1:].clone() # a view would keep the whole chunk alive
+        shifted = torch.cat([before, here[:, :-1]], dim=1)
+        return torch.cat([x[:, :, :self.channels.start], shifted, x[:, :, self.channels.stop:]], dim=2)
+
+
+class MLP(nn.Module):
+    """The feed-forward half of a block; relu2 is arXiv 2109.08668, swiglu is arXiv 2002.05202."""
+    def __init__(self, config):
+        super().__init__()
+        hidden = int(config.mlp_ratio * config.n_embd)
+        self.kind = config.mlp
+        self.c_fc = nn.Linear(config.n_embd, hidden * (2 if self.kind == 'swiglu' else 1), bias=config.bias)
+        self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        x = self.c_fc(x)
+        if self.kind == 'swiglu':
+            gate, x = x.chunk(2, dim=-1)
+            x = F.silu(gate) * x
+        elif self.kind == 'relu2':
+            x = F.relu(x).square()
+        else:
+            x = F.gelu(x, approximate='tanh' if self.kind == 'gelu_tanh' else 'none')
+        return self.dropout(self.c_proj(x))
+
+
+class Block(nn.Module):
+    """Token mixer, then MLP, each on a normalized residual branch."""
+    def __init__(self, config, layer, block_size):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.shift = TimeMixing(config, layer) if config.time_mixing else None
+        self.attn = MIXERS[config.mixer](config, block_size) # called attn whatever it is: GPT-2's weights load by name
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias) if config.mlp != 'none' else None
+        self.mlp = MLP(config) if config.mlp != 'none' else None
+        # ReZero, arXiv 2003.04887: one number a branch
+        self.scales = nn.Parameter(torch.zeros(1 + (config.mlp != 'none'))) if config.rezero else None
+
+    def forward(self, x, cache=None):
+        y = self.ln_1(x)
+        if self.shift is not None:
+            y = self.shift(y, sub(cache, 'shift'))
+        y = self.attn(y, sub(cache, 'attn'))
+        x = x + (y if self.scales is None else self.scales[0] * y)
+        if self.mlp is not None:
+            y = self.mlp(self.ln_2(x))
+            x = x + (y if self.scales is None else self.scales[1] * y)
+        return x
+
+
+class Stack(nn.ModuleList):
+    """n blocks, one after the other, on sequences of up to block_size tokens."""
+    def __init__(self, config, n, block_size):
+        super().__init__(Block(config, layer, block_size) for layer in range(n))
+
+    def forward(self, x, cache=None):
+        for i, block in enumerate(self):
+            x = block(x, sub(cache, i))
+        return x
+
+
+class UNet(nn.Module):
+    """
+    Blocks at full resolution around a shorter sequence in which one token stands for `factor` (nanoGPT's UNet thread;
+    Hourglass, arXiv 2110.13711), and so on inwards. No output sees a later token, at any length: coarse token i is made
+    from the fine tokens that END at position factor * i (zeros before the start) and serves factor * i and the
+    factor - 1 positions after it. Merging tokens into their own first position instead would show each the next one.
+    In decoding, the inner level runs once every `factor` tokens.
+    """
+    def __init__(self, config, block_size, level=0):
+        super().__init__()
+        down, up, factors = config.unet_levels()
+        self.factor, C = factors[level], config.n_embd
+        inner_size = math.ceil(block_size / self.factor)
+        self.down = Stack(config, down[level], block_size)
+        self.merge = nn.Linear(self.factor * C, C, bias=config.bias)
+        self.inner = (UNet(config, inner_size, level + 1) if level + 1 < len(down)
+                      else Stack(config, config.n_layer, inner_size))
+        self.expand = nn.Linear(C, self.factor * C, bias=config.bias)
+        self.up = Stack(config, up[level], block_size)
+
+    def forward(self, x, cache=None):
+        B, T, C = x.size()
+        f = self.factor
+        x = self.down(x, sub(cache, 'down'))
+        # `before` are the last f - 1 tokens of the past, `ready` the coarse vectors for the next positions of this level
+        before, ready = cache['state'] if cache and 'state' in cache else (x.new_zeros(B, f - 1, C), x.new_zeros(B, 0, C))
+        tokens = torch.cat([before, x], dim=1)
+        n = math.ceil((T - ready.size(1)) / f) # coarse tokens that start in this chunk
+        if n > 0:
+            merged = self.merge(tokens[:, ready.size(1):ready.size(1) + n * f].reshape(B, n, f * C))
+            inner = self.inner(merged, sub(cache, 'inner'))
+            ready = torch.cat([ready, self.expand(inner).view(B, n * f, C)], dim=1)
+        if cache is not None:
+            cache['state'] = tokens[:, T:].clone(), ready[:, T:].clone()
+        return self.up(x + ready[:, :T], sub(cache, 'up')) # the skip connection
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+class GPT(nn.Module):
+    """
+    A language model: forward(idx, targets=None) -> (logits, loss). Without targets, logits are (B, T, V) for every
+    position and loss is None; with targets (B, T), where -1 is ignored, loss is the mean cross-entropy in nats a token
+    and logits are None: in training nobody reads them, and they can be the largest tensor of all.
+    """
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        C = config.n_embd
+        h = UNet(config, config.block_size) if config.unet_layers else Stack(config, config.n_layer, config.block_size)
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, C),
+            wpe=nn.Embedding(config.block_size, C) if 'learned' in config.pos_emb else None,
+            drop=nn.Dropout(config.dropout),
+            h=h,
+            ln_f=nn.LayerNorm(C, bias=config.bias),
+        ))
+        self.lm_head = nn.Linear(C, config.vocab_size, bias=False)
+        if config.tie_weights:
+            self.transformer.wte.weight = self.lm_head.weight
+        # GPT-2's initialization: what a block adds to the residual stream shrinks with their number
+        n_blocks = sum(isinstance(m, Block) for m in self.modules())
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                residual = name.endswith(('c_proj', 'expand'))
+                nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * n_blocks) if residual else 0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def hidden(self, idx, cache=None):
+        """The normalized residual stream before the head: idx (B, T) -> (B, T, C)."""
+        T = idx.size(1)
+        past = cache.get('t', 0) if cache is not None else 0
+        if past + T > self.config.block_size:
+            raise ValueError(f"a sequence of {past + T} tokens is longer than block_size={self.config.block_size}")
+        x = self.transformer.wte(idx)
+        if self.transformer.wpe is not None:
+            x = x + self.transformer.wpe.weight[past:past + T]
+        x = self.transformer.h(self.transformer.drop(x), sub(cache, 'h'))
+        if cache is not None:
+            cache['t'] = past + T
+        return self.transformer.ln_f(x)
+
+    def forward(self, idx, targets=None, cache=None):
+        x = self.hidden(idx, cache)
+        logits = self.lm_head(x)
+        if targets is None:
+            return logits, None
+        return None, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+
+    # -- generation
+
+    @torch.no_grad()
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0,
+               vocab_size=None, use_cache=True, generator=None):
+        """
+        Yields max_new_tokens times the next token (B, 1) after idx (B, T).
+
+        temperature 0 takes the most likely token; top_k keeps the k most likely, top_p (arXiv 1904.09751) the smallest
+        set that holds this much probability; repetition_penalty (arXiv 1909.05858) divides the positive scores of tokens
+        already in the window, and multiplies the negative ones; vocab_size leaves out a padded vocabulary's last ids.
+        The window is at most block_size tokens: when it is full it restarts from its last half, which is read again
+        (the same for every mixer, and much cheaper than sliding the window by one). use_cache=False recomputes the
+        window for every token: slow, for comparison.
+        """
+        if idx.size(1) == 0:
+            raise ValueError("generation continues a prompt of at least one token, and got none")
+        block, n = self.config.block_size, idx.size(1)
+        out = torch.cat([idx, idx.new_empty(idx.size(0), max_new_tokens)], dim=1)
+        start = done = max(0, n - block) # the window starts at `start`; the cache holds it up to `done`
+        cache = {}
+        for n in range(n, n + max_new_tokens):
+            if n - start > block:
+                start = done = n - max(1, block // 2)
+                cache = {}
+            x = self.hidden(out[:, done:n], cache) if use_cache else self.hidden(out[:, start:n])
+            done = n
+            logits = self.lm_head(x[:, -1])[:, :vocab_size].float() # (B, V)
+            token = pick(logits, out[:, start:n], temperature, top_k, top_p, repetition_penalty, generator)
+            out[:, n:n + 1] = token
+            yield token
+
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **kwargs):
+        """idx (B, T) -> (B, T + max_new_tokens): idx with the new tokens appended. More options: see stream."""
+        return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k, **kwargs)], dim=1)
+
+    # -- optimizer
+
+    def optimizer_groups(self):
+        """-> (decayed, not decayed): names and parameters. Only the matrices of Linear and Embedding layers decay:
+        a rule such as dim() >= 2 would pull time weights from one to zero."""
+        decayed = {id(m.weight) for m in self.modules() if isinstance(m, (nn.Linear, nn.Embedding))}
+        named = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
+        return [x for x in named if id(x[1]) in decayed], [x for x in named if id(x[1]) not in decayed]
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        decayed, rest = ([p for _, p in group] for group in self.optimizer_groups())
+        groups = [dict(params=decayed, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)]
+        return torch.optim.AdamW([g for g in groups if g['params']], lr=learning_rate, betas=betas,
+                                 fused=device_type in ('cuda', 'cpu'))
+
+    # -- size and cost
+
+    def get_num_params(self, non_embedding=True):
+        """Number of parameters; non_embedding leaves out the position table (as nanoGPT; the head shares wte)."""
+        n = sum(p.numel() for p in self.parameters())
+        return n - self.transformer.wpe.weight.numel() if non_embedding and self.transformer.wpe is not None else n
+
+    def cost(self, T=None, dtype=torch.float32):
+        """
+        -> (FLOPs a token, bytes a token that are kept for the backward pass), at length T (default block_size).
+        Counted on a copy without memory, so that it is right for any mixer: matrix products of the forward pass, times
+        three for forward and backward; what a compiler saves is not seen.
+        """
+        T = T or self.config.block_size
+        with torch.device('meta'):
+            model = GPT(replace(self.config, dropout=0.0)).to(dtype)
+            idx = torch.zeros(1, T, dtype=torch.long)
+        kept = {p.untyped_storage()._cdata: p.untyped_storage() for p in model.parameters()}
+        weights = sum(s.nbytes() for s in kept.values())
+        def keep(t):
+            kept[t.untyped_storage()._cdata] = t.untyped_storage()
+            return t
+        with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            model(idx, idx)
+        return 3 * counter.get_total_flops() / T, (sum(s.nbytes() for s in kept.values()) - weights) / T
+
+    def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops):
+        """Model FLOPs utilization (arXiv 2204.02311): the share of peak_flops that fwdbwd_per_iter sequences in dt seconds use."""
+        return self.cost()[0] * self.config.block_size * fwdbwd_per_iter / dt / peak_flops
+
+    # -- weights
+
+    def load_weights(self, state, grow=False):
+        """
+        Loads a state dict by name: this project's, nanoGPT's or GPT-2's. With grow=True, parameters that start as the
+        identity may be missing; returns their names. Anything else that does not fit raises ValueError with the list.
+        """
+        state = {k.removeprefix('module.').removeprefix('_orig_mod.'): v for k, v in state.items()}
+        # old checkpoints hold causal masks under these names
+        state = {k: v for k, v in state.items() if not k.endswith('.attn.masked_bias') and
+                 not (k.endswith('.attn.bias') and v.dim() == 4)}
+        own = dict(self.named_parameters())
+        wte, head = state.get('transformer.wte.weight'), state.get('lm_head.weight')
+        if wte is not None and head is None and not self.config.tie_weights:
+            state['lm_head.weight'] = wte # untying starts from the tied matrix
+        if self.config.tie_weights and head is not None and wte is not None:
+            if head.shape != wte.shape or not torch.equal(head, wte):
+                raise ValueError("the checkpoint's head differs from its embedding: set tie_weights=False")
+            del state['lm_head.weight']
+        surplus, missing = sorted(state.keys() - own.keys()), sorted(own.keys() - state.keys())
+        if surplus:
+            raise ValueError(f"the checkpoint has parameters that this architecture lacks: {brief(surplus)}")
+        identity = ('.attn.relative', '.attn.weight', '.attn.alpha', '.attn.beta', '.bias')
+        lost = [k for k in missing if not (grow and k.endswith(identity))]
+        if lost:
+            raise ValueError(f"the checkpoint lacks parameters that this architecture has: {brief(lost)}")
+        wrong = [f"{k} {tuple(v.shape)} for {tuple(own[k].shape)}" for k, v in state.items() if v.shape != own[k].shape]
+        if wrong:
+            raise ValueError(f"the checkpoint's parameters have other shapes than this architecture's: {brief(wrong)}")
+        with torch.no_grad():
+            for k, v in state.items():
+                own[k].copy_(v)
+        return missing
+
+    def crop_block_size(self, block_size):
+        """Shortens every table along time to block_size tokens: start from GPT-2's 1024, say, and train at 256."""
+        if block_size > self.config.block_size:
+            raise ValueError(f"block_size={block_size} is longer than the {self.config.block_size} positions of these "
+                             f"weights: use block_size={self.config.block_size} or less")
+        if block_size == self.config.block_size:
+            return
+        device, old = self.lm_head.weight.device, dict(self.named_parameters())
+        with device:
+            cropped = GPT(replace(self.config, block_size=block_size)).to(self.lm_head.weight.dtype)
+        with torch.no_grad():
+            for k, p in cropped.named_parameters():
+                p.copy_(old[k][tuple(slice(n) for n in p.shape)])
+        self.config, self.transformer, self.lm_head = cropped.config, cropped.transformer, cropped.lm_head
+
+    @classmethod
+    def load(cls, path, device='cpu'):
+        """A checkpoint of train.py (or nanoGPT's) -> (model in evaluation mode, the checkpoint's dict)."""
+        checkpoint = load_checkpoint(path)
+        model = cls(model_config(checkpoint, path))
+        try:
+            model.load_weights(checkpoint['model'])
+        except ValueError as e:
+            raise ValueError(f"{path}: {e}") from None
+        return model.to(device).eval(), checkpoint
+
+    @classmethod
+    def from_pretrained(cls, name, override_args=None):
+        """
+        GPT-2's weights: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl' (downloaded once from Hugging Face), or a local
+        folder in Hugging Face's layout. override_args are fields of GPTConfig (dropout, say); fields that add parameters
+        which start as the identity (time_weighting, 'learned+relative') are possible too, and print what was added.
+        """
+        from safetensors.torch import load_file # here: only those who load it need it
+        if name in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'):
+            from huggingface_hub import hf_hub_download
+            try:
+                folder = Path([hf_hub_download('openai-community/' + name, f) for f in ('config.json', 'model.safetensors')][0]).parent
+            except Exception as e:
+                raise OSError(f"{name} could not be downloaded from Hugging Face ({type(e).__name__}): check the network, "
+                              "or give a local folder that has its config.json and model.safetensors") from e
+        else:
+            folder = Path(name)
+        for file in ('config.json', 'model.safetensors'):
+            if not (folder / file).is_file():
+                raise OSError(f"{folder} has no {file}: expected 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl' or a folder "
+                              "with config.json and model.safetensors")
+        try:
+            hf = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+            state = load_file(folder / 'model.safetensors')
+        except Exception as e: # whatever the parsers raise on a damaged file
+            raise ValueError(f"{folder} is not readable as GPT-2 in Hugging Face's layout: {e}") from e
+        if hf.get('model_type') != 'gpt2':
+            raise ValueError(f"{folder}/config.json has model_type {hf.get('model_type')!r}, and only 'gpt2' can be loaded")
+        activation = hf.get('activation_function', 'gelu_new')
+        mlps = dict(gelu_new='gelu_tanh', gelu_pytorch_tanh='gelu_tanh', gelu='gelu', relu2='relu2')
+        if activation not in mlps:
+            raise ValueError(f"{folder}/config.json has activation_function {activation!r}: one of {', '.join(mlps)} is needed")
+        if hf.get('scale_attn_by_inverse_layer_idx') or not hf.get('scale_attn_weights', True):
+            raise ValueError(f"{folder}/config.json scales attention in a way that this GPT does not")
+        C = hf['n_embd']
+        args = dict(n_layer=hf['n_layer'], n_head=hf['n_head'], n_embd=C, block_size=hf['n_positions'],
+                    vocab_size=hf['vocab_size'], mlp=mlps[activation], mlp_ratio=(hf.get('n_inner') or 4 * C) / C,
+                    tie_weights=hf.get('tie_word_embeddings', True), dropout=hf.get('resid_pdrop', 0.1))
+        model = cls(GPTConfig(**args | (override_args or {})))
+        # names without the prefix are how the hub has them; GPT-2's Conv1D holds a Linear's matrix transposed
+        state = {k if k.startswith(('transformer.', 'lm_head.')) else 'transformer.' + k: v for k, v in state.items()}
+        state = {k: v.t() if k.endswith(CONV1D) else v for k, v in state.items()}
+        added = model.load_weights(state, grow=True)
+        if added:
+            print(f"added, starting as the identity: {', '.join(added)}")
+        return model
+
+    def save_pretrained(self, folder):
+        """Writes config.json and model.safetensors as transformers' GPT2LMHeadModel has them, which gives the same logits."""
+        from safetensors.torch import save_file
+        c = self.config
+        activations = dict(gelu='gelu', gelu_tanh='gelu_new', relu2='relu2')
+        plain = GPTConfig(c.block_size, c.vocab_size, c.n_layer, c.n_head, c.n_embd, c.dropout, c.bias, c.tie_weights,
+                          pos_emb=c.pos_emb, mlp=c.mlp, mlp_ratio=c.mlp_ratio if c.mlp != 'none' else 4.0)
+        beyond = [f"{f.name}={getattr(c, f.name)!r}" for f in fields(c) if getattr(c, f.name) != getattr(plain, f.name)]
+        beyond += [f"mlp={c.mlp!r}"] * (c.mlp not in activations) + [f"pos_emb={c.pos_emb!r}"] * (c.pos_emb not in ('learned', 'none'))
+        if beyond:
+            raise ValueError(f"Hugging Face's GPT-2 class cannot express {', '.join(beyond)}")
+        state = {k: v.detach().cpu() for k, v in self.state_dict().items() if not (c.tie_weights and k == 'lm_head.weight')}
+        if c.pos_emb == 'none': # a position table of zeros
+            state['transformer.wpe.weight'] = torch.zeros(c.block_size, c.n_embd)
+        if not c.bias:
+            state |= {k.removesuffix('weight') + 'bias': v.new_zeros(v.size(0)) for k, v in state.items()
+                      if k.endswith('weight') and '.h.' in k or k == 'transformer.ln_f.weight'}
+        state = {k: (v.t() if k.endswith(CONV1D) else v).contiguous() for k, v in state.items()}
+        config = dict(architectures=['GPT2LMHeadModel'], model_type='gpt2', vocab_size=c.vocab_size, n_positions=c.block_size,
+                      n_ctx=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head, layer_norm_epsilon=1e-5,
+                      n_inner=int(c.mlp_ratio * c.n_embd), activation_function=activations[c.mlp], resid_pdrop=c.dropout,
+                      embd_pdrop=c.dropout, attn_pdrop=c.dropout, tie_word_embeddings=c.tie_weights, bos_token_id=50256,
+                      eos_token_id=50256, torch_dtype=str(self.lm_head.weight.dtype).removeprefix('torch.'))
+        if c.vocab_size <= 50256: # another tokenizer than GPT-2's: what its special tokens are is not known here
+            config |= dict(bos_token_id=None, eos_token_id=None)
+        os.makedirs(folder, exist_ok=True)
+        save_file(state, Path(folder) / 'model.safetensors', metadata={'format': 'pt'})
+        (Path(folder) / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+
+
+CONV1D = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')
+
+
+def brief(names, most=8):
+    return ', '.join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else '')
+
+
+def pick(logits, window, temperature, top_k, top_p, repetition_penalty, generator):
+    """Draws the next token (B, 1) from logits (B, V); what the options mean: see GPT.stream."""
+    if repetition_penalty != 1.0:
+        seen = logits.gather(1, window)
+        logits = logits.scatter(1, window, torch.where(seen > 0, seen / repetition_penalty, seen * repetition_penalty))
+    if temperature == 0.0:
+        return logits.argmax(dim=1, keepdim=True)
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.size(1):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float('-inf'))
+    if top_p is not None and top_p < 1.0:
+        probs, order = logits.softmax(dim=1).sort(dim=1, descending=True)
+        beyond = probs.cumsum(dim=1) - probs >= top_p # the tokens before it already hold top_p
+        logits = logits.masked_fill(beyond.scatter(1, order, beyond), float('-inf'))
+    return torch.multinomial(logits.softmax(dim=1), 1, generator=generator)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: a dict of tensors and plain values in torch's own zip format
+
+def save_checkpoint(path, checkpoint):
+    """Replaces path in one step: whatever happens, there is a whole checkpoint under this name, the old or the new."""
+    path, temporary = Path(path), Path(f'{path}.tmp')
+    try:
+        with open(temporary, 'wb') as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == 'posix': # the new name itself survives a power cut
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def load_checkpoint(path):
+    """The dict in a checkpoint file, on the CPU, with nothing executed. OSError or ValueError say what is wrong with it."""
+    path = Path(path)
+    if not path.is_file():
+        raise OSError(f"there is no checkpoint {path}: train one first, or check the path")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip() # reads everything against its CRC-32, which torch.load does not
+            if damaged:
+                raise ValueError(f"the checksum of its part {damaged} is wrong")
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get('model'), dict):
+            raise ValueError("it holds no 'model'")
+    except Exception as e: # a damaged file can raise anything
+        reason = str(e).split('\n')[0]
+        raise ValueError(f"{path} is damaged or not a checkpoint ({reason}): use another one") from e
+    return checkpoint
+
+
+def model_config(checkpoint, path, **changes):
+    """The GPTConfig of a checkpoint. ValueError names fields that this model.py does not have."""
+    args = {**checkpoint.get('model_args', {}), **changes}
+    unknown = args.keys() - {f.name for f in fields(GPTConfig)}
+    if unknown:
+        raise ValueError(f"{path} is of an architecture with {', '.join(sorted(unknown))}, which this model.py lacks")
+    return GPTConfig(**args)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Dense FLOP/s in bfloat16 (V100, T4: float16) with float32 accumulation, from NVIDIA's and AMD's datasheets (numbers
+# "with sparsity" halved). The first name that the card's name contains as whole words counts.
+PEAK_FLOPS = {
+    'B200': 2250e12, 'H200': 989.4e12, 'GH200': 989.4e12, 'H100 PCIe': 756e12, 'H100 NVL': 835.5e12, 'H100': 989.4e12,
+    'A100': 312e12, 'A40': 149.7e12, 'A30': 165e12, 'A10G': 70e12, 'A10': 125e12, 'L40S': 362e12, 'L40': 181e12,
+    'L4': 121e12, 'T4': 65e12, 'V100': 125e12, 'RTX A6000': 154.8e12, 'RTX 3090': 71.2e12, 'RTX 4090': 165.2e12,
+    'RTX 5090': 209.5e12, 'MI250X': 383e12, 'MI300X': 1307.4e12,
+}
+
+
+def peak_flops(setting, device, dtype):
+    """
+    -> (FLOP/s or None, where it came from). setting: a number; 'measure': the best of a few large matrix products in
+    dtype on device, an honest ceiling on any machine; 'auto': the table for a GPU in a 16-bit dtype, measured on a CPU.
+    """
+    if not isinstance(setting, str):
+        return float(setting), 'as set'
+    device = torch.device(device)
+    if setting == 'auto' and device.type == 'cuda':
+        name = torch.cuda.get_device_name(device)
+        words = ' ' + name.replace('-', ' ') + ' '
+        for card, flops in PEAK_FLOPS.items():
+            if f' {card} ' in words and dtype != torch.float32:
+                return flops, f'datasheet of {card}, dense'
+        return None, f"n/a: no 16-bit figure for {name}; set --peak_flops=312e12 (its datasheet's) or --peak_flops=measure"
+    if setting == 'auto' and device.type != 'cpu':
+        return None, f'n/a: set --peak_flops=measure or a number for {device.type}'
+    if setting not in ('auto', 'measure'):
+        raise ValueError(f"peak_flops={setting!r} is not a number, 'auto' or 'measure'")
+    n = 2048 if device.type == 'cpu' else 8192
+    a = torch.randn(n, n, device=device).to(dtype)
+    best = math.inf
+    for _ in range(5):
+        t0 = time.perf_counter()
+        (a @ a)[0, 0].item() # waits for the device
+        best = min(best, time.perf_counter() - t0)
+    return 2 * n ** 3 / best, f'measured: {n}x{n} matrix product in {str(dtype).removeprefix("torch.")}'
