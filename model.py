@@ -732,7 +732,8 @@ class GPT(nn.Module):
             raise ValueError(f"the checkpoint lacks parameters that this architecture has: {brief(lost)}")
         wrong = [f"{k} {tuple(v.shape)} for {tuple(own[k].shape)}" for k, v in state.items() if v.shape != own[k].shape]
         if wrong:
-            raise ValueError(f"the checkpoint's parameters have other shapes than this architecture's: {brief(wrong)}")
+            raise ValueError(f"the checkpoint's parameters have other shapes than this architecture's: {brief(wrong)}; a "
+                             "block_size beyond the checkpoint's needs an architecture without tables of positions")
         with torch.no_grad():
             for k, v in state.items():
                 own[k].copy_(v)
@@ -754,28 +755,39 @@ class GPT(nn.Module):
         self.config, self.transformer, self.lm_head = cropped.config, cropped.transformer, cropped.lm_head
 
     @classmethod
-    def load(cls, path, device='cpu'):
+    def from_weights(cls, args, state, **changes):
+        """
+        GPTConfig(**args) with the weights in state, changed in fields that leave the weights their meaning: dropout, a
+        shorter block_size, additions that start as the identity -> (model, names of added parameters).
+        """
+        own, args = args['block_size'], {**args, **changes}
+        unknown = args.keys() - {f.name for f in fields(GPTConfig)}
+        if unknown:
+            raise ValueError(f"the checkpoint's architecture has {brief(sorted(unknown))}, which this model.py lacks")
+        model = cls(GPTConfig(**args | dict(block_size=max(own, args['block_size']))))
+        added = model.load_weights(state, grow=True)
+        model.crop_block_size(args['block_size'])
+        return model, added
+
+    @classmethod
+    def load(cls, path, device='cpu', **changes):
         """A checkpoint of train.py (or nanoGPT's) -> (model in evaluation mode, the checkpoint's dict)."""
         checkpoint = load_checkpoint(path)
-        model = cls(model_config(checkpoint, path))
-        try:
-            model.load_weights(checkpoint['model'])
-        except ValueError as e:
-            raise ValueError(f"{path}: {e}") from None
+        model, _ = cls.from_weights(checkpoint['model_args'], checkpoint['model'], **changes)
         return model.to(device).eval(), checkpoint
 
     @classmethod
     def from_pretrained(cls, name, override_args=None):
         """
         GPT-2's weights: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl' (downloaded once from Hugging Face), or a local
-        folder in Hugging Face's layout. override_args are fields of GPTConfig (dropout, say); fields that add parameters
-        which start as the identity (time_weighting, 'learned+relative') are possible too, and print what was added.
+        folder in Hugging Face's layout. override_args are changes as in from_weights, and what they add is printed.
         """
         from safetensors.torch import load_file # here: only those who load it need it
         if name in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'):
             from huggingface_hub import hf_hub_download
             try:
-                folder = Path([hf_hub_download('openai-community/' + name, f) for f in ('config.json', 'model.safetensors')][0]).parent
+                for file in ('config.json', 'model.safetensors'):
+                    folder = Path(hf_hub_download(f'openai-community/{name}', file)).parent
             except Exception as e:
                 raise OSError(f"{name} could not be downloaded from Hugging Face ({type(e).__name__}): check the network, "
                               "or give a local folder that has its config.json and model.safetensors") from e
@@ -802,13 +814,12 @@ class GPT(nn.Module):
         args = dict(n_layer=hf['n_layer'], n_head=hf['n_head'], n_embd=C, block_size=hf['n_positions'],
                     vocab_size=hf['vocab_size'], mlp=mlps[activation], mlp_ratio=(hf.get('n_inner') or 4 * C) / C,
                     tie_weights=hf.get('tie_word_embeddings', True), dropout=hf.get('resid_pdrop', 0.1))
-        model = cls(GPTConfig(**args | (override_args or {})))
         # names without the prefix are how the hub has them; GPT-2's Conv1D holds a Linear's matrix transposed
         state = {k if k.startswith(('transformer.', 'lm_head.')) else 'transformer.' + k: v for k, v in state.items()}
         state = {k: v.t() if k.endswith(CONV1D) else v for k, v in state.items()}
-        added = model.load_weights(state, grow=True)
+        model, added = cls.from_weights(args, state, **(override_args or {}))
         if added:
-            print(f"added, starting as the identity: {', '.join(added)}")
+            print(f"added, starting as the identity: {brief(added)}")
         return model
 
     def save_pretrained(self, folder):
@@ -898,21 +909,13 @@ def load_checkpoint(path):
             if damaged:
                 raise ValueError(f"the checksum of its part {damaged} is wrong")
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-        if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get('model'), dict):
-            raise ValueError("it holds no 'model'")
+        for part in ('model', 'model_args'):
+            if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(part), dict):
+                raise ValueError(f"it holds no {part!r}")
     except Exception as e: # a damaged file can raise anything
         reason = str(e).split('\n')[0]
         raise ValueError(f"{path} is damaged or not a checkpoint ({reason}): use another one") from e
     return checkpoint
-
-
-def model_config(checkpoint, path, **changes):
-    """The GPTConfig of a checkpoint. ValueError names fields that this model.py does not have."""
-    args = {**checkpoint.get('model_args', {}), **changes}
-    unknown = args.keys() - {f.name for f in fields(GPTConfig)}
-    if unknown:
-        raise ValueError(f"{path} is of an architecture with {', '.join(sorted(unknown))}, which this model.py lacks")
-    return GPTConfig(**args)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -927,7 +930,29 @@ PEAK_FLOPS = {
 }
 
 
-def peak_flops(setting, device, dtype):
+def resolve(device, dtype):
+    """'auto' or a name for each -> (device type or name, dtype's name). ValueError if this machine cannot do it."""
+    if device == 'auto':
+        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        kind = torch.device(device).type
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e: # what torch raises for a device that is not there
+        there = ['cpu'] + [f'cuda:{i}' for i in range(torch.cuda.device_count())] + ['mps'] * torch.backends.mps.is_available()
+        raise ValueError(f"device={device!r} is not there ({str(e).splitlines()[0]}): this machine has {', '.join(there)}; "
+                         "use --device=auto") from None
+    if dtype == 'auto' and kind == 'cuda':
+        dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
+    elif dtype == 'auto':
+        # only where the processor multiplies it: elsewhere bfloat16 is emulated and slow
+        native = kind == 'cpu' and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+        dtype = 'bfloat16' if native else 'float32'
+    if dtype not in ('float32', 'bfloat16', 'float16'):
+        raise ValueError(f"dtype={dtype!r} is not one of auto, float32, bfloat16, float16")
+    return device, dtype
+
+
+def find_peak_flops(setting, device, dtype):
     """
     -> (FLOP/s or None, where it came from). setting: a number; 'measure': the best of a few large matrix products in
     dtype on device, an honest ceiling on any machine; 'auto': the table for a GPU in a 16-bit dtype, measured on a CPU.

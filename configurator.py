@@ -1,0 +1,337 @@
+"""Settings of a script, changed by config files and the command line: typed, checked, explained by --help.
+
+    batch_size = 12 # sequences in a micro-batch
+    top_k: int | None = 200 # keep only the k most likely tokens; None: all
+    config, given = configure(globals())
+
+    python script.py config/a.py config/b.py --batch_size=32 --flag
+
+Config files are Python and run with the rights of whoever starts the script. Later files win over earlier ones, and the
+command line wins over files wherever it stands.
+"""
+import ast
+import builtins
+import dataclasses
+import difflib
+import inspect
+import os
+import shutil
+import sys
+import textwrap
+import tokenize
+import traceback
+import types
+import typing
+import warnings
+from contextlib import contextmanager
+
+PLAIN = bool | int | float | str | tuple | None # all that a setting can hold
+BOOLS = {'true': True, 'false': False, '1': True, '0': False}
+
+
+class Setting(typing.NamedTuple):
+    default: object
+    hint: object # the type that it must have: int, float | None, tuple[int, ...]
+    comment: str
+    group: str # its title in --help
+
+
+def fail(*messages):
+    """Print each message as one line `error: ...` on stderr and exit with status 2."""
+    for message in messages:
+        print('error:', ' '.join(str(message).split()), file=sys.stderr)
+    sys.exit(2)
+
+
+@contextmanager
+def exit_on_error():
+    """End a user's mistake (ValueError, OSError, ImportError) in one line and status 2, Ctrl-C quietly in status 130.
+
+    Anything else is a bug and keeps its traceback.
+    """
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as e:
+        message = str(e) or type(e).__name__
+        if isinstance(e, OSError) and e.strerror: # without the "[Errno 2]" that str(e) starts with
+            message = ': '.join([e.strerror, *(repr(name) for name in (e.filename, e.filename2) if name is not None)])
+        fail(message)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def configure(namespace, dataclass=None, argv=None):
+    """Resolve a script's settings from its defaults, config files and the command line.
+
+    namespace: globals() of the script. Its settings are the module-level assignments above the call, except names that
+        start with an underscore and values that are not PLAIN (lists count as tuples).
+    dataclass: each of its fields (all need defaults) is a setting too. A default in the script wins over the field's.
+    argv: sys.argv[1:] by default.
+
+    Returns (config, given): every setting's value by name, and those of them that a file or the command line set.
+    Writes the script's own settings back to namespace. Mistakes are reported all at once: status 2, nothing changed.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    own, settings = find_settings(namespace, dataclass)
+    if '--help' in argv or '-h' in argv:
+        show_help(namespace, settings)
+        sys.exit(0)
+    files, flags, mistakes = read_arguments(argv, os.path.dirname(os.path.abspath(namespace['__file__'])), settings)
+    config, given = {name: setting.default for name, setting in settings.items()}, {}
+    for path in files: # files can read the flags: with --max_iters=9, lr_decay_iters = max_iters means 9
+        given.update(run_file(path, {**config, **given, **flags}, settings, mistakes))
+    if mistakes:
+        fail(*mistakes)
+    given.update(flags)
+    config.update(given)
+    namespace.update({name: config[name] for name in own})
+    if given:
+        say('config: ' + ', '.join(f'{name}={value!r}' for name, value in given.items()))
+    return config, given
+
+
+def say(text):
+    """print(), also to a terminal whose encoding lacks some of the characters."""
+    encoding = sys.stdout.encoding or 'utf-8'
+    print(text.encode(encoding, 'backslashreplace').decode(encoding))
+
+
+# settings, read from the source --------------------------------------------------------------------------------------
+
+def find_settings(namespace, dataclass):
+    """Names of the script's own settings, and {name: Setting} of these and the dataclass' fields, in source order."""
+    with tokenize.open(namespace['__file__']) as f:
+        script = scan(f.read())
+    fields, hints, notes = {}, {}, {}
+    if dataclass:
+        fields, hints = {f.name: f for f in dataclasses.fields(dataclass)}, typing.get_type_hints(dataclass)
+        try:
+            notes = scan(textwrap.dedent(inspect.getsource(dataclass)))
+        except (OSError, TypeError): # a class that was typed in has no source, and so no comments
+            pass
+    settings, own = {}, []
+    for name, (annotation, comment, group) in script.items():
+        try:
+            default = fit(namespace[name], PLAIN)
+        except (KeyError, TypeError): # not assigned yet: below the call; a device, a module: no setting
+            continue
+        hint = eval(annotation, namespace) if annotation else hints.get(name)
+        settings[name] = Setting(default, hint, comment or notes.get(name, ('', '', ''))[1], group)
+        own.append(name)
+    for name, field in fields.items():
+        if name not in settings:
+            default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+            _, comment, group = notes.get(name, ('', '', ''))
+            settings[name] = Setting(default, hints[name], comment, f'{dataclass.__name__}: {group}'.rstrip(': '))
+    for name, setting in settings.items():
+        try:
+            settings[name] = setting._replace(default=fit(setting.default, setting.hint))
+        except TypeError: # no annotation, or one that says more than a type: the default's type it is
+            settings[name] = setting._replace(hint=type_of(setting.default))
+    return own, settings
+
+
+def scan(source):
+    """{name: (annotation, comment, group)} of the assignments at the top level of a script or in a lone class' body.
+
+    The comment is the one behind the value, with deeper indented comment lines under it. The group is the nearest
+    block of comment lines right above an assignment.
+    """
+    lines, body, found, group = source.split('\n'), ast.parse(source).body, {}, ''
+    if len(body) == 1 and isinstance(body[0], ast.ClassDef):
+        body = body[0].body
+    for node in body:
+        row, above, indent = node.lineno - 2, [], ' ' * node.col_offset # row counts from 0
+        while row >= 0 and lines[row].startswith(indent + '#'):
+            above.insert(0, lines[row].strip('-=# '))
+            row -= 1
+        group = ' '.join(filter(None, above)) or group
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, 'target', None)]
+        rest = lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode().strip() # the offset is in bytes
+        comment, row = [rest[1:].strip()] if rest.startswith('#') else [], node.end_lineno
+        while row < len(lines) and lines[row].startswith(indent + ' ') and lines[row].strip().startswith('#'):
+            comment.append(lines[row].strip()[1:].strip())
+            row += 1
+        annotation = ast.unparse(node.annotation).strip('\'"') if isinstance(node, ast.AnnAssign) else ''
+        for target in targets:
+            if isinstance(target, ast.Name) and not target.id.startswith('_'):
+                found[target.id] = annotation, ' '.join(comment), group
+    return found
+
+
+# types ---------------------------------------------------------------------------------------------------------------
+
+def options(hint):
+    """The types that a hint allows, as a list."""
+    return list(typing.get_args(hint)) if typing.get_origin(hint) in (typing.Union, types.UnionType) else [hint]
+
+
+def elements(hint):
+    """The type of the elements if hint is a tuple or a list, else None."""
+    if (typing.get_origin(hint) or hint) in (tuple, list):
+        return (typing.get_args(hint) or (PLAIN,))[0]
+
+
+def type_of(default):
+    """The hint for a setting without annotation."""
+    if default is None:
+        return PLAIN
+    if isinstance(default, (tuple, list)) and default:
+        return tuple[typing.Union[tuple(type(element) for element in default)], ...]
+    return type(default)
+
+
+def fit(value, hint):
+    """value as hint wants it: int for float and whole float for int converted, list to tuple.
+
+    Raises TypeError where it does not fit: bool for int, too, and nan or more than 64 bits for anything.
+    """
+    allowed = options(hint)
+    if isinstance(value, (tuple, list)):
+        for inner in filter(None, map(elements, allowed)):
+            return tuple(fit(element, inner) for element in value)
+    if isinstance(value, float):
+        value = float(value) # numpy's float64 is a float too, but not plain
+        if float not in allowed and int in allowed and value.is_integer():
+            value = int(value)
+    if type(value) is int and value.bit_length() <= 64 and int not in allowed and float in allowed:
+        value = float(value)
+    if type(value) not in allowed or value != value or type(value) is int and value.bit_length() > 64:
+        raise TypeError(f'{type(value).__name__} is not {hint}')
+    return value
+
+
+def parse(text, hint):
+    """The command line's text as hint wants it; raises TypeError."""
+    allowed, word = options(hint), text.strip()
+    if type(None) in allowed and text == 'None':
+        return None
+    if set(allowed) <= {str, type(None)}: # as it is: a run's name may be 2024
+        return text
+    if bool in allowed and word in BOOLS and not (word in '01' and {int, float} & set(allowed)):
+        return BOOLS[word]
+    tuples = [inner for inner in map(elements, allowed) if inner]
+    if tuples and str not in allowed and not word:
+        return ()
+    if str in tuples and str not in allowed and word[0] not in '(["\'': # words without quotes
+        return tuple(text.split(','))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore') # Python warns of texts like '\d' and 1or
+            value = ast.literal_eval(word)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return fit(float(word) if float in allowed and word.lstrip('+-') == 'inf' else text, hint)
+    for candidate in value, (value,), text:
+        try:
+            return fit(candidate, hint)
+        except TypeError:
+            pass
+    raise TypeError(f'{text!r} is not {hint}')
+
+
+# arguments and files -------------------------------------------------------------------------------------------------
+
+def read_arguments(argv, folder, settings):
+    """Sort arguments into config files (paths), flags (values by name) and mistakes. folder: the script's."""
+    def find(arg):
+        return next((path for path in (arg, os.path.join(folder, arg)) if os.path.isfile(path)), None)
+
+    files, flags, mistakes, rest = [], {}, [], list(argv)
+    while rest:
+        arg = rest.pop(0)
+        name, equals, text = arg.lstrip('-').partition('=')
+        if not arg.startswith('--'):
+            if find(arg):
+                files.append(find(arg))
+            elif name in settings:
+                mistakes.append(f'{arg!r}: a setting takes two dashes and =, as in {example(name, settings[name])}')
+            else:
+                mistakes.append(f'no config file {arg!r} here or in {folder}; a setting is written --key=value')
+            continue
+        # In `--key value`, value must not count as a config file that is missing.
+        spaced = not equals and rest and not (rest[0].startswith('--') or rest[0].endswith('.py') or find(rest[0]))
+        text = rest.pop(0) if spaced else text
+        if name not in settings:
+            mistakes.append(f'unknown setting {"--" + name!r}{nearest(name, settings, "--")}; --help lists all')
+        elif spaced:
+            mistakes.append(f'--{name} {text!r}: write = instead of the space, --{name}={text}')
+        elif not equals and bool not in options(settings[name].hint):
+            mistakes.append(f'--{name} needs a value, as in {example(name, settings[name])}')
+        else:
+            try:
+                flags[name] = parse(text, settings[name].hint) if equals else True
+            except TypeError:
+                mistakes.append(f'--{name}={text!r}: expected {type_name(settings[name])}, '
+                                f'as in {example(name, settings[name])}')
+    return files, flags, mistakes
+
+
+def run_file(path, known, settings, mistakes):
+    """Execute a config file, which can read the values in known. Returns what it set, adds to mistakes."""
+    # The known values join its builtins, so its globals are exactly what it assigned, equal to the default or not.
+    assigned = {'__builtins__': {**vars(builtins), **known}, '__file__': os.path.abspath(path),
+                '__name__': os.path.splitext(os.path.basename(path))[0]}
+    try:
+        with open(path, 'rb') as f:
+            source = f.read()
+        exec(compile(source, path, 'exec'), assigned)
+    except Exception as e:
+        lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == path]
+        line = lines[-1] if lines else getattr(e, 'lineno', None) # a SyntaxError has run nothing yet
+        mistakes.append(f'{path}{f":{line}" if line else ""}: {type(e).__name__}: {getattr(e, "msg", None) or e}')
+        return {}
+    lines = {node.id: f':{node.lineno}' for node in ast.walk(ast.parse(source))
+             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    values = {}
+    for name, value in assigned.items():
+        where = path + lines.get(name, '')
+        if name in settings:
+            try:
+                values[name] = fit(value, settings[name].hint)
+            except TypeError:
+                mistakes.append(f'{where}: {name} = {value!r}: expected {type_name(settings[name])}, '
+                                f'as in {name} = {settings[name].default!r}')
+        elif not (name.startswith('_') or callable(value) or isinstance(value, types.ModuleType)):
+            mistakes.append(f'{where}: unknown setting {name!r}{nearest(name, settings)}; '
+                            'a helper\'s name must start with an underscore')
+    return values
+
+
+# words ---------------------------------------------------------------------------------------------------------------
+
+def nearest(name, settings, dashes=''):
+    match = difflib.get_close_matches(name, settings, 1)
+    return f', did you mean {dashes}{match[0]}?' if match else ''
+
+
+def type_name(setting):
+    return inspect.formatannotation(setting.hint)
+
+
+def example(name, setting):
+    """--name=default, in a form that shells and parse() take where there is one."""
+    value = setting.default
+    if isinstance(value, tuple) and value:
+        value = ','.join(map(str, value))
+    return f'--{name}={value if str(value).isprintable() else repr(value)}'
+
+
+def show_help(namespace, settings):
+    """Print the script's docstring, then the settings by group: default, comment, type."""
+    width = max(60, min(shutil.get_terminal_size().columns, 120))
+    left = min(34, max((len(example(*item)) for item in settings.items()), default=0) + 4)
+    script, group = os.path.basename(namespace['__file__']), ''
+    lines = [inspect.cleandoc(namespace.get('__doc__') or script), '',
+             f'usage: python {script} [config.py ...] [--key=value ...]', '', 'settings, with their defaults:']
+    for name, setting in settings.items():
+        if setting.group != group:
+            group = setting.group
+            lines += ['', textwrap.fill(group, width)]
+        head = f'  {example(name, setting)}'
+        if len(head) > left - 2: # too long to stand beside its comment
+            lines.append(head)
+            head = ''
+        for text in textwrap.wrap(f'{setting.comment} ({type_name(setting)})'.strip(), width - left):
+            lines.append(head.ljust(left) + text)
+            head = ''
+    say('\n'.join(lines))

@@ -1,0 +1,170 @@
+"""
+Your own text: files or folders of plain text, or of jsonl with the text in one field.
+
+    python data/text/prepare.py --input=book.txt
+    python data/text/prepare.py --input=notes/,more.jsonl --tokenizer=gpt2 --out=notes
+    python train.py --dataset=notes --out_dir=out-notes
+
+Documents are files, lines of jsonl, and what <|endoftext|> separates within them; in the output <|endoftext|> ends each
+document, if there are several. With many documents whole ones are held out for validation, with few the end of the
+text is. The text is read twice, in pieces: it may be larger than memory. Line ends stay as they are.
+"""
+import codecs
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from configurator import configure, exit_on_error
+from data.tokens import (EOT, ByteTokenizer, CharTokenizer, DataError, TiktokenTokenizer, Writer, dataset_folder,
+                         fraction, summarize)
+
+input = '' # files and folders, with commas between them
+tokenizer = 'bytes' # char: an id for each character that occurs; bytes: UTF-8; or tiktoken's gpt2, o200k_base...
+val_fraction = 0.1 # share that is held out
+field = 'text' # of the lines of jsonl
+suffixes = '.txt,.md,.jsonl' # files that are taken from folders
+out = 'text' # dataset to write: a name in data/, or a folder
+configure(globals())
+
+CHUNK = 1 << 22   # bytes that are read at once
+
+
+def find_files(names, suffixes):
+    """Paths of the files that are named or that folders hold, in the order of their names."""
+    files = []
+    for name in filter(None, names):
+        path = Path(os.path.expanduser(name))
+        if path.is_dir():
+            found = sorted(p for p in path.rglob('*') if p.suffix.lower() in suffixes and p.is_file())
+            if not found:
+                raise DataError(f'no {" ".join(sorted(suffixes))} files in {path}: name others with --suffixes=.a,.b')
+            files += found
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise DataError(f'there is no file or folder {path}: give one with --input=PATH')
+    if not files:
+        raise DataError('which text? give files or folders with --input=PATH,PATH')
+    return files
+
+
+def bad_utf8(path, offset):
+    return DataError(f'{path} is not UTF-8 at byte {offset}: save it as UTF-8, or leave it out')
+
+
+def read_plain(path, progress):
+    """Yields (piece of text, whether a document ends after it)."""
+    decoder = codecs.getincrementaldecoder('utf-8')()
+    position, buffer, final = 0, '', False
+    with open(path, 'rb') as file:
+        while not final:
+            data = file.read(CHUNK)
+            final = not data
+            pending = len(decoder.getstate()[0])   # bytes of a character that the last chunk has cut
+            try:
+                buffer += decoder.decode(data, final)
+            except UnicodeDecodeError as error:
+                raise bad_utf8(path, position - pending + error.start) from None
+            if position == 0:
+                buffer = buffer.removeprefix('\ufeff')
+            position += len(data)
+            progress(len(data))
+            *documents, buffer = buffer.split(EOT)
+            yield from ((document, True) for document in documents)
+            cut = place_to_cut(buffer)
+            yield buffer[:cut], False
+            buffer = buffer[cut:]
+    yield buffer, True
+
+
+def place_to_cut(text):
+    """
+    Where the text can be tokenized in two parts: after a newline between words, across which no BPE token reaches.
+    Text without any is cut anywhere once it is long, but for an <|endoftext|> that may have begun.
+    """
+    at = len(text)
+    while (at := text.rfind('\n', 0, at)) > 0:
+        if re.match(r'\S\n[^\s/]', text[at - 1:at + 2]):
+            return at + 1
+    return len(text) - len(EOT) if len(text) > 4 * CHUNK else 0
+
+
+def read_jsonl(path, progress):
+    """Yields (piece of text, whether a document ends after it)."""
+    position = 0
+    with open(path, 'rb') as file:
+        for number, line in enumerate(file, 1):
+            try:
+                if line.strip():
+                    text = json.loads(line.decode('utf-8'))[field]
+                    yield from ((document, True) for document in text.split(EOT))
+            except UnicodeDecodeError as error:
+                raise bad_utf8(path, position + error.start) from None
+            except (ValueError, RecursionError) as error:
+                raise DataError(f'{path}, line {number} is not JSON ({error})') from None
+            except (KeyError, TypeError, AttributeError):
+                raise DataError(f'{path}, line {number} has no text in a field {field!r}: '
+                                'name it with --field=NAME') from None
+            position += len(line)
+            progress(len(line))
+
+
+def read(files, label):
+    """Yields (piece of text, whether a document ends after it) of all files, without empty documents and pieces."""
+    begun = False
+    total = sum(path.stat().st_size for path in files)
+    with tqdm(total=total, unit='B', unit_scale=True, desc=label, disable=None) as bar:
+        for path in files:
+            for text, ends in (read_jsonl if path.suffix.lower() == '.jsonl' else read_plain)(path, bar.update):
+                begun = begun or bool(text)
+                if text or begun and ends:
+                    yield text, ends
+                begun = begun and not ends
+
+
+with exit_on_error():
+    if not 0 < val_fraction < 1:
+        raise DataError(f'val_fraction is {val_fraction}, but must be between 0 and 1')
+    if tokenizer not in ('char', 'bytes'):
+        codec = TiktokenTokenizer(tokenizer)
+    files = find_files(input.split(','), set(suffixes.lower().split(',')))
+
+    n_characters, n_documents, characters = 0, 0, set()
+    for text, ends in read(files, 'reading'):
+        n_characters += len(text)
+        n_documents += ends
+        if tokenizer == 'char':
+            characters.update(text)
+    if n_characters == 0:
+        raise DataError(f'{input} holds no text')
+    several = n_documents > 1
+    by_document = n_documents * val_fraction >= 20
+    if tokenizer == 'bytes':
+        codec = ByteTokenizer()
+    elif tokenizer == 'char':
+        codec = CharTokenizer(''.join(sorted(characters)), eot=several)
+
+    cut = int(n_characters * (1 - val_fraction))   # where validation begins, if not by documents
+    position = document = 0
+    with Writer(dataset_folder(out), codec) as writer:
+        for text, ends in read(files, 'writing'):
+            if by_document:
+                split = 'val' if fraction(str(document)) < val_fraction else 'train'
+                writer.write(split, codec.encode(text))
+            else:
+                here = max(0, cut - position)
+                writer.write('train', codec.encode(text[:here]))
+                writer.write('val', codec.encode(text[here:]))
+                position += len(text)
+                split = 'train' if position <= cut else 'val'
+            document += ends
+            if ends and several:
+                writer.write(split, [codec.eot])
+    print(f'{n_documents:,} documents, {n_characters:,} characters; held out: '
+          f'{"whole documents" if by_document else "the end of the text"}')
+    summarize(writer, f'python train.py --dataset={out} --out_dir=out-{Path(out).name}')

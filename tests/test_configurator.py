@@ -1,0 +1,512 @@
+"""configurator.py on small scripts that are written to a temporary folder."""
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import warnings
+
+import pytest
+from hypothesis import HealthCheck, example, given as given_, settings as hypothesis_settings, strategies as st
+
+import configurator
+from configurator import configure, exit_on_error, fail
+
+ROOT = os.path.dirname(os.path.abspath(configurator.__file__))
+
+SCRIPT = '''
+"""Trains something.
+
+Second paragraph: 50% off {braces}.
+"""
+import os
+from dataclasses import dataclass
+# ---------------------------------
+# input and output
+# (files)
+out_dir = 'oüüt' # where it all göes, # included
+eval_only = False # evaluate and stop
+# optimizer
+learning_rate = 6e-4 # peak
+max_iters = 1000 # steps,
+                 # in all
+betas = (0.9, 0.95); _after = 1
+
+# chat
+top_k: int | None = 200 # None: all
+start: str | None = None # prompt
+peak_flops: float | str = 'auto' # a number, auto or measure
+compile: 'bool | str' = True # or auto
+shape: int | tuple[int, ...] = 3
+stop: tuple[str, ...] = ()
+either: bool | int = 2
+anything = None
+n_layer = 4
+_hidden = 1
+def helper(): pass
+class Helper: pass
+module = os
+here = os.getcwd
+'''
+NAMES = ['out_dir', 'eval_only', 'learning_rate', 'max_iters', 'betas', 'top_k', 'start', 'peak_flops', 'compile',
+         'shape', 'stop', 'either', 'anything']
+
+
+@dataclasses.dataclass
+class NetConfig:
+    n_layer: float = 12 # blocks
+    # shape
+    width: int = 64 # channels, é
+    levels: tuple[int, ...] = () # blocks at each
+                                 # resolution
+    mixer: 'str | None' = 'attention'
+    scales: list = dataclasses.field(default_factory=lambda: [1, 2.5])
+
+    def method(self):
+        local = 1
+        return local
+
+
+class Script:
+    """A script in a folder of its own, and the ways to run it."""
+
+    def __init__(self, folder, source=SCRIPT):
+        self.folder = folder
+        self.path = folder / 'script.py'
+        self.path.write_text(source.lstrip(), encoding='utf-8')
+
+    def namespace(self):
+        namespace = {'__file__': str(self.path), '__name__': 'script'}
+        exec(compile(self.path.read_text(encoding='utf-8'), str(self.path), 'exec'), namespace)
+        return namespace
+
+    def run(self, *argv, dataclass=None):
+        return configure(self.namespace(), dataclass, list(argv))
+
+    def file(self, name, text):
+        path = self.folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(textwrap.dedent(text), encoding='utf-8')
+        return str(path)
+
+
+@pytest.fixture
+def script(tmp_path):
+    return Script(tmp_path)
+
+
+@pytest.fixture
+def mistakes(script, capsys):
+    """Runs the script, which must refuse its arguments and change nothing; returns the lines after `error: `."""
+    def run(*argv, dataclass=None):
+        namespace = script.namespace()
+        before = dict(namespace)
+        with pytest.raises(SystemExit) as e:
+            configure(namespace, dataclass, list(argv))
+        out, err = capsys.readouterr()
+        assert e.value.code == 2 and out == '' and namespace == before
+        lines = err.splitlines()
+        assert lines and all(line.startswith('error: ') for line in lines)
+        return [line[len('error: '):] for line in lines]
+    return run
+
+
+# what is a setting ---------------------------------------------------------------------------------------------------
+
+def test_settings_are_the_scripts_plain_assignments(script, capsys):
+    config, given = script.run()
+    assert list(config) == [*NAMES, 'n_layer']
+    assert config['betas'] == (0.9, 0.95) and config['top_k'] == 200 and given == {}
+    assert capsys.readouterr().out == ''
+
+
+def test_assignments_below_the_call_are_not_settings(tmp_path):
+    source = ('class First:\n    c = 1\nimport configurator\na = 1\n'
+              'result = configurator.configure(globals(), argv=[])\nb = 2')
+    assert Script(tmp_path, source).namespace()['result'] == ({'a': 1}, {})
+
+
+def test_dataclass_fields_are_settings(script):
+    config, given = script.run('--width=128', '--levels=5,2', dataclass=NetConfig)
+    assert given == {'width': 128, 'levels': (5, 2)}
+    assert {'mixer': 'attention', 'scales': (1, 2.5), 'width': 128}.items() <= config.items()
+    assert list(config)[-4:] == ['width', 'levels', 'mixer', 'scales']
+
+
+def test_script_default_wins_and_dataclass_annotation_fills_in(script):
+    config, _ = script.run(dataclass=NetConfig)
+    assert config['n_layer'] == 4 and type(config['n_layer']) is float # the field is a float
+    assert script.run('--n_layer=2.5', dataclass=NetConfig)[0]['n_layer'] == 2.5
+
+
+def test_dataclass_defined_without_source(script):
+    namespace = {}
+    exec('from dataclasses import dataclass\n@dataclass\nclass C:\n    extra: int = 1', namespace)
+    assert script.run('--extra=2', dataclass=namespace['C'])[0]['extra'] == 2
+
+
+def test_namespace_gets_the_scripts_own_settings_only(script):
+    namespace = script.namespace()
+    config, given = configure(namespace, NetConfig, ['--max_iters=7', '--width=8'])
+    assert namespace['max_iters'] == 7 and 'width' not in namespace and config['width'] == 8
+
+
+def test_config_is_json(script):
+    config, _ = script.run('--levels=1,2', '--peak_flops=312e12', dataclass=NetConfig)
+    assert json.loads(json.dumps(config))['levels'] == [1, 2]
+
+
+# the command line ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('arg, value', [
+    ('--max_iters=5', 5), ('--max_iters=1e3', 1000), ('--max_iters=-1', -1), ('--max_iters= 1_000 ', 1000),
+    ('--learning_rate=1', 1.0), ('--learning_rate=1e-5', 1e-5), ('--learning_rate=inf', float('inf')),
+    ('--eval_only', True), ('--eval_only=True', True), ('--eval_only=true', True), ('--eval_only=1', True),
+    ('--eval_only=False', False), ('--eval_only=false', False), ('--eval_only=0', False),
+    ('--out_dir=2024', '2024'), ('--out_dir=None', 'None'), ('--out_dir=', ''), ('--out_dir=a=b', 'a=b'),
+    ('--out_dir="x"', '"x"'), ('--out_dir=C:\\new\\x', 'C:\\new\\x'), ('--out_dir=--x', '--x'),
+    ('--start=None', None), ('--start=5', '5'), ('--start="x"', '"x"'), ('--start=a b\n', 'a b\n'),
+    ('--top_k=None', None), ('--top_k=3', 3),
+    ('--peak_flops=measure', 'measure'), ('--peak_flops=312e12', 312e12), ('--peak_flops=312', 312.0),
+    ('--peak_flops=1if', '1if'), ('--peak_flops=None', 'None'), ('--either=1', 1), ('--either=true', True),
+    ('--compile=auto', 'auto'), ('--compile=false', False), ('--compile', True),
+    ('--shape=4', 4), ('--shape=4,5', (4, 5)), ('--shape=(4,5)', (4, 5)), ('--shape=[4, 5]', (4, 5)),
+    ('--shape=4,', (4,)),
+    ('--betas=0.9,1', (0.9, 1.0)), ('--betas=5', (5.0,)), ('--betas=()', ()), ('--betas=', ()),
+    ('--stop=a,b', ('a', 'b')), ('--stop=5', ('5',)), ('--stop=("a,b", "c")', ('a,b', 'c')), ('--stop=', ()),
+    ('--anything=5', 5), ('--anything=word', 'word'), ('--anything=None', None),
+])
+def test_value(script, arg, value):
+    name = arg[2:].partition('=')[0]
+    config, given = script.run(arg)
+    assert given == {name: value} and type(given[name]) is type(value) and config[name] == value
+    if isinstance(value, tuple):
+        assert list(map(type, given[name])) == list(map(type, value))
+
+
+@pytest.mark.parametrize('arg, words', [
+    ('--max_iters=True', 'expected int'), ('--max_iters=2.5', 'expected int'), ('--max_iters=many', 'expected int'),
+    ('--max_iters=', 'expected int'), ('--max_iters=None', 'expected int'), ('--max_iters=inf', 'expected int'),
+    ('--max_iters=1e300', 'expected int'), ('--max_iters=' + '9' * 5000, 'expected int'),
+    ('--max_iters=0x' + 'f' * 5000, 'expected int'), ('--max_iters=' + '(' * 5000, 'expected int'),
+    ('--max_iters=' + '-' * 50000 + '1', 'expected int'),
+    ('--learning_rate=True', 'expected float'), ('--learning_rate=nan', 'expected float'),
+    ('--learning_rate=1' + '0' * 400, 'expected float'), ('--learning_rate=1+2j', 'expected float'),
+    ('--eval_only=2', 'expected bool'), ('--eval_only=', 'expected bool'), ('--top_k=all', 'expected int | None'),
+    ('--betas=a', 'expected tuple[float, ...]'), ('--betas=0.9,True', 'as in --betas=0.9,0.95'),
+    ('--shape=4,5.5', 'expected int | tuple[int, ...]'),
+    ('--max_iters', 'needs a value, as in --max_iters=1000'), ('--start', 'needs a value'),
+    ('max_iters=5', 'two dashes'), ('-max_iters=5', 'two dashes'), ('--max_itres=5', 'did you mean --max_iters?'),
+    ('--max-iters=5', 'did you mean --max_iters?'), ('--_hidden=2', 'unknown setting'),
+    ('--helper=1', 'unknown setting'), ('--qqq', 'unknown setting'), ('--', 'unknown setting'),
+    ('', 'no config file'), ('nowhere.py', 'no config file'),
+    ('a\nb\u2028c\x00', 'no config file'), ('--a\rb=1', 'unknown setting'),
+])
+def test_mistaken_argument(mistakes, arg, words):
+    lines = mistakes(arg)
+    assert len(lines) == 1 and words in lines[0]
+
+
+def test_word_for_a_tuple_of_anything(mistakes):
+    assert mistakes('--scales=word', dataclass=NetConfig) == ["--scales='word': expected list, as in --scales=1,2.5"]
+
+
+@pytest.mark.parametrize('argv, words', [
+    (['--max_iters', '5'], '--max_iters=5'), (['--learning_rate', '-5'], '--learning_rate=-5'),
+    (['--eval_only', 'True'], '--eval_only=True'), (['--max_itres', '5'], 'did you mean --max_iters?'),
+    (['--eval_only', 'nowhere.py'], 'no config file'),
+])
+def test_space_instead_of_equals(mistakes, argv, words):
+    lines = mistakes(*argv)
+    assert len(lines) == 1 and words in lines[0]
+
+
+def test_flag_before_a_flag_takes_no_value(mistakes):
+    assert ['needs a value' in line for line in mistakes('--max_iters', '--nope')] == [True, False]
+
+
+def test_flag_before_a_file_takes_no_value(script):
+    path = script.file('extensionless', 'max_iters = 3')
+    assert script.run('--eval_only', path)[1] == {'max_iters': 3, 'eval_only': True}
+
+
+def test_python_does_not_warn_of_values(script):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        script.run('--anything=1or 2', '--peak_flops="\\d"')
+    assert not caught
+
+
+def test_last_of_equal_flags_wins(script):
+    assert script.run('--max_iters=1', '--max_iters=2')[1] == {'max_iters': 2}
+
+
+def test_overrides_are_listed_in_one_line(script, capsys):
+    script.run('--max_iters=5', '--start=ü\n\x1b')
+    assert capsys.readouterr().out == "config: max_iters=5, start='ü\\n\\x1b'\n"
+
+
+# config files --------------------------------------------------------------------------------------------------------
+
+def test_file_in_nanogpts_manner(script):
+    path = script.file('config/finetune.py', '''
+        # what follows has arithmetic, an import and a call
+        import time
+        from pathlib import Path
+
+        out_dir = 'ft-' + str(time.time())
+        eval_only=True # no spaces
+
+        # 5 * 8 = 40 steps
+        max_iters = 5 * 8
+        learning_rate = 1 # an int for a float
+        top_k = None
+        betas = [0.5, 1] # a list
+        # compile = False
+    ''')
+    config, given = script.run(path)
+    assert list(given) == ['out_dir', 'eval_only', 'max_iters', 'learning_rate', 'top_k', 'betas']
+    assert given['out_dir'].startswith('ft-') and given['max_iters'] == 40 and given['betas'] == (0.5, 1.0)
+    assert type(config['learning_rate']) is float and config['compile'] is True
+
+
+def test_later_file_wins_and_the_command_line_wins_over_both(script):
+    a = script.file('a.py', 'max_iters = 1\nn_layer = 1\nshape = 1')
+    b = script.file('b.py', 'max_iters = 2\nn_layer = 2')
+    for argv in (['--n_layer=9', a, b], [a, '--n_layer=9', b], [a, b, '--n_layer=9']):
+        assert script.run(*argv)[1] == {'max_iters': 2, 'n_layer': 9, 'shape': 1}
+
+
+def test_file_reads_defaults_earlier_files_and_flags(script):
+    a, b = script.file('a.py', 'n_layer = 7'), script.file('b.py', '''
+        max_iters = max_iters * 2 + n_layer
+        def _double(x): return x * 2
+        shape = tuple(_double(i) for i in (n_layer,))
+        learning_rate /= width
+        out_dir = __name__ + str(__file__.endswith('b.py'))
+    ''')
+    given = script.run(a, b, '--width=2', dataclass=NetConfig)[1]
+    assert given == {'n_layer': 7, 'max_iters': 2007, 'shape': (14,), 'learning_rate': 3e-4, 'out_dir': 'bTrue',
+                     'width': 2}
+
+
+def test_value_equal_to_the_default_is_given(script):
+    assert script.run(script.file('a.py', 'max_iters = 1000\neval_only = False'))[1] == {
+        'max_iters': 1000, 'eval_only': False}
+
+
+def test_file_is_found_from_here_then_from_the_scripts_folder(script, tmp_path_factory, monkeypatch):
+    here = tmp_path_factory.mktemp('here')
+    monkeypatch.chdir(here)
+    script.file('config/x.py', 'max_iters = 1')
+    assert script.run('config/x.py')[1] == {'max_iters': 1}
+    (here / 'config').mkdir()
+    (here / 'config' / 'x.py').write_text('max_iters = 2')
+    assert script.run('config/x.py')[1] == {'max_iters': 2}
+
+
+def test_mistakes_in_a_file(script, mistakes):
+    path = script.file('bad.py', '''\
+        import os
+        from math import pi
+        max_itres = 5
+        _fine, helper = 1, len
+        class AlsoFine: pass
+        learning_rate = 'fast'
+        eval_only = 1
+        n_layer = 10**400
+        start = os
+        peak_flops = float('nan')
+    ''')
+    assert mistakes(path) == [
+        f"{path}: unknown setting 'pi'; a helper's name must start with an underscore",
+        f"{path}:3: unknown setting 'max_itres', did you mean max_iters?; a helper's name must start "
+        'with an underscore',
+        f"{path}:6: learning_rate = 'fast': expected float, as in learning_rate = 0.0006",
+        f'{path}:7: eval_only = 1: expected bool, as in eval_only = False',
+        f'{path}:8: n_layer = {10**400}: expected int, as in n_layer = 4',
+        f'{path}:9: start = {os!r}: expected str | None, as in start = None',
+        f"{path}:10: peak_flops = nan: expected float | str, as in peak_flops = 'auto'",
+    ]
+
+
+@pytest.mark.parametrize('text, words', [
+    ('max_iters = 1\nx = (', ":2: SyntaxError: '(' was never closed"),
+    ('max_iters = 1\n1 / 0', ':2: ZeroDivisionError: division by zero'),
+    ('import nowhere_at_all', ":1: ModuleNotFoundError: No module named 'nowhere_at_all'"),
+    ('\n\n_x = [][1]', ':3: IndexError: list index out of range'),
+    ('max_iters = undefined', ":1: NameError: name 'undefined' is not defined"),
+    ('raise ValueError("two\\nlines")', ':1: ValueError: two lines'),
+    ('a\0b', 'source code string cannot contain null bytes'),
+])
+def test_file_that_raises(script, mistakes, text, words):
+    path = script.file('bad.py', text)
+    lines = mistakes(path)
+    assert len(lines) == 1 and lines[0].startswith(path) and lines[0].endswith(words)
+
+
+def test_file_that_is_not_text(script, mistakes):
+    (script.folder / 'bad.py').write_bytes(b'max_iters = "\xff\xfe"')
+    assert 'SyntaxError' in mistakes(str(script.folder / 'bad.py'))[0]
+
+
+def test_all_mistakes_are_reported_at_once(script, mistakes):
+    a, b = script.file('a.py', 'typo_a = 1\nmax_iters = "x"'), script.file('b.py', '1/0')
+    lines = mistakes('--nope=1', a, '--max_iters=x', b, 'missing.py', '--out_dir=fine', '--top_k')
+    assert len(lines) == 7
+    for words in ('nope', 'typo_a', 'a.py:2', 'b.py:1', 'missing.py', "--max_iters='x'", '--top_k needs'):
+        assert sum(words in line for line in lines) == 1, words
+
+
+# help ----------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('argv', [['--help'], ['-h'], ['--nope', 'missing.py', '-h']])
+def test_help_exits_with_0(script, argv):
+    with pytest.raises(SystemExit) as e:
+        script.run(*argv)
+    assert e.value.code == 0
+
+
+def help_of(script, capsys, columns, monkeypatch):
+    monkeypatch.setenv('COLUMNS', str(columns))
+    with pytest.raises(SystemExit):
+        script.run('--help', dataclass=NetConfig)
+    return capsys.readouterr().out
+
+
+def test_help_shows_everything_in_order(script, capsys, monkeypatch):
+    text = help_of(script, capsys, 120, monkeypatch)
+    assert text.startswith('Trains something.\n\nSecond paragraph: 50% off {braces}.\n')
+    lines = [' '.join(line.split()) for line in text.splitlines() if line]
+    start = lines.index('input and output (files)')
+    assert lines[start:] == [
+        'input and output (files)',
+        '--out_dir=oüüt where it all göes, # included (str)',
+        '--eval_only=False evaluate and stop (bool)',
+        'optimizer',
+        '--learning_rate=0.0006 peak (float)',
+        '--max_iters=1000 steps, in all (int)',
+        '--betas=0.9,0.95 (tuple[float, ...])',
+        'chat',
+        '--top_k=200 None: all (int | None)',
+        '--start=None prompt (str | None)',
+        '--peak_flops=auto a number, auto or measure (float | str)',
+        '--compile=True or auto (bool | str)',
+        '--shape=3 (int | tuple[int, ...])',
+        '--stop=() (tuple[str, ...])',
+        '--either=2 (bool | int)',
+        '--anything=None (bool | int | float | str | tuple | None)',
+        '--n_layer=4.0 blocks (float)',
+        'NetConfig: shape',
+        '--width=64 channels, é (int)',
+        '--levels=() blocks at each resolution (tuple[int, ...])',
+        '--mixer=attention (str | None)',
+        '--scales=1,2.5 (list)',
+    ]
+
+
+@pytest.mark.parametrize('columns', [80, 120])
+def test_help_fits_the_terminal(tmp_path, capsys, monkeypatch, columns):
+    source = SCRIPT + f'\na_setting_whose_name_is_much_too_long = 1 # {"word " * 60}\n'
+    text = help_of(Script(tmp_path, source), capsys, columns, monkeypatch)
+    assert columns - 10 < max(map(len, text.splitlines())) <= columns
+    assert '\n  --a_setting_whose_name_is_much_too_long=1\n' in text
+
+
+# fail and exit_on_error ----------------------------------------------------------------------------------------------
+
+def test_fail(capsys):
+    with pytest.raises(SystemExit) as e:
+        fail('one\n  two', 3)
+    assert e.value.code == 2 and capsys.readouterr().err == 'error: one two\nerror: 3\n'
+
+
+@pytest.mark.parametrize('error, line', [
+    (ValueError('n_embd 3\nis odd'), 'n_embd 3 is odd'),
+    (ValueError(), 'ValueError'),
+    (ImportError('install tiktoken'), 'install tiktoken'),
+    (OSError('plain'), 'plain'),
+    (FileNotFoundError(2, 'No such file or directory', 'x'), "No such file or directory: 'x'"),
+    (OSError(18, 'Invalid cross-device link', 'a', None, 'b'), "Invalid cross-device link: 'a': 'b'"),
+    (OSError(28, 'No space left on device'), 'No space left on device'),
+])
+def test_exit_on_error(capsys, error, line):
+    with pytest.raises(SystemExit) as e, exit_on_error():
+        raise error
+    assert e.value.code == 2 and capsys.readouterr().err == f'error: {line}\n'
+
+
+def test_exit_on_error_lets_bugs_through(capsys):
+    for bug in (KeyError('x'), RuntimeError('x'), AssertionError(), TypeError()):
+        with pytest.raises(type(bug)), exit_on_error():
+            raise bug
+    with pytest.raises(SystemExit) as e, exit_on_error():
+        raise KeyboardInterrupt
+    assert e.value.code == 130 and capsys.readouterr().err == ''
+    with exit_on_error():
+        pass
+
+
+# whole processes -----------------------------------------------------------------------------------------------------
+
+PROCESS = SCRIPT + '''
+import json, sys
+from configurator import configure
+config, given = configure(globals())
+print(json.dumps([max_iters, out_dir, given, sorted({'torch', 'numpy'} & set(sys.modules))]))
+below = 1
+'''
+
+
+def process(script, *argv, module=False):
+    env = {**os.environ, 'PYTHONPATH': ROOT + os.pathsep + str(script.folder), 'PYTHONIOENCODING': 'ascii'}
+    return subprocess.run([sys.executable, *(['-m', 'script'] if module else [str(script.path)]), *argv], env=env,
+                          cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize('module', [False, True])
+def test_process(tmp_path, module):
+    script = Script(tmp_path, PROCESS)
+    script.file('config/x.py', 'max_iters = 3')
+    done = process(script, 'config/x.py', '--out_dir=é', module=module)
+    assert done.returncode == 0 and done.stderr == ''
+    line, result = done.stdout.splitlines()
+    assert line == "config: max_iters=3, out_dir='\\xe9'"
+    assert json.loads(result) == [3, 'é', {'max_iters': 3, 'out_dir': 'é'}, []]
+
+
+def test_process_with_a_mistake(tmp_path):
+    done = process(Script(tmp_path, PROCESS), '--below=1')
+    assert done.returncode == 2 and done.stdout == '' and done.stderr.startswith("error: unknown setting '--below'")
+
+
+# any arguments at all ------------------------------------------------------------------------------------------------
+
+TEXTS = st.one_of(st.text(), st.text('0123456789eE+-.,()[]{}\'"\\_xnNoTrue #\n', max_size=12),
+                  st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+                               lambda inner: st.lists(inner) | st.tuples(inner, inner), max_leaves=5).map(repr))
+ARGUMENTS = st.one_of(TEXTS, st.builds('--{}={}'.format, st.sampled_from(NAMES + ['levels', 'scales']), TEXTS),
+                      st.builds('--{}'.format, st.sampled_from(NAMES) | TEXTS),
+                      st.sampled_from(['-h', 'good.py', 'bad.py']))
+
+
+@hypothesis_settings(max_examples=300, deadline=None, derandomize=True, database=None,
+                     suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given_(st.lists(ARGUMENTS, max_size=5))
+@example(['--betas={1: 2}'])
+@example(['--levels=' + '[' * 90 + ']' * 90])
+def test_no_arguments_make_a_traceback(script, capsys, argv):
+    script.file('good.py', 'max_iters = 3')
+    script.file('bad.py', 'max_iters = typo = "x"')
+    capsys.readouterr()
+    try:
+        config, given = script.run(*argv, dataclass=NetConfig)
+    except SystemExit as e:
+        lines = capsys.readouterr().err.splitlines()
+        helped = '-h' in argv or '--help' in argv
+        assert e.code == (0 if helped else 2)
+        assert not lines if helped else lines and all(line.startswith('error: ') for line in lines)
+    else:
+        assert json.loads(json.dumps(config)).keys() == config.keys() >= given.keys()
+        assert capsys.readouterr().err == ''

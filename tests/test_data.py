@@ -1,0 +1,1003 @@
+"""Token files, tokenizers, sampling, and the prepare scripts run for real on small input."""
+import abc
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from data import hub
+from data import tokens as T
+from data.tokens import (EOT, ByteTokenizer, CharTokenizer, DataError, Split, TiktokenTokenizer, Writer, dataset_folder,
+                         load_meta, load_tokenizer, prefetch)
+
+needs_gpt2 = pytest.mark.skipif('TIKTOKEN_CACHE_DIR' not in os.environ,
+                                reason='TIKTOKEN_CACHE_DIR names no folder with the vocabulary of GPT-2')
+needs_shakespeare = pytest.mark.skipif('TINYSHAKESPEARE' not in os.environ,
+                                       reason='TINYSHAKESPEARE names no file with the text')
+
+
+def raw(folder, split='train', ids=range(100), dtype='<u2'):
+    """A file as nanoGPT writes them."""
+    folder.mkdir(exist_ok=True)
+    np.array(ids, dtype).tofile(folder / f'{split}.bin')
+    return folder
+
+
+def sharded(path, ids, magic=20240520, version=1, dtype='<u2', count=None):
+    """A shard as llm.c writes them."""
+    header = np.zeros(256, '<i4')
+    header[:3] = magic, version, len(ids) if count is None else count
+    path.write_bytes(header.tobytes() + np.array(ids, dtype).tobytes())
+
+
+def shards_of(folder, lengths, split='train'):
+    """Shards in which every token of the split is its own number: token t of shard s is 1000 * s + t."""
+    for s, n in enumerate(lengths):
+        np.array(1000 * s + np.arange(n), '<u2').tofile(folder / f'{split}_{s:03d}.bin')
+    return Split(folder, split)
+
+
+def message(error):
+    text = str(error.value)
+    assert '\n' not in text
+    return text
+
+
+# ---- tokenizers
+
+@given(st.text())
+def test_bytes_round_trip(text):
+    tokenizer = ByteTokenizer()
+    ids = tokenizer.encode(text)
+    if EOT not in text and text.isprintable():
+        assert bytes(ids) == text.encode()
+    assert tokenizer.decode(ids, special=True) == text
+    assert tokenizer.n_bytes(ids) == len(text.replace(EOT, '').encode())
+    assert max(ids, default=0) < tokenizer.vocab_size
+
+
+@given(st.text(min_size=1), st.booleans())
+def test_char_round_trip(text, eot):
+    tokenizer = CharTokenizer.from_text([text], eot)
+    again = load_tokenizer(json.loads(json.dumps(tokenizer.meta())))
+    ids = tokenizer.encode(text)
+    assert again.encode(text) == ids and len(ids) == len(text)
+    assert again.decode(ids) == text
+    assert tokenizer.n_bytes(ids) == len(text.encode())
+    assert set(ids) == set(range(len(set(text))))
+    assert tokenizer.vocab_size == len(set(text)) + eot
+    assert tokenizer.eot == (len(set(text)) if eot else None)
+
+
+@needs_gpt2
+def test_gpt2_round_trip():
+    tokenizer = load_tokenizer({'tokenizer': 'tiktoken', 'encoding': 'gpt2'})
+    text = 'Hello, wörld! 東京\n\n  def f(x):\n\treturn 1 👍'
+    ids = tokenizer.encode(text)
+    assert ids == tokenizer.encoding.encode(text) and tokenizer.decode(ids) == text
+    assert tokenizer.n_bytes(ids) == len(text.encode())
+    assert (tokenizer.name, tokenizer.vocab_size, tokenizer.eot) == ('gpt2', 50257, 50256)
+    assert load_tokenizer(tokenizer.meta()).encode(text) == ids
+
+
+@pytest.mark.parametrize('tokenizer', [ByteTokenizer(), CharTokenizer('ab', eot=True),
+                                       pytest.param('gpt2', marks=needs_gpt2)], ids=['bytes', 'char', 'gpt2'])
+def test_special_token(tokenizer):
+    if tokenizer == 'gpt2':
+        tokenizer = TiktokenTokenizer('gpt2')
+    ids = tokenizer.encode('a' + EOT + 'b' + EOT)
+    assert ids[1] == ids[3] == tokenizer.eot and len(ids) == 4
+    assert tokenizer.decode(ids) == 'ab'
+    assert tokenizer.decode(ids, special=True) == 'a' + EOT + 'b' + EOT
+    assert tokenizer.n_bytes(np.array([ids, [-1, -1, ids[0], 10 ** 6]])) == 3   # targets of -1 and surplus ids: none
+    assert tokenizer.decode([ids[0], 10 ** 6, -1]) == 'a\ufffd\ufffd'
+    if tokenizer.name != 'char':
+        plain = tokenizer.encode(EOT, allow_special=False)
+        assert tokenizer.eot not in plain and tokenizer.decode(plain) == EOT
+
+
+def test_special_token_in_text_of_characters():
+    tokenizer = CharTokenizer.from_text(['ba', 'a' + EOT + 'c'])
+    assert tokenizer.characters == 'abc' and tokenizer.eot == 3
+    assert CharTokenizer.from_text(['ab']).eot is None
+
+
+def test_bytes_cut_within_a_character():
+    tokenizer = ByteTokenizer()
+    ids = tokenizer.encode('é')
+    assert tokenizer.decode(ids[:1]) == '\ufffd'
+    assert tokenizer.decode_bytes(ids[:1]) + tokenizer.decode_bytes(ids[1:]) == 'é'.encode()
+    assert tokenizer.decode(tokenizer.encode('a\ud800')) == 'a?'
+
+
+def test_unknown_characters_are_named():
+    with pytest.raises(DataError) as error:
+        CharTokenizer('abc').encode('a\nXbX')
+    assert "'\\n', 'X'" in message(error) and 'more' not in message(error)
+    with pytest.raises(DataError) as error:
+        CharTokenizer('abc').encode('0123456789ABCDEF')
+    assert "'9' and 6 more" in message(error)
+
+
+@pytest.mark.parametrize('meta', [
+    {'tokenizer': 'sentencepiece'}, {'tokenizer': ['char']}, {'tokenizer': 'char'},
+    {'tokenizer': 'char', 'characters': 'aa'}, {'tokenizer': 'char', 'characters': ''},
+    {'tokenizer': 'char', 'characters': ['a']}, {'tokenizer': 'tiktoken'},
+    {'tokenizer': 'tiktoken', 'encoding': 'gpt7'}, {'tokenizer': 'tiktoken', 'encoding': '/etc/passwd'}, {'tokenizer': 'tiktoken', 'encoding': ['gpt2']}])
+def test_metadata_that_makes_no_tokenizer(meta):
+    with pytest.raises(DataError) as error:
+        load_tokenizer(meta)
+    message(error)
+
+
+def test_no_tokenizer_in_metadata():
+    assert load_tokenizer({}) is None
+    assert load_tokenizer({'vocab_size': 50304}) is None
+
+
+# ---- metadata
+
+def test_meta_pkl_of_nanogpt(tmp_path):
+    characters = 'zab\n'   # ids as given, not as sorted
+    meta = {'vocab_size': 4, 'itos': dict(enumerate(characters)), 'stoi': {c: i for i, c in enumerate(characters)}}
+    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(meta))
+    assert load_meta(tmp_path) == {'vocab_size': 4, 'tokenizer': 'char', 'characters': characters}
+    assert load_tokenizer(load_meta(tmp_path)).encode('az') == [1, 0]
+    (tmp_path / 'meta.json').write_text('{"vocab_size": 7}', encoding='utf-8')   # goes first
+    assert load_meta(tmp_path) == {'vocab_size': 7}
+
+
+class Attack:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, 'w')
+
+
+@pytest.mark.parametrize('protocol', [0, 2, 4])
+def test_malicious_pickle_is_refused(tmp_path, protocol):
+    victim = tmp_path / 'victim'
+    for thing in (Attack(str(victim)), {'stoi': {'a': Attack(str(victim))}}):
+        (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(thing, protocol))
+        with pytest.raises(DataError) as error:
+            load_meta(tmp_path)
+        assert 'io.open' in message(error) or 'open' in message(error)
+    assert not victim.exists()
+
+
+@pytest.mark.parametrize('data', [
+    b'', b'not a pickle', pickle.dumps({'stoi': {}})[:-3], pickle.dumps([1]), pickle.dumps({'vocab_size': 'x'}),
+    pickle.dumps({'vocab_size': -1}), b'\x80\x02}r\xff\xff\xff\x7f.', b'cos\nsystem\n.', b'(S"ls"\nios\nsystem\n.'])
+def test_damaged_pickle(tmp_path, data):
+    (tmp_path / 'meta.pkl').write_bytes(data)
+    with pytest.raises(DataError) as error:
+        load_meta(tmp_path)
+    message(error)
+
+
+@pytest.mark.parametrize('text', ['', '{', '[]', '3', '{"dtype": "float32"}', '{"vocab_size": "65"}',
+                                  '{"vocab_size": 0}', '{"vocab_size": true}', '{"tokens": 3}',
+                                  '{"tokens": {"train": -1}}', '{"unfinished": true}', '[' * 100000])
+def test_damaged_meta_json(tmp_path, text):
+    (tmp_path / 'meta.json').write_text(text, encoding='utf-8')
+    with pytest.raises(DataError) as error:
+        load_meta(tmp_path)
+    message(error)
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=200))
+def test_any_bytes_as_metadata(tmp_path_factory, data):
+    for name in ('meta.json', 'meta.pkl'):
+        folder = tmp_path_factory.mktemp('meta')
+        (folder / name).write_bytes(data)
+        try:
+            load_tokenizer(load_meta(folder))
+        except DataError as error:
+            assert '\n' not in str(error)
+
+
+# ---- files
+
+def test_raw_files(tmp_path):
+    split = Split(raw(tmp_path), 'train')
+    assert split.n_tokens == 100 and split.meta == {}
+    x, y = split.batch(0, 1, 99)
+    assert x.tolist() == [list(range(99))] and y.tolist() == [list(range(1, 100))]
+    assert x.dtype == y.dtype == np.int64
+
+
+def test_uint32_files(tmp_path):
+    (tmp_path / 'meta.json').write_text('{"dtype": "uint32", "vocab_size": 200000}', encoding='utf-8')
+    split = Split(raw(tmp_path, ids=[100000, 70000, 3], dtype='<u4'), 'train')
+    assert split.n_tokens == 3 and split.batch(0, 1, 2)[1].tolist() == [[70000, 3]]
+
+
+@pytest.mark.parametrize('names', [['train.bin'], ['train_000001.bin', 'train_000002.bin'],
+                                   ['fineweb_train_000001.bin', 'fineweb_train_000002.bin'],
+                                   ['tiny_shakespeare_train.bin']])
+@pytest.mark.parametrize('magic, version, dtype', [(20240520, 1, '<u2'), (20240801, 7, '<u4')])
+def test_shards_with_header(tmp_path, names, magic, version, dtype):
+    for i, name in enumerate(names):
+        sharded(tmp_path / name, range(10 * i, 10 * i + 10), magic, version, dtype)
+    sharded(tmp_path / 'fineweb_val_000000.bin', [7] * 5)   # neither one of train
+    (tmp_path / 'training.bin').write_bytes(b'123')
+    split = Split(tmp_path, 'train')
+    assert split.n_tokens == 10 * len(names)
+    batches = list(split.all_batches(8, 4))
+    assert np.concatenate([y[y >= 0] for _, y, _ in batches]).tolist() == [
+        i for s in range(len(names)) for i in range(10 * s + 1, 10 * s + 10)]
+
+
+@pytest.mark.parametrize('change, words', [
+    (dict(version=2), 'version 2'), (dict(count=11), '11 tokens'), (dict(count=9), '9 tokens'), (dict(count=-1), '-1')])
+def test_wrong_headers(tmp_path, change, words):
+    sharded(tmp_path / 'train_0.bin', range(10), **change)
+    with pytest.raises(DataError) as error:
+        Split(tmp_path, 'train')
+    assert words in message(error) and 'train_0.bin' in message(error)
+
+
+def test_truncated_shard(tmp_path):
+    sharded(tmp_path / 'train_0.bin', range(10))
+    os.truncate(tmp_path / 'train_0.bin', 1024 + 8)
+    with pytest.raises(DataError, match='10 tokens.* 1044 bytes.* 1032'):
+        Split(tmp_path, 'train')
+    os.truncate(tmp_path / 'train_0.bin', 500)
+    with pytest.raises(DataError, match='500'):
+        Split(tmp_path, 'train')
+
+
+def test_odd_and_empty_files(tmp_path):
+    (tmp_path / 'train.bin').write_bytes(b'12345')
+    with pytest.raises(DataError, match='5 bytes'):
+        Split(tmp_path, 'train')
+    (tmp_path / 'train.bin').write_bytes(b'')
+    with pytest.raises(DataError, match='empty'):
+        Split(tmp_path, 'train')
+    (tmp_path / 'meta.json').write_text('{"dtype": "uint32"}', encoding='utf-8')
+    (tmp_path / 'train.bin').write_bytes(b'123456')
+    with pytest.raises(DataError, match='6 bytes.*uint32'):
+        Split(tmp_path, 'train')
+
+
+def test_files_that_metadata_does_not_know(tmp_path):
+    raw(tmp_path, ids=range(98))
+    (tmp_path / 'meta.json').write_text('{"tokens": {"train": 100}}', encoding='utf-8')
+    with pytest.raises(DataError, match='promises 100 tokens.* have 98'):
+        Split(tmp_path, 'train')
+    (tmp_path / 'meta.json').unlink()
+    raw(tmp_path)
+    (tmp_path / 'train_000.bin').write_bytes(b'12')
+    with pytest.raises(DataError, match='both train.bin and train_000.bin'):
+        Split(tmp_path, 'train')
+
+
+def test_missing_data(tmp_path, monkeypatch):
+    monkeypatch.setattr(T, 'PROJECT', tmp_path)
+    (tmp_path / 'data' / 'poems').mkdir(parents=True)
+    (tmp_path / 'data' / 'poems' / 'prepare.py').touch()
+    for name, words in [('poems', 'run: python data/poems/prepare.py'), ('peoms', 'poems')]:
+        with pytest.raises(DataError) as error:
+            Split(dataset_folder(name), 'train')
+        assert words in message(error) and name in message(error)
+    raw(tmp_path / 'data' / 'poems')
+    with pytest.raises(DataError, match='no val.bin'):
+        Split(dataset_folder('poems'), 'val')
+
+
+def test_dataset_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'mine').mkdir()
+    assert dataset_folder('mine') == ROOT / 'data' / 'mine'
+    assert dataset_folder('./mine') == tmp_path / 'mine'
+    assert dataset_folder(str(tmp_path / 'elsewhere')) == tmp_path / 'elsewhere'
+    assert dataset_folder('data/calc') == ROOT / 'data/calc'
+
+
+# ---- batches
+
+def test_random_batches_are_a_pure_function(tmp_path):
+    split = shards_of(tmp_path, [50, 30, 80])
+    x, y = split.batch(1000, 64, 16, seed=3)
+    assert (y[:, :-1] == x[:, 1:]).all() and (np.diff(x, axis=1) == 1).all()   # windows stay within a shard
+    again = np.concatenate([Split(tmp_path, 'train').batch(1000 + i, 8, 16, seed=3)[0] for i in range(0, 64, 8)])
+    assert (again == x).all()   # however the samples are cut in batches
+    assert (split.batch(1001, 64, 16, seed=3)[0][:-1] == x[1:]).all()
+    assert (split.batch(1000, 64, 16, seed=4)[0] != x).any()
+    assert split.batch(10 ** 15, 1, 16, seed=-1)[0].shape == (1, 16)
+
+
+def test_random_batches_reach_every_start(tmp_path):
+    split = shards_of(tmp_path, [20, 4, 18])
+    starts = split.batch(0, 20000, 8)[0][:, 0]
+    valid = [*range(12), *range(2000, 2010)]   # the shard of 4 has no window of 8
+    values, counts = np.unique(starts, return_counts=True)
+    assert values.tolist() == valid
+    assert abs(counts - 20000 / 22).max() < 5 * (20000 / 22) ** 0.5
+
+
+@pytest.mark.parametrize('lengths', [[101], [50, 9, 33, 77], [11], [6], [900, 999]])
+def test_epoch_covers_every_window_once(tmp_path, lengths):
+    split = shards_of(tmp_path, lengths)
+    windows = sorted(1000 * s + t for s, n in enumerate(lengths) for t in range(0, n - 5, 5))
+    n = split.n_windows(5)
+    assert n == len(windows)
+    orders = []
+    for epoch in range(3):
+        x, y = split.batch(epoch * n, n, 5, 'epoch', seed=9)
+        assert sorted(x[:, 0].tolist()) == windows
+        assert (y == x + 1).all() and (np.diff(x, axis=1) == 1).all()
+        orders.append(x[:, 0].tolist())
+    if n > 10:
+        assert orders[0] != orders[1] != orders[2] and orders[0] != windows
+        assert split.batch(0, n, 5, 'epoch', seed=8)[0][:, 0].tolist() != orders[0]
+    x = split.batch(0, 2 * n, 3, 'epoch', seed=9, stride=5)[0]   # shorter windows, over the end of an epoch
+    assert x.shape == (2 * n, 3) and x[:, 0].tolist() == orders[0] + orders[1]
+
+
+def test_epoch_on_several_ranks(tmp_path):
+    split = shards_of(tmp_path, [400, 300])
+    n, ranks, batch = split.n_windows(4), 3, 2
+    seen = [[split.batch((step * ranks + rank) * batch, batch, 4, 'epoch')[0][:, 0].tolist()
+             for step in range(n // (ranks * batch))] for rank in range(ranks)]
+    seen = [set(sum(of_rank, [])) for of_rank in seen]
+    assert sum(map(len, seen)) == n // (ranks * batch) * ranks * batch == len(set.union(*seen))
+
+
+def test_permutation_is_one():
+    for n in [*range(1, 70), 1000, 4096, 4097]:
+        key = np.full(n, n * 77, np.uint64)
+        assert sorted(T._permute(np.arange(n, dtype=np.uint64), n, key).tolist()) == list(range(n))
+
+
+def test_permutation_looks_random():
+    # of a random permutation, the correlation with the order and between neighbours is about 1/sqrt(n)
+    n = 10000
+    p = T._permute(np.arange(n, dtype=np.uint64), n, np.zeros(n, np.uint64)).astype(float)
+    assert abs(np.corrcoef(p, np.arange(n))[0, 1]) < 0.05
+    assert abs(np.corrcoef(p[1:], p[:-1])[0, 1]) < 0.05
+
+
+def test_fixed_batches(tmp_path):
+    split = shards_of(tmp_path, [200, 300])
+    batches = [list(split.fixed_batches(4, 5, 10)) for _ in range(2)]
+    assert len(batches[0]) == 4
+    assert all((a[0] == b[0]).all() and (a[1] == b[1]).all() for a, b in zip(*batches))
+    starts = [start for x, _ in batches[0] for start in x[:, 0].tolist()]
+    assert len(set(starts)) == 20 and min(starts) < 20 and max(starts) > 1250   # from one end to the other
+    assert all((x + 1 == y).all() for x, y in batches[0])
+    small = list(split.fixed_batches(100, 5, 100))   # there are but 1 + 2 windows of 100
+    assert [x[:, 0].tolist() for x, _ in small] == [[0, 1000, 1100]]
+
+
+@pytest.mark.parametrize('lengths', [[100], [2], [9], [10], [1, 8, 33]])
+def test_all_batches_cover_each_target_once(tmp_path, lengths):
+    split = shards_of(tmp_path, lengths)
+    targets = []
+    for x, y, n_targets in split.all_batches(3, 8):
+        assert x.shape == y.shape == (len(x), 8) and 1 <= len(x) <= 3
+        real = y >= 0
+        assert n_targets == real.sum()
+        assert (y[real] == x[real] + 1).all() and (x[~real] == 0).all() and (y[~real] == -1).all()
+        targets += y[real].tolist()
+    assert targets == [1000 * s + t for s, n in enumerate(lengths) for t in range(1, n)]
+
+
+def test_dataset_shorter_than_a_window(tmp_path):
+    split = shards_of(tmp_path, [16, 10])
+    assert split.batch(0, 1, 15)[0].shape == (1, 15)
+    for sampling in ('random', 'epoch'):
+        with pytest.raises(DataError) as error:
+            split.batch(0, 1, 16, sampling)
+        assert '16 tokens' in message(error) and '17' in message(error) and 'block_size below 16' in message(error)
+    with pytest.raises(DataError):
+        next(split.fixed_batches(1, 1, 16))
+    with pytest.raises(DataError, match='shuffle'):
+        split.batch(0, 1, 4, 'shuffle')
+    with pytest.raises(DataError, match='beyond the stride'):
+        split.batch(0, 1, 4, 'epoch', stride=3)
+
+
+def test_ids_beyond_the_vocabulary(tmp_path, monkeypatch):
+    np.zeros(100, '<u2').tofile(tmp_path / 'train_0.bin')
+    sharded(tmp_path / 'train_1.bin', [0] * 42 + [65] + [0] * 57)
+    split = Split(tmp_path, 'train', vocab_size=65)
+    words = r'train_1\.bin: token 42 is 65, but vocab_size is 65'
+    with pytest.raises(DataError, match=words):
+        split.batch(0, 100, 30)
+    with pytest.raises(DataError, match=words):
+        list(split.all_batches(4, 8))
+    with pytest.raises(DataError, match=words):
+        Split(tmp_path, 'train').scan(65)
+    read = []
+    assert Split(tmp_path, 'train').scan(66, read.append) == 200 == sum(read)
+    (tmp_path / 'meta.json').write_text('{"vocab_size": 65}', encoding='utf-8')   # known without being told
+    with pytest.raises(DataError, match=words):
+        Split(tmp_path, 'train').batch(0, 100, 30)
+
+
+def test_file_that_shrinks_while_in_use(tmp_path):
+    split = Split(raw(tmp_path), 'train')
+    os.truncate(tmp_path / 'train.bin', 20)
+    with pytest.raises(DataError, match='shorter while in use'):
+        split.batch(0, 1, 50)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='needs sparse files and /proc')
+def test_large_dataset(tmp_path):
+    """10**11 tokens in 100 shards: opening reads headers only, and memory stays flat while batches are drawn."""
+    for i in range(100):
+        with open(tmp_path / f'train_{i:03d}.bin', 'wb') as file:
+            file.truncate(2 * 10 ** 9)
+
+    def resident():
+        return int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+
+    reads = []
+    original = T.np.fromfile
+    T.np.fromfile = lambda path, dtype, count, **more: reads.append(count) or original(path, dtype, count, **more)
+    try:
+        split = Split(tmp_path, 'train', vocab_size=65)
+    finally:
+        T.np.fromfile = original
+    assert split.n_tokens == 10 ** 11 and sum(reads) <= 300
+    for sampling in ('random', 'epoch'):
+        split.batch(0, 16, 1024, sampling)
+        before = resident()
+        for i in range(100):
+            split.batch(10 ** 9 + 16 * i, 16, 1024, sampling)
+        assert resident() - before < 20e6
+    assert split.n_windows(1024) == 100 * ((10 ** 9 - 1) // 1024)
+
+
+# ---- prefetch
+
+def test_prefetch_order_and_depth():
+    made = []
+    batches = prefetch(lambda i: made.append(i) or i, 5, depth=2)
+    assert [next(batches) for _ in range(20)] == list(range(5, 25))
+    batches.close()
+    assert len(made) <= 20 + 3 and made == list(range(5, 5 + len(made)))
+
+
+def prefetch_threads():
+    return [thread for thread in threading.enumerate() if thread.name == 'prefetch']
+
+
+def test_prefetch_passes_exceptions_on():
+    def make(i):
+        if i == 3:
+            raise DataError('three')
+        return i
+
+    batches = prefetch(make, 0)
+    got = []
+    with pytest.raises(DataError, match='three'):
+        for batch in batches:
+            got.append(batch)
+    assert got == [0, 1, 2] and not prefetch_threads()
+
+
+def test_prefetch_shuts_down():
+    full, made = threading.Event(), []
+
+    def make(i):
+        made.append(i)
+        if i == 3:
+            full.set()
+        return i
+
+    batches = prefetch(make, 0, depth=3)
+    next(batches)
+    assert full.wait(10)
+    time.sleep(0.05)   # the thread now waits for room
+    batches.close()
+    assert not prefetch_threads() and made == [0, 1, 2, 3]
+    prefetch(make, 0).close()   # never begun
+    assert not prefetch_threads()
+
+
+# ---- writing
+
+def write(folder, ids_by_split, tokenizer=ByteTokenizer(), **more):
+    with Writer(folder, tokenizer, **more) as out:
+        for split, ids in ids_by_split.items():
+            out.write(split, ids)
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.exists() else {}
+
+
+def test_writer_and_meta(tmp_path):
+    tokenizer = CharTokenizer('abc')
+    with Writer(tmp_path / 'new' / 'folder', tokenizer) as out:
+        out.write('train', tokenizer.encode('abcabc'))
+        out.write('val', np.array([0, 1], np.int64))
+        out.write('train', [])
+        out.write('train', [2])
+    folder = tmp_path / 'new' / 'folder'
+    assert load_meta(folder) == {'dtype': 'uint16', 'vocab_size': 3, 'tokenizer': 'char', 'characters': 'abc',
+                                 'tokens': {'train': 7, 'val': 2}}
+    assert np.fromfile(folder / 'train.bin', '<u2').tolist() == [0, 1, 2, 0, 1, 2, 2]
+    assert sorted(content(folder)) == ['meta.json', 'train.bin', 'val.bin']
+    assert out.n_bytes == 9
+
+
+def test_writer_dtype(tmp_path):
+    class Large(ByteTokenizer):
+        vocab_size = 65537
+
+        def meta(self):
+            return {'vocab_size': 65537}
+
+    write(tmp_path, {'train': [65536, 1], 'val': [2]}, Large())
+    assert load_meta(tmp_path)['dtype'] == 'uint32'
+    assert Split(tmp_path, 'train').batch(0, 1, 1)[0].tolist() == [[65536]]
+
+
+@pytest.mark.parametrize('n', [1, 9, 10, 11, 35])
+def test_writer_shards(tmp_path, n):
+    ids = np.arange(n)
+    with Writer(tmp_path, ByteTokenizer(), shard_tokens=10) as out:
+        for part in np.array_split(ids, 3):
+            out.write('train', part)
+        out.write('val', ids)
+    names = [f'train_{i:06d}.bin' for i in range(-(-n // 10))]
+    assert sorted(p.name for p in tmp_path.glob('train*')) == names
+    assert np.concatenate([np.fromfile(tmp_path / name, '<u2') for name in names]).tolist() == ids.tolist()
+    write(tmp_path, {'train': [1], 'val': [1]}, shard_tokens=10)   # fewer shards: the old ones go
+    assert sorted(content(tmp_path)) == ['meta.json', 'train_000000.bin', 'val_000000.bin']
+    write(tmp_path, {'train': [1], 'val': [1]})
+    assert sorted(content(tmp_path)) == ['meta.json', 'train.bin', 'val.bin']
+
+
+@pytest.mark.parametrize('exception', [KeyboardInterrupt, OSError, DataError])
+@pytest.mark.parametrize('shard_tokens', [None, 10])
+def test_interrupted_writer_leaves_nothing(tmp_path, exception, shard_tokens):
+    for before in ({}, {'train': [1, 2], 'val': [3]}):   # a new folder, and one that holds a dataset
+        if before:
+            write(tmp_path, before, shard_tokens=shard_tokens)
+        files = content(tmp_path)
+        with pytest.raises(exception):
+            with Writer(tmp_path, ByteTokenizer(), shard_tokens) as out:
+                out.write('train', range(25))
+                out.write('val', range(5))
+                raise exception
+        assert content(tmp_path) == files
+
+
+@pytest.mark.parametrize('given, words', [({'train': [1, 2]}, 'val split is empty'), ({'val': [1]}, 'train split'),
+                                          ({'train': [257], 'val': [1]}, 'id 257'), ({'train': [-1]}, 'outside')])
+def test_writer_refuses(tmp_path, given, words):
+    with pytest.raises(DataError, match=words):
+        write(tmp_path, given)
+    assert content(tmp_path) == {}
+
+
+def test_writer_killed_while_replacing(tmp_path, monkeypatch):
+    """What os.replace has done so far is never trusted, at whichever call the process dies."""
+    replace = os.replace
+    for last in range(1, 6):
+        folder = tmp_path / str(last)
+        write(folder, {'train': [1] * 10, 'val': [1] * 10})
+        calls = []
+
+        def dies(source, target):
+            calls.append(target)
+            if len(calls) == last:
+                raise KeyboardInterrupt
+            replace(source, target)
+
+        monkeypatch.setattr(os, 'replace', dies)
+        if last <= 4:   # the mark, two splits, meta.json
+            with pytest.raises(KeyboardInterrupt):
+                write(folder, {'train': [2] * 10, 'val': [2] * 10})
+        else:
+            write(folder, {'train': [2] * 10, 'val': [2] * 10})
+        monkeypatch.undo()
+        if last == 1:
+            assert Split(folder, 'train').batch(0, 1, 1)[0].item() == 1
+        elif last <= 4:
+            with pytest.raises(DataError, match='interrupted'):
+                Split(folder, 'train')
+        write(folder, {'train': [2] * 10, 'val': [2] * 10})
+        assert Split(folder, 'val').batch(0, 1, 1)[0].item() == 2
+
+
+def job(folder, steps, stop=None, shard_tokens=10, **settings):
+    """Writes 7 tokens a step and saves every other one; stops before step `stop`. Returns the step it began with."""
+    with Writer(folder, ByteTokenizer(), shard_tokens, job={'name': 'x', **settings}) as out:
+        begin = out.state or 0
+        for step in range(begin, steps):
+            if step == stop:
+                raise KeyboardInterrupt
+            out.write('train', range(7 * step, 7 * step + 7))
+            out.write('val', [step])
+            if step % 2:
+                out.save(step + 1)
+        return begin
+
+
+@pytest.mark.parametrize('shard_tokens', [10, 7, None])
+def test_writer_resumes(tmp_path, shard_tokens):
+    job(tmp_path / 'whole', 12, shard_tokens=shard_tokens)
+    folder = tmp_path / 'parts'
+    for stop, begins in [(1, 0), (5, 0), (6, 4), (9, 6), (None, 8)]:
+        if stop:
+            with pytest.raises(KeyboardInterrupt):
+                job(folder, 12, stop, shard_tokens=shard_tokens)
+            with pytest.raises(DataError, match='there is no train.bin'):
+                Split(folder, 'train')
+        else:
+            assert job(folder, 12, shard_tokens=shard_tokens) == begins
+    assert content(folder) == content(tmp_path / 'whole')
+    assert Split(folder, 'train').n_tokens == 84
+
+
+def test_writer_resumes_after_dying_while_replacing(tmp_path, monkeypatch):
+    job(tmp_path / 'whole', 12)
+    replace, renamed = os.replace, []
+
+    def dies(source, target):
+        if str(target).endswith('.bin'):
+            renamed.append(target)
+            if len(renamed) == 4:
+                raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, 'replace', dies)
+    with pytest.raises(KeyboardInterrupt):
+        job(tmp_path / 'parts', 12)
+    monkeypatch.undo()
+    assert job(tmp_path / 'parts', 12) == 12
+    assert content(tmp_path / 'parts') == content(tmp_path / 'whole')
+
+
+def test_writer_does_not_mix_jobs(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        job(tmp_path, 12, 5, seed=1)
+    with pytest.raises(DataError) as error:
+        job(tmp_path, 12, seed=2)
+    assert 'seed=1' in message(error) and '*.tmp' in message(error)
+    with pytest.raises(DataError, match='another shard size'):
+        job(tmp_path, 12, seed=1, shard_tokens=11)
+    assert job(tmp_path, 12, seed=1) == 4
+
+
+# ---- prepare scripts
+
+def prepare(name, *arguments, error=None):
+    """Runs data/<name>/prepare.py (or another script there) and returns what it prints; error: what it fails with."""
+    script = ROOT / 'data' / (name if name.endswith('.py') else f'{name}/prepare.py')
+    result = subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True, encoding='utf-8',
+                            env={**os.environ, 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'}, timeout=120)
+    if error is None:
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert re.fullmatch(rf'error: .*{error}.*\n', result.stderr), result.stderr
+
+
+def text_of(folder, split, special=True):
+    data = Split(folder, split)
+    ids = np.concatenate([np.fromfile(s.path, s.dtype) for s in data.shards])
+    return load_tokenizer(data.meta).decode(ids, special=special)
+
+
+def test_prepare_python_stdlib(tmp_path):
+    printed = prepare('python_stdlib', f'--out={tmp_path}', '--max_bytes=1_000_000')
+    train, val = text_of(tmp_path, 'train'), text_of(tmp_path, 'val')
+    assert 1_000_000 <= len((train + val).replace(EOT, '').encode()) < 2_000_000
+    assert Path(abc.__file__).read_text(encoding='utf-8') in (train + val).split(EOT)
+    assert train.endswith(EOT) and val.endswith(EOT) and train.count(EOT) > val.count(EOT)
+    assert 'config/quick.py' in printed and 'vocab_size 257' in printed
+
+
+def problems_of(folder, split):
+    return re.findall(r'^(\d+)([-+*/])(\d+)=(-?\d+)$', text_of(folder, split), re.MULTILINE)
+
+
+def test_prepare_calc(tmp_path):
+    prepare('calc', f'--out={tmp_path}', '--examples=500', '--digits=2')
+    train, val = problems_of(tmp_path, 'train'), problems_of(tmp_path, 'val')
+    assert len(set(train + val)) == len(train + val) == 2000 and 100 < len(val) < 300
+    for a, operator, b, answer in train + val:
+        assert eval(f'{a}{operator}{b}') == int(answer) and int(a) < (100 if operator != '/' else 10000)
+    assert {p[1] for p in val} == set('+-*/')
+    assert not {(b, o, a) for a, o, b, _ in train if o in '+*'} & {(a, o, b) for a, o, b, _ in val}
+    before = content(tmp_path)
+    prepare('calc', f'--out={tmp_path}', '--examples=500', '--digits=2')
+    assert content(tmp_path) == before
+    prepare('calc', f'--out={tmp_path}', '--operators=+x', error="operators is '\\+x'")
+    assert content(tmp_path) == before
+
+
+def test_prepare_calc_small_space_and_reversed(tmp_path):
+    printed = prepare('calc', f'--out={tmp_path}', '--digits=1', '--operators=+-/', '--reverse=True', '--examples=95')
+    assert printed.count('using all') == 1 and 'only 90 problems a/b' in printed
+    problems = problems_of(tmp_path, 'train') + problems_of(tmp_path, 'val')
+    assert len(problems) == 95 + 95 + 90
+    assert ('9', '+', '9', '81') in problems or ('8', '+', '9', '71') in problems
+    assert any(answer.startswith('-') for *_, answer in problems)
+    for a, operator, b, answer in problems:
+        digits = answer.removeprefix('-')[::-1]
+        assert int(digits) == abs(eval(f'{a}{operator}{b}'))
+
+
+def test_calc_accuracy(tmp_path):
+    from data.calc.evaluate import accuracy, read_problems, table
+    prepare('calc', f'--out={tmp_path}', '--examples=300')
+    problems = read_problems(tmp_path)
+    assert len(problems) == len(problems_of(tmp_path, 'val'))
+    answers, done = dict(problems), []
+
+    def generate(prompts, n):
+        assert len({len(p) for p in prompts}) == 1 and len(prompts) <= 8
+        assert all(len(answers[p]) < n for p in prompts)
+        # sums right; differences without an end; products right with more behind them; quotients one too long
+        return [{'+': '{}\n', '-': '{}', '*': '{}\n1+', '/': '{}0\n'}[re.search(r'[-+*/]', p)[0]].format(answers[p])
+                for p in prompts]
+
+    counts = accuracy(generate, problems, batch_size=8, progress=done.append)
+    assert sum(done) == len(problems) == sum(total for _, total in counts.values())
+    for (operator, digits), (solved, total) in counts.items():
+        assert solved == (total if operator in '+*' else 0)
+    n_products = sum('*' in p for p, _ in problems)
+    assert re.search(rf'^\* .* 100\.0% of {n_products}$', table(counts), re.MULTILINE)
+    assert counts['+', 2][1] == sum(max(map(len, re.findall(r'\d+', p))) == 2 for p, _ in problems if '+' in p)
+
+
+def test_calc_evaluate_a_checkpoint(tmp_path):
+    import torch
+    from data.calc.evaluate import load_generator
+    from model import GPT, GPTConfig, save_checkpoint
+    prepare('calc', f'--out={tmp_path}/calc', '--examples=20')
+    meta = load_meta(tmp_path / 'calc')
+    torch.manual_seed(0)
+    config = GPTConfig(block_size=16, vocab_size=meta['vocab_size'], n_layer=1, n_head=1, n_embd=8)
+    model = GPT(config)
+    (tmp_path / 'run').mkdir()
+    weights = {'model': model.state_dict(), 'model_args': vars(config)}
+    save_checkpoint(tmp_path / 'run' / 'ckpt.pt', {**weights, 'meta': meta})
+    printed = prepare('calc/evaluate.py', f'--out_dir={tmp_path}/run', f'--dataset={tmp_path}/calc', '--device=cpu')
+    assert f'of {len(problems_of(tmp_path / "calc", "val"))}' in printed.splitlines()[-1]
+    save_checkpoint(tmp_path / 'other.pt', weights)
+    with pytest.raises(DataError, match='other.pt names no tokenizer'):
+        load_generator(tmp_path / 'other.pt', 'cpu')
+
+
+def test_prepare_text_by_position(tmp_path):
+    text = ''.join(f'line {i} of a long text — with “quotes”\r\n' for i in range(300))
+    (tmp_path / 'book.txt').write_text(text, encoding='utf-8', newline='')
+    for tokenizer in ('bytes', 'char'):
+        out = tmp_path / tokenizer
+        printed = prepare('text', f'--input={tmp_path}/book.txt', f'--tokenizer={tokenizer}', f'--out={out}')
+        assert text_of(out, 'train') + text_of(out, 'val') == text
+        assert len(text_of(out, 'val')) == len(text) - int(len(text) * 0.9)
+        assert 'the end of the text' in printed
+    assert load_meta(tmp_path / 'char')['characters'] == ''.join(sorted(set(text)))
+
+
+def test_prepare_text_by_documents(tmp_path):
+    (tmp_path / 'in').mkdir()
+    documents = [f'{{"number": {i}}}, "text" \n\n of document é{i}' for i in range(300)]
+    with open(tmp_path / 'in' / 'a.jsonl', 'w', encoding='utf-8') as file:
+        for document in documents[:200]:
+            file.write(json.dumps({'body': document, 'text': 3}) + '\n')
+        file.write('\n')
+        file.write(json.dumps({'body': f'{documents[200]}{EOT}{EOT}{documents[201]}{EOT}'}) + '\n')
+    (tmp_path / 'in' / 'b.txt').write_text(EOT.join(documents[202:299]), encoding='utf-8')
+    (tmp_path / 'in' / 'c.txt').write_text('\ufeff' + documents[299], encoding='utf-8')
+    (tmp_path / 'in' / 'd.bin').write_bytes(b'\xff')
+    printed = prepare('text', f'--input={tmp_path}/in', '--field=body', '--tokenizer=char', f'--out={tmp_path}/out')
+    train, val = text_of(tmp_path / 'out', 'train'), text_of(tmp_path / 'out', 'val')
+    assert train.endswith(EOT) and val.endswith(EOT)
+    train, val = train.split(EOT)[:-1], val.split(EOT)[:-1]
+    assert sorted(train + val) == sorted(documents) and 15 < len(val) < 50
+    assert [d for d in documents if d in set(train)] == train   # order is kept
+    assert '300 documents' in printed and 'whole documents' in printed
+    assert load_meta(tmp_path / 'out')['eot'] is True
+
+
+def test_prepare_text_few_documents(tmp_path):
+    (tmp_path / 'a.txt').write_text('abc' * 30, encoding='utf-8')
+    (tmp_path / 'b.txt').write_text('def' * 30, encoding='utf-8')
+    prepare('text', f'--input={tmp_path}/b.txt,{tmp_path}/a.txt', '--tokenizer=char', f'--out={tmp_path}/out')
+    whole = text_of(tmp_path / 'out', 'train') + text_of(tmp_path / 'out', 'val')
+    assert whole == 'def' * 30 + EOT + 'abc' * 30 + EOT
+
+
+def test_prepare_text_mistakes(tmp_path):
+    (tmp_path / 'bad.txt').write_bytes('é'.encode() * 3_000_000 + b'a\xff')   # in the second piece that is read
+    (tmp_path / 'bad.jsonl').write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
+    (tmp_path / 'torn.jsonl').write_bytes(b'{"text": "a"}\n{"text": "b\n')
+    (tmp_path / 'other.jsonl').write_bytes(b'{"body": "a"}\n')
+    (tmp_path / 'empty.txt').write_bytes(b'')
+    (tmp_path / 'one.txt').write_bytes(b'x')
+    (tmp_path / 'folder').mkdir()
+    out = tmp_path / 'out'
+    for name, words in [('bad.txt', r'bad\.txt is not UTF-8 at byte 6000001'), ('bad.jsonl', 'byte 24'),
+                        ('torn.jsonl', 'line 2'), ('other.jsonl', "line 1 .*'text'.*--field"), ('empty.txt', 'no text'),
+                        ('one.txt', 'train split is empty'), ('folder', '--suffixes'), ('absent', 'absent'),
+                        ('', '--input=PATH')]:
+        prepare('text', f'--input={tmp_path / name if name else ""}', f'--out={out}', error=words)
+        assert content(out) == {}
+    prepare('text', f'--input={tmp_path}/one.txt', f'--out={out}', '--tokenizer=gpt7', error='gpt7.*bytes')
+    prepare('text', f'--input={tmp_path}/one.txt', f'--out={out}', '--val_fraction=1', error='val_fraction is 1')
+
+
+def text_script(chunk):
+    """The functions of data/text/prepare.py, reading `chunk` bytes at once."""
+    source = (ROOT / 'data/text/prepare.py').read_text(encoding='utf-8').split('\nwith exit_on_error():')[0]
+    namespace = {'__file__': str(ROOT / 'data/text/prepare.py'), '__name__': 'script'}
+    exec(source.replace('configure(globals())', ''), namespace)
+    namespace['CHUNK'] = chunk
+    return namespace
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from(['a', ' ', '\n', 'é', '東京', '<|', EOT, 'word\nword'])).map(''.join),
+       st.integers(1, 9))
+def test_text_is_read_in_pieces(tmp_path_factory, text, chunk):
+    path = tmp_path_factory.mktemp('text') / 'a.txt'
+    path.write_bytes(text.encode())
+    pieces = list(text_script(chunk)['read_plain'](path, lambda n: None))
+    assert not any(EOT in piece for piece, _ in pieces)
+    assert ''.join(piece + EOT * ends for piece, ends in pieces) == text + EOT
+
+
+@needs_gpt2
+def test_text_pieces_give_the_same_tokens():
+    tokenizer = TiktokenTokenizer('gpt2')
+    cut = text_script(1000)['place_to_cut']
+    source = Path(T.__file__).read_text(encoding='utf-8')
+    rest, ids, n_pieces = source, [], 0
+    while rest:
+        at = cut(rest[:2000]) or len(rest)
+        ids += tokenizer.encode(rest[:at], allow_special=False)
+        rest, n_pieces = rest[at:], n_pieces + 1
+    assert ids == tokenizer.encode(source, allow_special=False) and n_pieces > 10
+
+
+def test_prepare_shakespeare_char(tmp_path):
+    text = 'First Citizen:\nBefore we proceed — hear me speak.\n' * 20
+    (tmp_path / 'input.txt').write_text(text, encoding='utf-8')
+    prepare('shakespeare_char', f'--input_file={tmp_path}/input.txt', f'--out={tmp_path}/out')
+    ids = np.fromfile(tmp_path / 'out' / 'train.bin', '<u2')
+    order = sorted(set(text))
+    assert ids.tolist() == [order.index(c) for c in text[:int(0.9 * len(text))]]
+    assert text_of(tmp_path / 'out', 'val') == text[int(0.9 * len(text)):]
+    prepare('shakespeare_char', f'--input_file={tmp_path}/absent.txt', f'--out={tmp_path}/out', error='absent.txt')
+
+
+def test_download_is_all_or_nothing(tmp_path, monkeypatch):
+    from data.shakespeare_char import text as module
+    monkeypatch.setattr(module, '__file__', str(tmp_path / 'text.py'))
+    (tmp_path / 'served.txt').write_text('thou', encoding='utf-8')
+    monkeypatch.setattr(module, 'URL', (tmp_path / 'served.txt').as_uri())
+    with pytest.raises(DataError, match='4 bytes that are not the expected text'):
+        module.tiny_shakespeare()
+    assert sorted(content(tmp_path)) == ['served.txt']
+    monkeypatch.setattr(module, 'SHA256', module.hashlib.sha256(b'thou').hexdigest())
+    assert module.tiny_shakespeare() == 'thou'
+    monkeypatch.setattr(module, 'URL', (tmp_path / 'gone.txt').as_uri())
+    assert module.tiny_shakespeare() == 'thou'   # not downloaded again
+    (tmp_path / 'input.txt').unlink()
+    with pytest.raises(DataError, match='cannot download.*--input_file'):
+        module.tiny_shakespeare()
+
+
+@needs_shakespeare
+def test_prepare_tinyshakespeare(tmp_path):
+    file = os.environ['TINYSHAKESPEARE']
+    printed = prepare('shakespeare_char', f'--input_file={file}', f'--out={tmp_path}/char')
+    assert 'train has 1,003,854 tokens, val has 111,540' in printed and 'vocab_size 65' in printed
+    if 'TIKTOKEN_CACHE_DIR' in os.environ:
+        printed = prepare('shakespeare', f'--input_file={file}', f'--out={tmp_path}/gpt2')
+        assert 'train has 301,966 tokens, val has 36,059' in printed
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    """1000 documents in four files."""
+    pytest.importorskip('datasets')
+    for f in range(4):
+        with open(tmp_path / f'{f}.jsonl', 'w', encoding='utf-8') as file:
+            for i in range(250):
+                file.write(json.dumps({'id': i, 'text': f'Document {250 * f + i} has {EOT} in its text.'}) + '\n')
+    return f'{tmp_path}/*.jsonl'
+
+
+@needs_gpt2
+@pytest.mark.parametrize('name', ['openwebtext', 'fineweb_edu'])
+def test_prepare_from_the_hub(tmp_path, jsonl, name):
+    out = tmp_path / 'out'
+    printed = prepare(name, '--source=json', f'--data_files={jsonl}', '--subset=', '--val_fraction=0.01',
+                      f'--out={out}')
+    train, val = text_of(out, 'train'), text_of(out, 'val')
+    assert train.count('Document') == 990 and val.count('Document') == 10 and '1,000 documents' in printed
+    assert val.startswith(f'Document 0 has {EOT} in its text.{EOT}Document 100 has')
+    assert Split(out, 'train').shards[0].path.endswith('train_000000.bin')
+    eot = np.fromfile(out / 'train_000000.bin', '<u2') == 50256
+    assert eot.sum() == 990 and eot[-1]   # what looks like it in a document is text
+
+
+@needs_gpt2
+def test_hub_goes_on_after_an_interruption(tmp_path, jsonl, monkeypatch):
+    monkeypatch.setattr(hub, 'BATCH', 30)
+    monkeypatch.setattr(hub, 'SAVE_EVERY', 3)
+    monkeypatch.setattr(hub, 'SHARD_TOKENS', 3000)
+    begun = []
+
+    class Stream:
+        """The dataset; reading stops with an error after `limit` documents."""
+
+        def __init__(self, limit):
+            self.dataset, self.limit = hub.open_stream('json', '', '', jsonl), limit
+            self.state_dict, self.load_state_dict = self.dataset.state_dict, self.dataset.load_state_dict
+
+        def __iter__(self):
+            for i, document in enumerate(self.dataset):
+                if i == 0:
+                    begun.append(document['text'].split()[1])
+                if i == self.limit:
+                    raise ConnectionError('the line is dead')
+                yield document
+
+    def run(folder, limit=None, val_fraction=0.02):
+        job = {'val_fraction': val_fraction}
+        hub.write_shards(tmp_path / folder, Stream(limit), job, 'gpt2', 0, 0, val_fraction, 1)
+
+    run('whole')
+    for limit in (50, 200, 400):
+        with pytest.raises(DataError, match='the line is dead.*same command again'):
+            run('parts', limit)
+        with pytest.raises(DataError, match='no train.bin'):
+            Split(tmp_path / 'parts', 'train')
+    with pytest.raises(DataError, match='val_fraction=0.02'):
+        run('parts', val_fraction=0.1)
+    run('parts')
+    assert begun == ['0', '0', '0', '180', '540', '540'][:len(begun)] and len(begun) >= 5
+    assert content(tmp_path / 'parts') == content(tmp_path / 'whole')
+    assert len(content(tmp_path / 'whole')) > 5
+    assert not prefetch_threads()
+
+
+@needs_gpt2
+def test_hub_stops_at_max_tokens(tmp_path, jsonl, capsys):
+    hub.write_shards(tmp_path / 'out', hub.open_stream('json', '', '', jsonl), {}, 'gpt2', 10 ** 15, 3000, 0.01, 1)
+    total = Split(tmp_path / 'out', 'train').n_tokens + Split(tmp_path / 'out', 'val').n_tokens
+    assert 3000 <= total < 3030
+    assert 'needs about 0.0 GB' in capsys.readouterr().out
+
+
+@needs_gpt2
+def test_hub_refuses_a_full_disk(tmp_path, jsonl):
+    with pytest.raises(DataError, match='GB are needed.*--max_tokens='):
+        hub.write_shards(tmp_path / 'out', hub.open_stream('json', '', '', jsonl), {}, 'gpt2', 10 ** 15, 0, 0.01, 1)
+
+
+def test_hub_dataset_that_is_a_script(monkeypatch):
+    datasets = pytest.importorskip('datasets')
+
+    def refuses(*_, **__):
+        raise RuntimeError('Dataset scripts are no longer supported, but found x.py')
+
+    monkeypatch.setattr(datasets, 'load_dataset', refuses)
+    with pytest.raises(DataError, match='no longer supported.*--revision=refs/convert/parquet'):
+        hub.open_stream('x', '', '', '')

@@ -1,0 +1,593 @@
+"""
+The mixers' contract, checked for every entry of MIXERS by itself, in float64 with all weights random (weights that start
+at zero hide leaks): no output sees a later token, prefixes and any chunks of a sequence give the numbers of the whole,
+every parameter learns and is in one optimizer group. Then the checks against broken networks, which they must refuse,
+and each mixer against its definition written as loops over positions.
+
+Someone's new mixer needs no test: an entry in MIXERS is enough, and a line in OPTIONS if it has settings of its own.
+"""
+
+import itertools
+import math
+import shutil
+from dataclasses import asdict
+
+import pytest
+import torch
+import torch.nn as nn
+
+from model import GPT, GPTConfig, MIXERS, MLP, Mixer, Stack, TimeLinear, TimeMixing, UNet, save_checkpoint
+
+TOLERANCE = 1e-9 # the largest difference, in logits of size 1 to 10, that float64 rounding may make
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The checks. They take a GPT (or its logits at every length), raise AssertionError where the contract is broken, and those
+# that compare numbers return the largest difference.
+
+def randomized(config, seed=0):
+    torch.manual_seed(seed)
+    model = GPT(config).double().eval()
+    randomize(model)
+    return model
+
+
+def randomize(module):
+    with torch.no_grad():
+        for p in module.parameters():
+            p.normal_(0, 0.3)
+
+
+def tokens(model, B):
+    return torch.randint(model.config.vocab_size, (B, model.config.block_size))
+
+
+@torch.no_grad()
+def every_length(model):
+    """-> the logits (1 + T, T, V) at every length T: of random tokens, then of T copies, the t-th with another token t."""
+    block_size = model.config.block_size
+    idx = tokens(model, 1).repeat(1 + block_size, 1)
+    for t in range(block_size):
+        idx[1 + t, t] = (idx[1 + t, t] + 1) % model.config.vocab_size
+    return [model(idx[:1 + T, :T])[0] for T in range(1, block_size + 1)]
+
+
+def check_causal(outputs):
+    """Changing token t changes no logits before t, for every t at every length; and it does change some from t on."""
+    largest = 0.0
+    for T, logits in enumerate(outputs, 1):
+        change = (logits[1:] - logits[0]).abs().amax(dim=2) # (T, T): what token t (row) changes at each position
+        leak = change.tril(-1)
+        assert leak.max() < TOLERANCE, (f"at length {T}, token {leak.amax(1).argmax()} changes "
+                                        f"the logits of position {leak.amax(0).argmax()} by {leak.max():.1e}")
+        assert (change.triu().amax(1) > 1e-6).all(), f"at length {T}, a token changes nothing at all"
+        largest = max(largest, leak.max().item())
+    return largest
+
+
+def check_prefixes(outputs):
+    """The logits of a prefix are the first logits of the whole sequence."""
+    largest = 0.0
+    for T, logits in enumerate(outputs, 1):
+        deviation = (logits - outputs[-1][:1 + T, :T]).abs().max().item()
+        assert deviation < TOLERANCE, f"the first {T} of {len(outputs)} tokens give logits that differ by {deviation:.1e}"
+        largest = max(largest, deviation)
+    return largest
+
+
+@torch.no_grad()
+def check_chunks(model):
+    """Decoding with a cache, in any chunks, gives the logits of the whole sequence."""
+    idx = tokens(model, 2)
+    T = idx.size(1)
+    whole, _ = model(idx)
+    largest = 0.0
+    for chunks in ([T], [1] * T, random_chunks(T), random_chunks(T)):
+        cache = {}
+        logits = torch.cat([model(part, cache=cache)[0] for part in idx.split(chunks, dim=1)], dim=1)
+        deviation = (logits - whole).abs().max().item()
+        assert deviation < TOLERANCE, f"decoding in chunks of {chunks} tokens gives logits that differ by {deviation:.1e}"
+        largest = max(largest, deviation)
+    return largest
+
+
+def random_chunks(T):
+    chunks = []
+    while sum(chunks) < T:
+        chunks.append(int(torch.randint(1, T - sum(chunks) + 1, ())))
+    return chunks
+
+
+def check_gradients(model):
+    """Every parameter gets a gradient: none that the forward pass forgets, none that is not a number."""
+    model.zero_grad()
+    model(tokens(model, 4), tokens(model, 4))[1].backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None, f"{name} gets no gradient"
+        assert p.grad.isfinite().all(), f"the gradient of {name} is not finite"
+        assert p.grad.any(), f"the gradient of {name} is zero"
+
+
+def check_groups(model):
+    """Every parameter is in exactly one optimizer group, and exactly the matrices of Linear and Embedding layers decay."""
+    decayed, rest = ([name for name, _ in group] for group in model.optimizer_groups())
+    assert sorted(decayed + rest) == sorted(name for name, _ in model.named_parameters())
+    layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding))]
+    for name, p in model.named_parameters():
+        assert (name in decayed) == any(p is layer.weight for layer in layers), f"{name} is in the wrong group"
+
+
+def check_contract(model):
+    """All of the above -> the largest difference."""
+    # the only token of a sequence has nothing to choose from: what a softmax compares has no gradient there
+    if model.config.block_size > 2:
+        check_gradients(model)
+    check_groups(model)
+    outputs = every_length(model)
+    return max(check_causal(outputs), check_prefixes(outputs), check_chunks(model))
+
+
+def check_compiled(model, backend):
+    """torch.compile gives the same loss and gradients."""
+    idx, targets = tokens(model, 2), tokens(model, 2)
+    results = []
+    for forward in (model, torch.compile(model, backend=backend)):
+        model.zero_grad()
+        loss = forward(idx, targets)[1]
+        loss.backward()
+        results.append([loss] + [p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*results):
+        assert (a - b).abs().max() < 1e-6 # the loss is float32
+
+
+def check_round_trip(model, path):
+    """A saved checkpoint loads with the same weights, bit for bit, and gives the same logits."""
+    model = model.float() # what GPT.load builds
+    save_checkpoint(path, dict(model=model.state_dict(), model_args=asdict(model.config)))
+    loaded, _ = GPT.load(path)
+    assert loaded.config == model.config
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    for (name, p), q in zip(model.named_parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    idx = tokens(model, 2)
+    with torch.no_grad():
+        assert torch.equal(model(idx)[0], loaded(idx)[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Every mixer, in every stack, with every position embedding and time-mixing
+
+OPTIONS = { # settings of the mixers' own, each tried in all of the places below
+    'attention': [{}, dict(time_weighting='circulant'), dict(time_weighting='full')],
+    'gmlp': [dict(mlp='none'), dict(gmlp_tanh=True), dict(gmlp_attn=3), dict(gmlp_ratio=2.5, gmlp_tanh=True, gmlp_attn=3)],
+    'synthesizer': [dict(synthesizer=kind, synthesizer_attn=mixed) for kind in ('dense', 'random') for mixed in (False, True)],
+}
+STACKS = {
+    'flat': dict(n_layer=2),
+    'unet2': dict(n_layer=1, unet_layers=(1,)),
+    'unet2x2': dict(n_layer=1, unet_layers=(1, 1)),
+    'unet3': dict(n_layer=1, unet_layers=(1,), unet_factor=3),
+    'unet3x2': dict(n_layer=1, unet_layers=(0, 2), unet_up_layers=(1, 0), unet_factor=(3, 2)),
+}
+POS_EMBS = ('learned', 'rope', 'relative', 'learned+relative', 'none')
+TIME_MIXING = [{}, dict(time_mixing=0.5, time_mixing_alternate=True), dict(time_mixing=1.0)]
+BLOCKS = [dict(rezero=True), dict(mlp='swiglu', bias=False), dict(mlp='relu2', tie_weights=False), dict(mlp='none'),
+          dict(mlp='gelu_tanh', mlp_ratio=1.5), dict(n_head=1), dict(n_head=8)]
+BLOCK_SIZES = (1, 2, 5), (13, 16) # each architecture has all of the first, and one of the others in turn
+
+
+def architectures():
+    """-> (id, configs), the configs differing in block_size; what GPTConfig refuses is left out."""
+    for mixer in MIXERS:
+        places = [options | time_mixing | dict(pos_emb=pos_emb) for options in OPTIONS.get(mixer, [{}])
+                  for pos_emb in POS_EMBS for time_mixing in TIME_MIXING]
+        places += [block | TIME_MIXING[1] for block in BLOCKS]
+        for (i, place), (stack, levels) in itertools.product(enumerate(places), STACKS.items()):
+            configs = []
+            for block_size in BLOCK_SIZES[0] + (BLOCK_SIZES[1][i % 2],):
+                args = dict(block_size=block_size, vocab_size=11, n_head=2, n_embd=8, mixer=mixer)
+                try:
+                    configs.append(GPTConfig(**args | levels | place))
+                except ValueError:
+                    pass
+            if configs:
+                yield '-'.join([mixer, stack] + [f'{k}={v}' for k, v in place.items()]), configs
+
+
+ARCHITECTURES = dict(architectures())
+# of each mixer's options and each stack, one: for what takes longer
+SOME = {f'{mixer}-{stack}-{i}': GPTConfig(block_size=16, vocab_size=11, n_head=2, n_embd=8, mixer=mixer, **levels, **options)
+        for mixer in MIXERS for stack, levels in STACKS.items() for i, options in enumerate(OPTIONS.get(mixer, [{}]))}
+
+
+def test_the_contract_leaves_no_mixer_out():
+    configs = [config for sizes in ARCHITECTURES.values() for config in sizes]
+    for mixer, cls in MIXERS.items():
+        own = [config for config in configs if config.mixer == mixer]
+        assert {config.pos_emb for config in own} == set(cls.pos_embs)
+        assert {config.block_size for config in own} == set(sum(BLOCK_SIZES, ()))
+        for levels in STACKS.values():
+            assert any(config.unet_layers == levels.get('unet_layers', ()) for config in own)
+
+
+@pytest.mark.parametrize('name', ARCHITECTURES)
+def test_contract(name, contract):
+    for config in ARCHITECTURES[name]:
+        contract.append(check_contract(randomized(config)))
+
+
+@pytest.mark.parametrize('name', SOME)
+def test_round_trip(name, tmp_path):
+    check_round_trip(randomized(SOME[name]), tmp_path / 'ckpt.pt')
+
+
+@pytest.mark.parametrize('name', [f'{mixer}-flat-0' for mixer in MIXERS] + ['attention-unet2x2-0'])
+def test_compile_gives_the_same_numbers(name):
+    torch.compiler.reset()
+    check_compiled(randomized(SOME[name]), 'aot_eager')
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ('g++', 'clang++', 'cl'))), reason='inductor needs a C++ compiler')
+def test_inductor_gives_the_same_numbers():
+    torch.compiler.reset()
+    check_compiled(randomized(SOME['attention-flat-1']), 'inductor')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The checks refuse what is broken
+
+def network(**args):
+    return randomized(GPTConfig(**dict(block_size=7, vocab_size=11, n_layer=2, n_head=2, n_embd=8) | args))
+
+
+class LeakingUNet(UNet):
+    """Merges the tokens that START at position factor * i, and hands them back to their own first position."""
+    def forward(self, x, cache=None):
+        B, T, C = x.size()
+        x = self.down(x)
+        n = math.ceil(T / self.factor)
+        padded = torch.cat([x, x.new_zeros(B, n * self.factor - T, C)], dim=1)
+        inner = self.inner(self.merge(padded.view(B, n, -1)))
+        return self.up(x + self.expand(inner).view(B, -1, C)[:, :T])
+
+
+class AverageOfAll(Mixer):
+    def mix(self, x):
+        return x.mean(dim=1, keepdim=True).expand_as(x)
+
+
+class AverageOfPastAndFuture(Mixer):
+    """Sees only the past, but knows the length of the whole sequence."""
+    def mix(self, x):
+        return x.cumsum(dim=1) / x.size(1)
+
+
+class ForgetfulTimeMixing(TimeMixing):
+    def forward(self, x, cache=None):
+        return super().forward(x)
+
+
+class Forgotten(Mixer):
+    """Has a parameter that its output does not depend on."""
+    def __init__(self, config, block_size):
+        super().__init__(config, block_size)
+        self.unused = nn.Parameter(torch.zeros(1))
+
+    def mix(self, x):
+        return x.cumsum(dim=1)
+
+
+def test_a_leaking_unet_is_refused(monkeypatch):
+    assert check_causal(every_length(network(unet_layers=(1,)))) < TOLERANCE
+    monkeypatch.setattr('model.UNet', LeakingUNet)
+    with pytest.raises(AssertionError, match='token 1 changes the logits of position 0'):
+        check_causal(every_length(network(unet_layers=(1,))))
+
+
+def test_an_average_over_the_future_is_refused(monkeypatch):
+    monkeypatch.setitem(MIXERS, 'average', AverageOfAll)
+    with pytest.raises(AssertionError, match='changes the logits of position'):
+        check_causal(every_length(network(mixer='average')))
+
+
+def test_dependence_on_the_length_is_refused(monkeypatch):
+    monkeypatch.setitem(MIXERS, 'average', AverageOfPastAndFuture)
+    assert check_causal(every_length(network(mixer='average'))) < TOLERANCE # no token leaks, and yet training and decoding differ
+    with pytest.raises(AssertionError, match='tokens give logits that differ'):
+        check_prefixes(every_length(network(mixer='average')))
+
+
+def test_a_forgetful_token_shift_is_refused(monkeypatch):
+    assert check_chunks(network(time_mixing=0.5)) < TOLERANCE
+    monkeypatch.setattr('model.TimeMixing', ForgetfulTimeMixing)
+    assert check_causal(every_length(network(time_mixing=0.5))) < TOLERANCE # only decoding shows it
+    with pytest.raises(AssertionError, match='decoding in chunks'):
+        check_chunks(network(time_mixing=0.5))
+
+
+def test_a_decayed_time_weight_is_refused(monkeypatch):
+    def by_dim(self):
+        named = list(self.named_parameters())
+        return [x for x in named if x[1].dim() >= 2], [x for x in named if x[1].dim() < 2]
+    monkeypatch.setattr(GPT, 'optimizer_groups', by_dim)
+    check_groups(network()) # right for plain attention, which is how it came to be everywhere
+    with pytest.raises(AssertionError, match='attn.alpha is in the wrong group'):
+        check_groups(network(time_weighting='circulant'))
+
+
+def test_a_parameter_in_no_group_or_in_two_is_refused(monkeypatch):
+    groups = GPT.optimizer_groups
+    monkeypatch.setattr(GPT, 'optimizer_groups', lambda self: (groups(self)[0], groups(self)[1][1:]))
+    with pytest.raises(AssertionError):
+        check_groups(network())
+    monkeypatch.setattr(GPT, 'optimizer_groups', lambda self: (groups(self)[0], groups(self)[1] + groups(self)[0][:1]))
+    with pytest.raises(AssertionError):
+        check_groups(network())
+
+
+def test_a_parameter_without_a_gradient_is_refused(monkeypatch):
+    monkeypatch.setitem(MIXERS, 'forgotten', Forgotten)
+    with pytest.raises(AssertionError, match='attn.unused gets no gradient'):
+        check_gradients(network(mixer='forgotten'))
+    model = network()
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_proj.weight.zero_()
+    with pytest.raises(AssertionError, match='h.1.ln_2.weight is zero'):
+        check_gradients(model)
+
+
+def test_a_network_that_ignores_its_input_is_refused():
+    model = network()
+    with torch.no_grad():
+        model.transformer.wte.weight.zero_()
+    with pytest.raises(AssertionError, match='changes nothing at all'):
+        check_causal(every_length(model))
+
+
+def test_a_lost_weight_is_refused(tmp_path):
+    class Lossy(GPT):
+        def state_dict(self, *args, **kwargs):
+            state = super().state_dict(*args, **kwargs)
+            return state | {'transformer.wpe.weight': state['transformer.wpe.weight'].half()}
+    model = network()
+    model.__class__ = Lossy
+    with pytest.raises(AssertionError, match='transformer.wpe.weight'):
+        check_round_trip(model, tmp_path / 'ckpt.pt')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Each mixer against its definition, position by position
+
+def weigh(values, n_head, row, bias=None):
+    """y_i = sum over j <= i of row(b, h, i)_j values_j (+ bias_i), head by head: values (B, T, E) -> (B, T, E)."""
+    B, T, E = values.size()
+    D = E // n_head
+    y = torch.zeros_like(values)
+    for b, h, i in itertools.product(range(B), range(n_head), range(T)):
+        head = slice(h * D, (h + 1) * D)
+        y[b, i, head] = row(b, h, i) @ values[b, :i + 1, head]
+        if bias is not None:
+            y[b, i, head] += bias[h, i]
+    return y
+
+
+def softmax(scores):
+    e = (scores - scores.max()).exp()
+    return e / e.sum()
+
+
+def layer_norm(x, ln):
+    x = x - x.mean(dim=-1, keepdim=True)
+    return x / (x.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt() * ln.weight + ln.bias
+
+
+def gelu(x):
+    return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+
+
+def compare(q, k, n_head, pos_emb='none', relative=None):
+    """-> scores(b, h, i): q_i k_j / sqrt(D) for j = 0..i, with the positions in it."""
+    D = q.size(2) // n_head
+
+    def scores(b, h, i):
+        qi, kj = q[b, i, h * D:(h + 1) * D], k[b, :i + 1, h * D:(h + 1) * D]
+        if pos_emb == 'rope': # pairs of channels are complex numbers, and the angle between two grows with the distance
+            qi, kj = torch.complex(qi[:D // 2], qi[D // 2:]), torch.complex(kj[:, :D // 2], kj[:, D // 2:])
+            distance = torch.arange(i, -1, -1, dtype=torch.float64)
+            frequency = 10000.0 ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)
+            turn = torch.exp(1j * distance[:, None] * frequency)
+            s = (qi * kj.conj() * turn).sum(1).real / math.sqrt(D)
+        else:
+            s = kj @ qi / math.sqrt(D)
+        if relative is not None:
+            s = s + torch.stack([relative[h, i - j] for j in range(i + 1)])
+        return s
+    return scores
+
+
+def naive_attention(config, mixer, x):
+    q, k, v = mixer.c_attn(x).chunk(3, dim=2)
+    scores = compare(q, k, config.n_head, config.pos_emb, mixer.relative)
+
+    def row(b, h, i):
+        att = softmax(scores(b, h, i))
+        if config.time_weighting == 'full':
+            att = att * torch.stack([mixer.weight[h, i, j] for j in range(i + 1)])
+        elif config.time_weighting == 'circulant':
+            att = att * torch.stack([mixer.alpha[h, i - j] * mixer.beta[h, j] for j in range(i + 1)])
+        return att
+    return mixer.c_proj(weigh(v, config.n_head, row))
+
+
+def naive_container(config, mixer, x):
+    q, k, v = mixer.c_attn(x).chunk(3, dim=2)
+    scores = compare(q, k, config.n_head, config.pos_emb, mixer.relative)
+    alpha, beta = mixer.alpha.flatten(), mixer.beta.flatten()
+    return mixer.c_proj(weigh(v, config.n_head, lambda b, h, i: (
+        alpha[h] * softmax(scores(b, h, i)) + beta[h] * mixer.affinity[h, i, :i + 1])))
+
+
+def naive_synthesizer(config, mixer, x):
+    H, D = config.n_head, config.n_embd // config.n_head
+    if config.synthesizer_attn:
+        q, k, v = mixer.c_attn(x).chunk(3, dim=2)
+        dot = compare(q, k, H, config.pos_emb, mixer.relative)
+    else:
+        v = mixer.c_attn(x)
+
+    def row(b, h, i):
+        if config.synthesizer == 'dense':
+            hidden = mixer.c_fc(x[b, i])[h * D:(h + 1) * D].clamp(min=0)
+            scores = torch.stack([hidden @ mixer.rows[h, :, j] for j in range(i + 1)])
+        else:
+            scores = mixer.table[h, i, :i + 1]
+        if config.synthesizer_attn:
+            share = softmax(mixer.mixture[:, h].flatten())
+            scores = share[0] * scores + share[1] * dot(b, h, i)
+        return softmax(scores)
+    return mixer.c_proj(weigh(v, H, row))
+
+
+def along_time(layer, x, n_head):
+    return weigh(x, n_head, lambda b, h, i: layer.weight[h, i, :i + 1], layer.bias)
+
+
+def naive_mlp_mixer(config, mixer, x):
+    return along_time(mixer.c_proj, gelu(along_time(mixer.c_fc, x, config.n_head)), config.n_head)
+
+
+def naive_gmlp(config, mixer, x):
+    u, v = gelu(mixer.c_fc(x)).chunk(2, dim=2)
+    gate = along_time(mixer.gate, layer_norm(v, mixer.ln), config.n_head)
+    if config.gmlp_attn:
+        q, k, a = mixer.attn_qkv(x).chunk(3, dim=2)
+        scores = compare(q, k, 1)
+        gate = gate + mixer.attn_proj(weigh(a, 1, lambda b, h, i: softmax(scores(b, h, i))))
+    return mixer.c_proj(u * (gate.tanh() if config.gmlp_tanh else gate))
+
+
+NAIVE = dict(attention=naive_attention, mlp_mixer=naive_mlp_mixer, gmlp=naive_gmlp, synthesizer=naive_synthesizer,
+             container=naive_container)
+SIZES = {'small': dict(B=2, T=6, H=2, C=8), 'long': dict(B=1, T=300, H=1, C=4)} # long: more than one block of rows
+
+
+@pytest.mark.parametrize('size', SIZES)
+@pytest.mark.parametrize('mixer, options', [(mixer, options) for mixer in NAIVE for options in OPTIONS.get(mixer, [{}])])
+def test_definition(mixer, options, size):
+    B, T, H, C = SIZES[size].values()
+    for pos_emb in MIXERS[mixer].pos_embs:
+        if pos_emb not in Mixer.pos_embs and options.get('synthesizer_attn') is False:
+            continue
+        config = GPTConfig(block_size=T + 2, n_head=H, n_embd=C, mixer=mixer, pos_emb=pos_emb, **options)
+        torch.manual_seed(1)
+        layer = MIXERS[mixer](config, config.block_size).double()
+        randomize(layer)
+        x = torch.randn(B, T, C, dtype=torch.float64)
+        with torch.no_grad():
+            expected = NAIVE[mixer](config, layer, x)
+            # rope's angles are float32, whose rounding grows with the position
+            tolerance = 1e-7 * T if pos_emb == 'rope' else 1e-11
+            torch.testing.assert_close(layer(x), expected, rtol=tolerance, atol=tolerance)
+            cache = {}
+            chunks = [layer(part, cache) for part in x.split([T // 3, 1, T - 1 - T // 3], dim=1)]
+            torch.testing.assert_close(torch.cat(chunks, dim=1), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize('layer', [0, 1])
+@pytest.mark.parametrize('alternate', [False, True])
+@pytest.mark.parametrize('fraction, n', [(0.5, 4), (0.4, 3), (1.0, 8)])
+def test_time_mixing(fraction, n, alternate, layer):
+    shift = TimeMixing(GPTConfig(n_embd=8, n_head=2, time_mixing=fraction, time_mixing_alternate=alternate), layer)
+    x = torch.randn(2, 5, 8)
+    expected = x.clone()
+    for b, t, c in itertools.product(range(2), range(5), range(8)):
+        if c >= 8 - n if alternate and layer == 1 else c < n:
+            expected[b, t, c] = x[b, t - 1, c] if t > 0 else 0.0
+    assert torch.equal(shift(x), expected)
+
+
+@pytest.mark.parametrize('rezero', [False, True])
+@pytest.mark.parametrize('mlp', ['gelu', 'none'])
+def test_block(mlp, rezero):
+    model = network(rezero=rezero, mlp=mlp, time_mixing=0.5)
+    block = model.transformer.h[0]
+    a = block.scales if rezero else [1.0, 1.0]
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    y = layer_norm(x, block.ln_1)
+    y[:, 1:, :4], y[:, 0, :4] = y[:, :-1, :4].clone(), 0.0
+    expected = x + a[0] * naive_attention(model.config, block.attn, y)
+    if mlp != 'none':
+        expected = expected + a[1] * block.mlp(layer_norm(expected, block.ln_2))
+    torch.testing.assert_close(block(x), expected)
+
+
+def test_rezero_starts_as_the_identity():
+    model = GPT(GPTConfig(block_size=7, vocab_size=11, n_layer=2, n_head=2, n_embd=8, rezero=True))
+    x = torch.randn(2, 7, 8)
+    assert torch.equal(model.transformer.h(x), x)
+
+
+@pytest.mark.parametrize('mlp', ['gelu', 'gelu_tanh', 'relu2', 'swiglu'])
+def test_mlp(mlp):
+    layer = MLP(GPTConfig(n_embd=8, n_head=2, mlp=mlp, mlp_ratio=1.5)).double()
+    randomize(layer)
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    h = layer.c_fc(x)
+    if mlp == 'swiglu':
+        h = h[..., :12] / (1 + (-h[..., :12]).exp()) * h[..., 12:]
+    elif mlp == 'relu2':
+        h = h.clamp(min=0) ** 2
+    elif mlp == 'gelu_tanh':
+        h = h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h ** 3))) / 2
+    else:
+        h = gelu(h)
+    assert h.size(2) == 12
+    torch.testing.assert_close(layer(x), layer.c_proj(h))
+
+
+@pytest.mark.parametrize('T', [1, 2, 3, 4, 7, 11])
+@pytest.mark.parametrize('factor', [2, 3, 4])
+def test_unet(factor, T):
+    unet = network(block_size=11, unet_layers=(1,), unet_up_layers=(2,), unet_factor=factor, n_layer=1).transformer.h
+    assert (len(unet.down), len(unet.inner), len(unet.up)) == (1, 1, 2) and isinstance(unet.inner, Stack)
+    x = torch.randn(2, T, 8, dtype=torch.float64)
+    fine = unet.down(x)
+    zero = torch.zeros(2, 8, dtype=torch.float64)
+    coarse = []
+    for i in range(math.ceil(T / factor)): # made from the tokens that end at position factor * i
+        ends = range(factor * i - factor + 1, factor * i + 1)
+        coarse.append(unet.merge(torch.cat([fine[:, p] if p >= 0 else zero for p in ends], dim=1)))
+    inner = unet.inner(torch.stack(coarse, dim=1))
+    wide = []
+    for p in range(T): # serves positions factor * i to factor * i + factor - 1
+        i, part = divmod(p, factor)
+        wide.append(fine[:, p] + unet.expand(inner[:, i])[:, part * 8:(part + 1) * 8])
+    torch.testing.assert_close(unet(x), unet.up(torch.stack(wide, dim=1)))
+
+
+def test_the_inner_level_of_a_unet_runs_once_every_factor_tokens():
+    model = network(block_size=16, unet_layers=(1, 1), unet_factor=(2, 3), n_layer=1)
+    runs = []
+    model.transformer.h.inner.inner.register_forward_hook(lambda module, args, output: runs.append(args[0].size(1)))
+    cache, idx = {}, tokens(model, 1)
+    for t in range(16):
+        model(idx[:, t:t + 1], cache=cache)
+    assert runs == [1, 1, 1] # for tokens 0, 6 and 12
+
+
+def test_the_published_unet_can_be_built():
+    config = GPTConfig(block_size=1024, vocab_size=64, n_layer=100, n_head=2, n_embd=8, unet_layers=(5, 2, 2, 2, 2))
+    with torch.device('meta'):
+        model = GPT(config)
+    unet, lengths = model.transformer.h, []
+    for _ in range(5):
+        lengths.append((len(unet.down), len(unet.up), unet.down[0].attn.n_head))
+        unet = unet.inner
+    assert lengths == [(5, 5, 2)] + [(2, 2, 2)] * 4
+    assert isinstance(unet, Stack) and len(unet) == 100
+    assert model(torch.zeros(1, 1024, dtype=torch.long, device='meta'))[0].shape == (1, 1024, 64)
+
+
+def test_tables_start_causal_and_at_their_identity():
+    mixer = GPT(GPTConfig(block_size=7, vocab_size=11, n_layer=1, n_head=2, n_embd=8, mixer='gmlp')).transformer.h[0].attn
+    assert isinstance(mixer.gate, TimeLinear) and mixer.gate.weight.abs().max() < 0.02 and (mixer.gate.bias == 1).all()
+    assert torch.equal(mixer.gate.weight, mixer.gate.weight.tril()) and mixer.gate.weight.any()
