@@ -85,8 +85,6 @@ def configure(namespace, dataclass=None, argv=None):
     given.update(flags)
     config.update(given)
     namespace.update({name: config[name] for name in own})
-    if given:
-        say('config: ' + ', '.join(f'{name}={value!r}' for name, value in given.items()))
     return config, given
 
 

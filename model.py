@@ -46,9 +46,9 @@ class GPTConfig:
     gmlp_attn: int = 0 # gmlp: head size of the tiny attention added to the gate (the paper uses 64); 0 is off
     synthesizer: str = 'dense' # synthesizer: dense (weights from each token) | random (weights learned outright)
     synthesizer_attn: bool = False # synthesizer: mix its scores with dot-product attention's
-    unet_layers: tuple = () # blocks at each resolution on the way down (and up), outermost first; () is a flat stack
-    unet_up_layers: tuple | None = None # blocks on the way up, outermost first; None: as unet_layers
-    unet_factor: int | tuple = 2 # tokens merged into one at each level: one number, or one a level
+    unet_layers: tuple[int, ...] = () # blocks at each resolution on the way down (and up), outermost first; () is a flat stack
+    unet_up_layers: tuple[int, ...] | None = None # blocks on the way up, outermost first; None: as unet_layers
+    unet_factor: int | tuple[int, ...] = 2 # tokens merged into one at each level: one number, or one a level
 
     def __post_init__(self):
         for name in ('unet_layers', 'unet_up_layers', 'unet_factor'): # JSON and config files bring lists
@@ -446,6 +446,9 @@ def causal_attention(q, k, v, dropout=0.0, relative=None):
     relative (H, block_size) is added to the scores by distance.
     """
     T, S = q.size(2), k.size(2)
+    if q.device.type == 'cpu' and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
+        with torch.autocast('cpu', enabled=False): # torch's backward in bfloat16 takes 7 times as long on a CPU as this
+            return causal_attention(q.float(), k.float(), v.float(), dropout, relative).to(q.dtype)
     if relative is not None:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
         bias = toeplitz(relative, T, S).to(q.dtype).masked_fill(~mask, float('-inf'))

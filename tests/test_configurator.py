@@ -175,7 +175,7 @@ def test_config_is_json(script):
     ('--shape=4,', (4,)),
     ('--betas=0.9,1', (0.9, 1.0)), ('--betas=5', (5.0,)), ('--betas=()', ()), ('--betas=', ()),
     ('--stop=a,b', ('a', 'b')), ('--stop=5', ('5',)), ('--stop=("a,b", "c")', ('a,b', 'c')), ('--stop=', ()),
-    ('--anything=5', 5), ('--anything=word', 'word'), ('--anything=None', None),
+    ('--anything=5', 5), ('--anything=word', 'word'), ('--anything=', ''), ('--anything=None', None),
 ])
 def test_value(script, arg, value):
     name = arg[2:].partition('=')[0]
@@ -408,10 +408,12 @@ def test_help_shows_everything_in_order(script, capsys, monkeypatch):
 
 @pytest.mark.parametrize('columns', [80, 120])
 def test_help_fits_the_terminal(tmp_path, capsys, monkeypatch, columns):
-    source = SCRIPT + f'\na_setting_whose_name_is_much_too_long = 1 # {"word " * 60}\n'
+    source = SCRIPT + f'\nlong = 1 # {"word " * 60}\na_setting_whose_name_is_much_too_long = 1 # {"word " * 60}\n'
     text = help_of(Script(tmp_path, source), capsys, columns, monkeypatch)
     assert columns - 10 < max(map(len, text.splitlines())) <= columns
     assert '\n  --a_setting_whose_name_is_much_too_long=1\n' in text
+    assert text.count('--a_setting') == text.count('--long') == 1
+    assert '\n\noptimizer\n  --learning_rate=0.0006 ' in text
 
 
 # fail and exit_on_error ----------------------------------------------------------------------------------------------

@@ -135,7 +135,8 @@ def test_unknown_characters_are_named():
     {'tokenizer': 'sentencepiece'}, {'tokenizer': ['char']}, {'tokenizer': 'char'},
     {'tokenizer': 'char', 'characters': 'aa'}, {'tokenizer': 'char', 'characters': ''},
     {'tokenizer': 'char', 'characters': ['a']}, {'tokenizer': 'tiktoken'},
-    {'tokenizer': 'tiktoken', 'encoding': 'gpt7'}, {'tokenizer': 'tiktoken', 'encoding': '/etc/passwd'}, {'tokenizer': 'tiktoken', 'encoding': ['gpt2']}])
+    {'tokenizer': 'tiktoken', 'encoding': 'gpt7'}, {'tokenizer': 'tiktoken', 'encoding': '/etc/passwd'},
+    {'tokenizer': 'tiktoken', 'encoding': ['gpt2']}])
 def test_metadata_that_makes_no_tokenizer(meta):
     with pytest.raises(DataError) as error:
         load_tokenizer(meta)
@@ -180,12 +181,18 @@ def test_malicious_pickle_is_refused(tmp_path, protocol):
 
 @pytest.mark.parametrize('data', [
     b'', b'not a pickle', pickle.dumps({'stoi': {}})[:-3], pickle.dumps([1]), pickle.dumps({'vocab_size': 'x'}),
-    pickle.dumps({'vocab_size': -1}), b'\x80\x02}r\xff\xff\xff\x7f.', b'cos\nsystem\n.', b'(S"ls"\nios\nsystem\n.'])
+    pickle.dumps({'vocab_size': -1}), b'cos\nsystem\n.', b'(S"ls"\nios\nsystem\n.'])
 def test_damaged_pickle(tmp_path, data):
     (tmp_path / 'meta.pkl').write_bytes(data)
     with pytest.raises(DataError) as error:
         load_meta(tmp_path)
     message(error)
+
+
+def test_pickle_that_asks_for_memory(tmp_path):
+    (tmp_path / 'meta.pkl').write_bytes(b'\x80\x02}r\xff\xff\xff\x7f.')   # memo entry 2**31 - 1
+    with pytest.raises(DataError, match='memo entry 2147483647'):
+        load_meta(tmp_path)
 
 
 @pytest.mark.parametrize('text', ['', '{', '[]', '3', '{"dtype": "float32"}', '{"vocab_size": "65"}',
@@ -325,6 +332,7 @@ def test_random_batches_reach_every_start(tmp_path):
     split = shards_of(tmp_path, [20, 4, 18])
     starts = split.batch(0, 20000, 8)[0][:, 0]
     valid = [*range(12), *range(2000, 2010)]   # the shard of 4 has no window of 8
+    assert abs(np.corrcoef(starts[1:], starts[:-1])[0, 1]) < 0.05
     values, counts = np.unique(starts, return_counts=True)
     assert values.tolist() == valid
     assert abs(counts - 20000 / 22).max() < 5 * (20000 / 22) ** 0.5
@@ -865,13 +873,13 @@ def test_text_is_read_in_pieces(tmp_path_factory, text, chunk):
 def test_text_pieces_give_the_same_tokens():
     tokenizer = TiktokenTokenizer('gpt2')
     cut = text_script(1000)['place_to_cut']
-    source = Path(T.__file__).read_text(encoding='utf-8')
+    source = re.sub('\n +', '\n', Path(T.__file__).read_text(encoding='utf-8'))   # with empty lines, and many others
     rest, ids, n_pieces = source, [], 0
     while rest:
-        at = cut(rest[:2000]) or len(rest)
+        at = cut(rest[:500]) or len(rest)
         ids += tokenizer.encode(rest[:at], allow_special=False)
         rest, n_pieces = rest[at:], n_pieces + 1
-    assert ids == tokenizer.encode(source, allow_special=False) and n_pieces > 10
+    assert ids == tokenizer.encode(source, allow_special=False) and n_pieces > 20
 
 
 def test_prepare_shakespeare_char(tmp_path):

@@ -1,0 +1,680 @@
+"""
+GPT around its mixers: transformers' GPT-2 as the oracle in both directions, loading, cropping and growing weights,
+refused settings, generation against naive code, cost, and checkpoints that survive what happens to files.
+"""
+
+import itertools
+import json
+import math
+import pathlib
+import pickle
+import struct
+import zipfile
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from model import GPT, GPTConfig, MIXERS, find_peak_flops, load_checkpoint, resolve, save_checkpoint
+
+SMALL = dict(block_size=12, vocab_size=61, n_layer=2, n_head=2, n_embd=16)
+PLACES = {mixer: dict(mixer=mixer) for mixer in MIXERS} # one architecture for each mixer, and then some
+PLACES |= dict(circulant=dict(time_weighting='circulant', pos_emb='relative'), full=dict(time_weighting='full', pos_emb='rope'),
+               shift=dict(time_mixing=0.5), unet=dict(n_layer=1, unet_layers=(1, 1)),
+               gmlp_unet=dict(mixer='gmlp', gmlp_attn=4, n_layer=1, unet_layers=(1,), unet_factor=3))
+
+
+def network(**args):
+    """With random weights, large enough that every part of the network is seen in the logits."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SMALL | args)).eval()
+    randomize(model)
+    return model
+
+
+@torch.no_grad()
+def randomize(model):
+    for p in model.parameters():
+        p.normal_(0, 0.2)
+
+
+def tokens(B, T, V=61):
+    return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def logits(model, idx):
+    return model(idx)[0]
+
+
+def assert_same(a, b, tolerance=1e-5):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# forward
+
+def test_logits_and_loss():
+    model, idx = network(), tokens(3, 7)
+    out, loss = model(idx)
+    assert out.shape == (3, 7, 61) and loss is None
+    targets = tokens(3, 7).flip(1)
+    targets[0, :5] = targets[2] = -1
+    none, loss = model(idx, targets)
+    assert none is None
+    terms = [-out[b, t].log_softmax(0)[targets[b, t]] for b, t in itertools.product(range(3), range(7)) if targets[b, t] != -1]
+    assert len(terms) == 9
+    assert_same(loss, torch.stack(terms).mean())
+
+
+@pytest.mark.parametrize('place', PLACES)
+def test_a_sequence_longer_than_the_block_is_refused(place):
+    model = network(**PLACES[place])
+    with pytest.raises(ValueError, match='13 tokens is longer than block_size=12'):
+        model(tokens(1, 13))
+    cache = {}
+    model(tokens(1, 12), cache=cache)
+    with pytest.raises(ValueError, match='13 tokens'):
+        model(tokens(1, 1), cache=cache)
+
+
+def test_dropout_acts_in_training_alone():
+    model, idx = network(dropout=0.5), tokens(1, 12)
+    assert torch.equal(logits(model, idx), logits(model, idx))
+    model.train()
+    assert not torch.equal(logits(model, idx), logits(model, idx))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GPTConfig
+
+@pytest.mark.parametrize('args, words', [
+    (dict(n_embd=15), ['n_embd=15', 'n_head=2', 'n_embd=16']),
+    (dict(n_embd=14, pos_emb='rope'), ['rope', '7 channels']),
+    (dict(mixer='gmlp', n_embd=10, n_head=5, gmlp_ratio=3.0, mlp='gelu', gmlp_attn=0, dropout=0.0, n_layer=1, bias=True,
+          block_size=4, vocab_size=5, tie_weights=False, gmlp_tanh=False, pos_emb='none', rezero=True), None),
+    (dict(mixer='gmlp', gmlp_ratio=2.9), ['gmlp_ratio=2.9', 'n_embd=16', '23 channels', 'n_head=2']),
+    (dict(mixer='gmlp', gmlp_ratio=0.0), ['gmlp_ratio=0.0']),
+    (dict(mixer='gmlp', gmlp_attn=-1), ['gmlp_attn=-1']),
+    (dict(mixer='gmlp', pos_emb='rope'), ["pos_emb='rope'", "mixer='gmlp'", 'learned or none']),
+    (dict(mixer='mlp_mixer', pos_emb='relative'), ["pos_emb='relative'", "mixer='mlp_mixer'"]),
+    (dict(mixer='synthesizer', pos_emb='rope'), ["pos_emb='rope'", 'synthesizer_attn=True']),
+    (dict(mixer='gmlp', time_weighting='full'), ["time_weighting='full'", "mixer='gmlp'", "leave time_weighting at 'none'"]),
+    (dict(mixer='container', time_weighting='full'), ["time_weighting='full'", "mixer='container'"]),
+    (dict(gmlp_ratio=2.0), ['gmlp_ratio=2.0', "mixer='attention'"]),
+    (dict(gmlp_tanh=True), ['gmlp_tanh=True']),
+    (dict(gmlp_attn=64), ['gmlp_attn=64']),
+    (dict(synthesizer='random'), ["synthesizer='random'"]),
+    (dict(synthesizer_attn=True), ['synthesizer_attn=True']),
+    (dict(mlp='none', mlp_ratio=2.0), ['mlp_ratio=2.0', "mlp='none'"]),
+    (dict(time_mixing_alternate=True), ['time_mixing_alternate=True', 'time_mixing=0.0']),
+    (dict(time_mixing=1.5), ['time_mixing=1.5']),
+    (dict(time_mixing=-0.1), ['time_mixing=-0.1']),
+    (dict(time_mixing=0.01), ['time_mixing=0.01', 'n_embd=16', 'less than one channel']),
+    (dict(unet_factor=3), ['unet_factor=3', 'unet_layers=()']),
+    (dict(unet_up_layers=(1,)), ['unet_up_layers=(1,)', 'unet_layers=()']),
+    (dict(unet_layers=(1,), unet_factor=1), ['unet_factor=1', '2 or more']),
+    (dict(unet_layers=(1, 1), unet_factor=(2, 0)), ['unet_factor=(2, 0)', '2 or more']),
+    (dict(unet_layers=(-1,)), ['unet_layers=(-1,)', 'negative']),
+    (dict(unet_layers=(1, 1), unet_up_layers=(1,)), ['unet_layers=(1, 1)', 'unet_up_layers=(1,)', 'as many']),
+    (dict(unet_layers=(1, 1), unet_factor=(2,)), ['unet_factor=(2,)', 'as many']),
+    (dict(unet_layers=(1, 1, 1, 1)), ['unet_layers=(1, 1, 1, 1)', 'one token of 16', 'block_size=12']),
+    (dict(mixer='atention'), ["mixer='atention'", *MIXERS]),
+    (dict(pos_emb='alibi'), ["pos_emb='alibi'", 'learned', 'rope', 'relative', 'none']),
+    (dict(mlp='relu'), ["mlp='relu'", 'relu2']),
+    (dict(time_weighting='half'), ["time_weighting='half'", 'circulant']),
+    (dict(mixer='synthesizer', synthesizer='sparse'), ["synthesizer='sparse'", 'dense', 'random']),
+    (dict(dropout=1.0), ['dropout=1.0']),
+    (dict(dropout=-0.1), ['dropout=-0.1']),
+    (dict(block_size=0), ['block_size=0']),
+    (dict(vocab_size=0), ['vocab_size=0']),
+    (dict(n_layer=0), ['n_layer=0']),
+    (dict(n_head=0), ['n_head=0']),
+    (dict(n_embd=-16), ['n_embd=-16']),
+])
+def test_refused_settings(args, words):
+    if words is None: # a neighbour of a refused one that is fine
+        GPT(GPTConfig(**SMALL | args))
+        return
+    with pytest.raises(ValueError) as e:
+        GPTConfig(**SMALL | args)
+    assert all(word in str(e.value) for word in words), str(e.value)
+    assert '\n' not in str(e.value)
+
+
+def test_lists_become_tuples():
+    assert GPTConfig(unet_layers=[1, 2], unet_up_layers=[2, 1], unet_factor=[2, 3]).unet_levels() == ((1, 2), (2, 1), (2, 3))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GPT-2's weights in and out, with transformers' own class as the oracle
+
+def hf_model(**args):
+    from transformers import GPT2Config, GPT2LMHeadModel
+    torch.manual_seed(2)
+    hf = GPT2LMHeadModel(GPT2Config(**dict(n_positions=12, vocab_size=61, n_layer=2, n_head=2, n_embd=16) | args)).eval()
+    randomize(hf)
+    return hf
+
+
+@pytest.mark.parametrize('tied', [True, False])
+@pytest.mark.parametrize('activation, mlp', [('gelu_new', 'gelu_tanh'), ('gelu', 'gelu')])
+def test_weights_that_transformers_saved(activation, mlp, tied, tmp_path):
+    hf = hf_model(activation_function=activation, tie_word_embeddings=tied, n_inner=None if tied else 40)
+    hf.save_pretrained(tmp_path)
+    model = GPT.from_pretrained(str(tmp_path)).eval()
+    assert (model.config.mlp, model.config.tie_weights) == (mlp, tied)
+    assert_same(logits(model, tokens(2, 12)), hf(tokens(2, 12)).logits.detach())
+
+
+@pytest.mark.parametrize('args', [
+    dict(), dict(mlp='gelu_tanh'), dict(mlp='relu2'), dict(bias=False), dict(tie_weights=False), dict(mlp_ratio=2.5),
+    dict(pos_emb='none'), dict(bias=False, tie_weights=False, mlp='gelu_tanh', pos_emb='none'),
+], ids=str)
+def test_weights_that_transformers_loads(args, tmp_path):
+    from transformers import GPT2LMHeadModel
+    model = network(**args)
+    model.save_pretrained(tmp_path / 'new')
+    hf, info = GPT2LMHeadModel.from_pretrained(tmp_path / 'new', output_loading_info=True)
+    assert not info['missing_keys'] and not info['unexpected_keys'] and not info['mismatched_keys']
+    expected = logits(model, tokens(2, 12))
+    assert_same(hf.eval()(tokens(2, 12)).logits.detach(), expected)
+    assert_same(logits(GPT.from_pretrained(tmp_path / 'new').eval(), tokens(2, 12)), expected)
+
+
+def test_every_width_of_a_hidden_layer_can_be_loaded(tmp_path):
+    assert 31 / 98 * 98 < 31 # n_inner is a whole number, mlp_ratio is not
+    hf_model(n_embd=98, n_inner=31).save_pretrained(tmp_path)
+    GPT.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize('args', [
+    dict(mixer='mlp_mixer'), dict(mixer='gmlp'), dict(pos_emb='rope'), dict(pos_emb='learned+relative'), dict(mlp='swiglu'),
+    dict(mlp='none'), dict(rezero=True), dict(time_mixing=0.5), dict(time_weighting='full'), dict(unet_layers=(1,)),
+], ids=str)
+def test_what_gpt2_cannot_express_is_refused(args, tmp_path):
+    with pytest.raises(ValueError) as e:
+        network(**args).save_pretrained(tmp_path / 'new')
+    (name, value), = args.items()
+    assert f'{name}={value!r}' in str(e.value)
+    assert not (tmp_path / 'new').exists()
+
+
+@pytest.mark.parametrize('args, words', [
+    (dict(model_type='llama'), "model_type 'llama'"),
+    (dict(activation_function='silu'), "activation_function 'silu'"),
+    (dict(scale_attn_by_inverse_layer_idx=True), 'scales attention'),
+    (dict(scale_attn_weights=False), 'scales attention'),
+    (dict(layer_norm_epsilon=1e-3), 'layer_norm_epsilon'),
+    (dict(n_layer=3), 'transformer.h.2.attn.c_attn.weight'),
+    (dict(n_layer=1), 'transformer.h.1.attn.c_attn.bias'),
+    (dict(n_positions=24), 'transformer.wpe.weight (12, 16) for (24, 16)'),
+])
+def test_folders_that_do_not_fit_are_refused(args, words, tmp_path):
+    network().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / 'config.json').read_text())
+    (tmp_path / 'config.json').write_text(json.dumps(config | args))
+    with pytest.raises(ValueError) as e:
+        GPT.from_pretrained(tmp_path)
+    assert words in str(e.value)
+
+
+def test_damaged_folders_are_refused(tmp_path):
+    with pytest.raises(OSError, match='has no config.json.*gpt2-xl'):
+        GPT.from_pretrained(tmp_path / 'nothing')
+    network().save_pretrained(tmp_path)
+    weights = (tmp_path / 'model.safetensors').read_bytes()
+    (tmp_path / 'model.safetensors').write_bytes(weights[:-100])
+    with pytest.raises(ValueError, match='not readable'):
+        GPT.from_pretrained(tmp_path)
+    (tmp_path / 'model.safetensors').unlink()
+    with pytest.raises(OSError, match='has no model.safetensors'):
+        GPT.from_pretrained(tmp_path)
+
+
+def test_the_hubs_names_and_masks(tmp_path):
+    """The hub's gpt2 has no 'transformer.' before its names, no head, masks beside the weights; dtypes can be others."""
+    model = network(mlp='gelu_tanh')
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / 'model.safetensors')
+    state = {k.removeprefix('transformer.'): v.bfloat16() for k, v in state.items()}
+    state |= {f'h.{i}.attn.bias': torch.ones(1, 1, 12, 12).tril() for i in range(2)}
+    save_file(state, tmp_path / 'model.safetensors')
+    loaded = GPT.from_pretrained(tmp_path)
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight.bfloat16().float())
+    assert_same(logits(loaded.eval(), tokens(2, 12)), logits(model, tokens(2, 12)), 0.1)
+
+
+def test_the_hub_out_of_reach(monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise ConnectionError('no route')
+    monkeypatch.setattr('huggingface_hub.hf_hub_download', unreachable)
+    with pytest.raises(OSError, match='gpt2-medium could not be downloaded.*network.*local folder'):
+        GPT.from_pretrained('gpt2-medium')
+
+
+def test_overrides_of_pretrained_weights(tmp_path, capsys):
+    model = network()
+    model.save_pretrained(tmp_path)
+    plain = GPT.from_pretrained(tmp_path, dict(dropout=0.3))
+    assert plain.config.dropout == 0.3 and capsys.readouterr().out == ''
+    grown = GPT.from_pretrained(tmp_path, dict(time_weighting='circulant')).eval()
+    assert 'transformer.h.1.attn.alpha' in capsys.readouterr().out
+    assert_same(logits(grown, tokens(2, 12)), logits(model, tokens(2, 12)), 1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading, cropping, growing
+
+def nanogpt_state(hf, bias):
+    """hf's weights under nanoGPT's names: Linear instead of Conv1D, the embedding once more as the head."""
+    state = {}
+    for name, p in hf.transformer.state_dict().items():
+        if not bias and name.endswith('.bias'):
+            continue
+        conv1d = name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight'))
+        state['transformer.' + name] = (p.t() if conv1d else p).clone()
+    return state | {'lm_head.weight': state['transformer.wte.weight']}
+
+
+@pytest.mark.parametrize('prefix', ['', '_orig_mod.', 'module._orig_mod.'])
+@pytest.mark.parametrize('bias', [True, False])
+def test_a_checkpoint_of_nanogpt(bias, prefix, tmp_path):
+    hf = hf_model(activation_function='gelu')
+    if not bias:
+        for name, p in hf.named_parameters():
+            if name.endswith('.bias'):
+                p.data.zero_()
+    state = nanogpt_state(hf, bias)
+    if prefix: # torch without flash attention keeps masks
+        state |= {f'transformer.h.{i}.attn.bias': torch.ones(1, 1, 12, 12).tril() for i in range(2)}
+    args = dict(n_layer=2, n_head=2, n_embd=16, block_size=12, bias=bias, vocab_size=61, dropout=0.1)
+    torch.save(dict(model={prefix + k: v for k, v in state.items()}, optimizer=dict(state={}, param_groups=[]),
+                    model_args=args, iter_num=2000, best_val_loss=torch.tensor(1.5), config=dict(dataset='x')),
+               tmp_path / 'ckpt.pt')
+    model, checkpoint = GPT.load(tmp_path / 'ckpt.pt')
+    assert checkpoint['iter_num'] == 2000 and not model.training
+    assert_same(logits(model, tokens(2, 12)), hf(tokens(2, 12)).logits.detach())
+
+
+def test_weights_that_do_not_fit_are_named():
+    state = network().state_dict()
+    model = network()
+    for change, words in [
+        (dict(extra=torch.zeros(1), more=torch.zeros(1)), 'lacks: extra, more'),
+        ({'transformer.ln_f.weight': None, 'transformer.h.0.mlp.c_fc.bias': None},
+         'has: transformer.h.0.mlp.c_fc.bias, transformer.ln_f.weight'),
+        ({'transformer.wpe.weight': torch.zeros(13, 16)}, 'transformer.wpe.weight (13, 16) for (12, 16)'),
+        ({'lm_head.weight': torch.zeros(61, 16)}, 'tie_weights=False'),
+    ]:
+        with pytest.raises(ValueError) as e:
+            model.load_weights({k: v for k, v in (state | change).items() if v is not None})
+        assert words in str(e.value)
+    for k, p in network().named_parameters(): # and a refused load changes nothing
+        assert torch.equal(p, dict(model.named_parameters())[k])
+
+
+def test_untying_starts_from_the_tied_matrix():
+    tied = network()
+    state = {k: v for k, v in tied.state_dict().items() if k != 'lm_head.weight'}
+    model = network(tie_weights=False)
+    assert model.load_weights(state) == []
+    assert torch.equal(logits(model, tokens(2, 12)), logits(tied, tokens(2, 12)))
+
+
+@pytest.mark.parametrize('args, added', [
+    (dict(time_weighting='circulant'), ['alpha', 'beta']),
+    (dict(time_weighting='full'), ['weight']),
+    (dict(pos_emb='learned+relative'), ['relative']),
+    (dict(pos_emb='learned+relative', time_weighting='full'), ['relative', 'weight']),
+], ids=str)
+def test_growing(args, added):
+    plain = network()
+    grown = GPT(GPTConfig(**SMALL | args)).eval()
+    with pytest.raises(ValueError, match=f'lacks parameters that this architecture has: transformer.h.0.attn.{added[0]}'):
+        grown.load_weights(plain.state_dict())
+    names = [f'transformer.h.{i}.attn.{name}' for i in range(2) for name in added]
+    assert grown.load_weights(plain.state_dict(), grow=True) == names
+    assert_same(logits(grown, tokens(2, 12)), logits(plain, tokens(2, 12)), 1e-6)
+
+
+def test_growing_biases():
+    plain, grown = network(bias=False), GPT(GPTConfig(**SMALL)).eval()
+    names = grown.load_weights(plain.state_dict(), grow=True)
+    assert len(names) == 2 * 6 + 1 and all(name.endswith('.bias') for name in names)
+    assert_same(logits(grown, tokens(2, 12)), logits(plain, tokens(2, 12)), 1e-6)
+
+
+@pytest.mark.parametrize('args', [dict(mixer='container'), dict(unet_layers=(1,)), dict(mlp='swiglu'), dict(n_layer=3)], ids=str)
+def test_what_has_no_identity_does_not_grow(args):
+    with pytest.raises(ValueError, match='parameters that this architecture|other shapes'):
+        GPT(GPTConfig(**SMALL | args)).load_weights(network().state_dict(), grow=True)
+
+
+@pytest.mark.parametrize('place', PLACES)
+def test_crop_block_size(place):
+    model = network(**PLACES[place])
+    expected = logits(model, tokens(2, 7))
+    model.crop_block_size(7)
+    assert model.config == GPTConfig(**SMALL | PLACES[place] | dict(block_size=7))
+    assert torch.equal(logits(model, tokens(2, 7)), expected)
+    assert logits(model, tokens(2, 7)).isfinite().all() and model.generate(tokens(1, 3), 9).shape == (1, 12)
+    with pytest.raises(ValueError, match='8 tokens'):
+        model(tokens(1, 8))
+    with pytest.raises(ValueError, match='block_size=8 is longer than the 7'):
+        model.crop_block_size(8)
+
+
+def test_cropping_keeps_the_mode_and_the_tie():
+    model = network(dropout=0.5)
+    model.crop_block_size(7)
+    assert not any(m.training for m in model.modules())
+    assert model.lm_head.weight is model.transformer.wte.weight
+    model = network().double().train()
+    model.crop_block_size(7)
+    assert all(m.training for m in model.modules()) and model.lm_head.weight.dtype == torch.float64
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation
+
+@torch.no_grad()
+def naive_generate(model, idx, n, choose):
+    """Recomputes everything for every token; choose(logits (V,), window as a list) -> the next token."""
+    block_size = model.config.block_size
+    start = max(0, idx.size(1) - block_size)
+    for _ in range(n):
+        if idx.size(1) - start > block_size: # full: goes on from its last half
+            start = idx.size(1) - max(1, block_size // 2)
+        out = model(idx[:, start:])[0][:, -1]
+        new = [choose(out[b], idx[b, start:].tolist()) for b in range(idx.size(0))]
+        idx = torch.cat([idx, torch.tensor(new)[:, None]], dim=1)
+    return idx
+
+
+def greedy(out, window):
+    return int(out.argmax())
+
+
+@pytest.mark.parametrize('place', PLACES)
+def test_greedy_generation(place):
+    """With the cache, without it, and token by token; past block_size, and from a prompt that is longer than that."""
+    model = network(**PLACES[place] | dict(tie_weights=False)) # tied random weights repeat a token again and again
+    for B, T, n in [(2, 1, 30), (1, 12, 8), (2, 20, 14)]:
+        idx = tokens(B, T)
+        expected = naive_generate(model, idx, n, greedy)
+        assert torch.equal(model.generate(idx, n, temperature=0.0), expected)
+        assert torch.equal(model.generate(idx, n, temperature=0.0, use_cache=False), expected)
+        assert torch.equal(torch.cat([idx, *model.stream(idx, n, temperature=0.0)], dim=1), expected)
+        assert expected[:, T:].unique().numel() > 3
+
+
+def test_a_block_of_one_token():
+    model = network(block_size=1)
+    assert torch.equal(model.generate(tokens(1, 3), 5, temperature=0.0), naive_generate(model, tokens(1, 3), 5, greedy))
+
+
+def test_the_stream_is_lazy_and_sampling_is_repeatable():
+    model, idx = network(), tokens(2, 3)
+    seeded = lambda: torch.Generator().manual_seed(7)
+    whole = model.generate(idx, 20, generator=seeded())
+    stream = model.stream(idx, 20, generator=seeded())
+    assert torch.equal(next(stream), whole[:, 3:4]) and torch.equal(next(stream), whole[:, 4:5])
+    assert torch.equal(torch.cat([idx, whole[:, 3:5], *stream], dim=1), whole)
+    assert not torch.equal(whole, model.generate(idx, 20, generator=torch.Generator().manual_seed(8)))
+    assert torch.equal(model.generate(idx, 0), idx)
+
+
+def naive_distribution(out, window, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0, vocab_size=None):
+    out = out[:vocab_size].tolist()
+    for token in set(window):
+        out[token] = out[token] / repetition_penalty if out[token] > 0 else out[token] * repetition_penalty
+    ranked = sorted(range(len(out)), key=lambda token: -out[token])[:top_k]
+    weight = {token: math.exp((out[token] - max(out)) / temperature) for token in ranked}
+    total, held, kept = sum(weight.values()), 0.0, {}
+    for token in ranked:
+        if top_p is not None and held >= top_p:
+            break
+        kept[token] = weight[token]
+        held += weight[token] / total
+    return torch.tensor([kept.get(token, 0.0) / sum(kept.values()) for token in range(len(out))])
+
+
+@pytest.mark.parametrize('options', [
+    dict(), dict(temperature=0.7), dict(top_k=5), dict(top_k=1), dict(top_k=1000), dict(top_p=0.6), dict(top_p=0.01),
+    dict(top_p=1.0), dict(repetition_penalty=1.7), dict(vocab_size=50),
+    dict(temperature=1.3, top_k=20, top_p=0.8, repetition_penalty=1.2, vocab_size=50),
+], ids=str)
+def test_sampling(options):
+    model, idx = network(), tokens(1, 3, 50)
+    generator = torch.Generator().manual_seed(3)
+    def choose(out, window):
+        return int(torch.multinomial(naive_distribution(out, window, **options), 1, generator=generator))
+    expected = naive_generate(model, idx, 40, choose)
+    assert torch.equal(model.generate(idx, 40, generator=torch.Generator().manual_seed(3), **options), expected)
+
+
+def test_what_may_be_drawn():
+    model = network()
+    idx = tokens(1, 3).repeat(4000, 1)
+    out = logits(model, idx[:1])[0, -1]
+    for options in [dict(top_k=4), dict(top_p=0.5), dict(vocab_size=2)]:
+        drawn = set(model.generate(idx, 1, generator=torch.Generator().manual_seed(0), **options)[:, -1].tolist())
+        assert drawn == set(naive_distribution(out, [], **options).nonzero().flatten().tolist())
+
+
+def test_greedy_with_a_repetition_penalty_does_not_repeat():
+    model = network()
+    idx = model.generate(tokens(1, 1), 11, temperature=0.0, repetition_penalty=1e6)
+    assert idx.unique().numel() == 12
+    assert torch.equal(idx, naive_generate(model, tokens(1, 1), 11, lambda out, window: int(
+        naive_distribution(out, window, repetition_penalty=1e6).argmax())))
+
+
+def test_rows_of_a_batch_do_not_mix():
+    model, idx = network(mixer='gmlp'), tokens(3, 4)
+    together = model.generate(idx, 20, temperature=0.0)
+    assert torch.equal(together, torch.cat([model.generate(row[None], 20, temperature=0.0) for row in idx]))
+
+
+def test_an_empty_prompt_is_refused():
+    with pytest.raises(ValueError, match='at least one token'):
+        network().generate(torch.zeros(1, 0, dtype=torch.long), 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Size, cost, optimizer
+
+def test_gpt2_in_numbers():
+    with torch.device('meta'):
+        model = GPT(GPTConfig(vocab_size=50257))
+    assert model.get_num_params(non_embedding=False) == 124439808
+    assert model.get_num_params() == 124439808 - 1024 * 768
+    assert model.cost()[0] == pytest.approx(0.8547e9, rel=1e-3)
+    assert model.estimate_mfu(8, 2.0, 100e12) == pytest.approx(model.cost()[0] * 1024 * 8 / 2.0 / 100e12)
+
+
+def test_flops_by_hand():
+    model, C, L, V = network(), 16, 2, 61
+    matrices = L * (3 + 1 + 4 + 4) * C * C + C * V
+    for T in (12, 5):
+        attention = L * 2 * T * C # multiply-adds of a token: its row of scores, and the weighted sum
+        assert model.cost(T)[0] == 3 * 2 * (matrices + attention)
+    unet = network(n_layer=1, unet_layers=(0,), unet_factor=4, mixer='mlp_mixer', mlp='none', pos_emb='none')
+    # a coarse token for four: merge and expand, and the two triangles over three coarse tokens; and the head
+    assert unet.cost()[0] == pytest.approx(3 * 2 * (2 * 4 * C * C / 4 + 2 * 3 * C / 4 + C * V))
+
+
+def test_bytes_kept_for_the_backward_pass():
+    model = network(mlp='none', mixer='mlp_mixer')
+    deeper = network(mlp='none', mixer='mlp_mixer', n_layer=3)
+    per_layer = deeper.cost()[1] - model.cost()[1]
+    assert 3 * 16 * 4 <= per_layer <= 12 * 16 * 4 + 4 * 4 * 2 * 12 # LayerNorm, two products and GELU keep (T, C) each; W
+    assert model.cost(dtype=torch.bfloat16)[1] < model.cost()[1]
+
+
+def test_configure_optimizers():
+    model = network(time_weighting='full')
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.8, 0.9), 'cpu')
+    decays = {id(p): group['weight_decay'] for group in optimizer.param_groups for p in group['params']}
+    assert len(decays) == sum(len(group['params']) for group in optimizer.param_groups) == len(list(model.parameters()))
+    attn = model.transformer.h[0].attn
+    assert decays[id(attn.c_attn.weight)] == decays[id(model.transformer.wpe.weight)] == 0.1
+    assert decays[id(attn.weight)] == decays[id(attn.c_attn.bias)] == decays[id(model.transformer.ln_f.weight)] == 0.0
+    assert all(group['lr'] == 1e-3 and group['betas'] == (0.8, 0.9) for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize('name, flops', [
+    ('NVIDIA H100 80GB HBM3', 989.4e12), ('NVIDIA H100 PCIe', 756e12), ('NVIDIA H100 NVL', 835.5e12), ('NVIDIA H200', 989.4e12),
+    ('NVIDIA A100-SXM4-80GB', 312e12), ('NVIDIA A10G', 70e12), ('NVIDIA A10', 125e12), ('NVIDIA L4', 121e12),
+    ('NVIDIA L40S', 362e12), ('Tesla T4', 65e12), ('Tesla V100-SXM2-16GB', 125e12), ('NVIDIA GeForce RTX 4090', 165.2e12),
+    ('AMD Instinct MI300X', 1307.4e12), ('NVIDIA B200', 2250e12), ('NVIDIA GeForce GTX 1080', None), ('NVIDIA L400', None),
+])
+def test_peak_flops_of_a_card(name, flops, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: name)
+    found, source = find_peak_flops('auto', 'cuda', torch.bfloat16)
+    assert found == flops
+    assert 'datasheet' in source if flops else name in source and '--peak_flops=' in source
+    assert find_peak_flops('auto', 'cuda', torch.float32)[0] is None
+
+
+def test_peak_flops_settings():
+    assert find_peak_flops(3e12, 'cpu', torch.float32) == (3e12, 'as set')
+    assert find_peak_flops(3, 'cuda', torch.float32) == (3.0, 'as set')
+    assert find_peak_flops('auto', 'mps', torch.float32)[0] is None
+    with pytest.raises(ValueError, match="peak_flops='fast' is not a number, 'auto' or 'measure'"):
+        find_peak_flops('fast', 'cpu', torch.float32)
+    flops, source = find_peak_flops('auto', 'cpu', torch.float32)
+    assert 1e8 < flops < 1e15 and 'measured' in source and 'float32' in source
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+def checkpoint_of(model, **more):
+    return dict(model=model.state_dict(), model_args=asdict(model.config), **more)
+
+
+@pytest.mark.parametrize('broken', ['torch.save', 'os.fsync', 'os.replace'])
+def test_an_interrupted_save_leaves_the_old_checkpoint(broken, tmp_path, monkeypatch):
+    path = tmp_path / 'ckpt.pt'
+    save_checkpoint(path, checkpoint_of(network(), step=1))
+    old = path.read_bytes()
+
+    def interrupted(*args, **kwargs):
+        if broken == 'torch.save':
+            args[1].write(b'half a checkpoint')
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(broken, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(path, checkpoint_of(network(), step=2))
+    assert path.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == ['ckpt.pt']
+    save_checkpoint(path, checkpoint_of(network(), step=2))
+    assert load_checkpoint(path)['step'] == 2 and [p.name for p in tmp_path.iterdir()] == ['ckpt.pt']
+
+
+def test_a_flipped_bit_is_noticed(tmp_path):
+    path = tmp_path / 'ckpt.pt'
+    save_checkpoint(path, checkpoint_of(network()))
+    whole = path.read_bytes()
+    places = []
+    with zipfile.ZipFile(path) as archive:
+        for part in archive.infolist():
+            if '/data/' in part.filename:
+                name, extra = struct.unpack_from('<HH', whole, part.header_offset + 26)
+                first = part.header_offset + 30 + name + extra
+                places += [first, first + part.file_size // 2, first + part.file_size - 1]
+    assert len(places) > 60
+    for i, place in enumerate(places[::3] + places[1::9] + places[2::9]):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << i % 8
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match='damaged.*checksum'):
+            load_checkpoint(path)
+    path.write_bytes(whole)
+    load_checkpoint(path)
+
+
+@pytest.mark.parametrize('kept', [0.0, 0.01, 0.5, 0.9, 0.9999])
+def test_a_truncated_checkpoint_is_refused(kept, tmp_path):
+    path = tmp_path / 'ckpt.pt'
+    save_checkpoint(path, checkpoint_of(network()))
+    path.write_bytes(path.read_bytes()[:int(kept * path.stat().st_size)])
+    with pytest.raises(ValueError, match='ckpt.pt is damaged or not a checkpoint'):
+        load_checkpoint(path)
+
+
+class Malicious:
+    def __init__(self, victim):
+        self.victim = victim
+
+    def __reduce__(self):
+        return pathlib.Path.touch, (self.victim,)
+
+
+@pytest.mark.parametrize('legacy', [False, True])
+def test_a_malicious_checkpoint_is_not_executed(legacy, tmp_path):
+    checkpoint, path = dict(model={}, extra=Malicious(tmp_path / 'executed')), tmp_path / 'ckpt.pt'
+    if legacy:
+        path.write_bytes(pickle.dumps(checkpoint))
+    else:
+        torch.save(checkpoint, path)
+    with pytest.raises(ValueError, match='damaged or not a checkpoint'):
+        load_checkpoint(path)
+    assert not (tmp_path / 'executed').exists()
+    if not legacy: # it would have been
+        torch.load(path, weights_only=False)
+        assert (tmp_path / 'executed').exists()
+
+
+def test_files_that_are_no_checkpoint(tmp_path):
+    with pytest.raises(OSError, match='no checkpoint .*nothing.pt'):
+        load_checkpoint(tmp_path / 'nothing.pt')
+    for content, part in [([1, 2], 'model'), (dict(weights={}), 'model'), (dict(model=3), 'model'), (dict(model={}), 'model_args')]:
+        torch.save(content, tmp_path / 'other.pt')
+        with pytest.raises(ValueError, match=f"other.pt is damaged or not a checkpoint .it holds no '{part}'"):
+            load_checkpoint(tmp_path / 'other.pt')
+
+
+def test_a_checkpoint_of_another_architecture(tmp_path):
+    path = tmp_path / 'ckpt.pt'
+    checkpoint = checkpoint_of(network())
+    save_checkpoint(path, dict(checkpoint, model_args=checkpoint['model_args'] | dict(n_expert=8, mamba=True)))
+    with pytest.raises(ValueError, match='architecture has mamba, n_expert, which'):
+        GPT.load(path)
+    save_checkpoint(path, dict(checkpoint, model_args=checkpoint['model_args'] | dict(n_layer=3)))
+    with pytest.raises(ValueError, match='the checkpoint lacks parameters .* transformer.h.2.attn.c_attn.weight'):
+        GPT.load(path)
+
+
+def test_a_checkpoint_grows_only_when_asked(tmp_path):
+    path = tmp_path / 'ckpt.pt'
+    checkpoint = checkpoint_of(network())
+    del checkpoint['model']['transformer.h.0.attn.c_attn.bias']
+    save_checkpoint(path, checkpoint)
+    with pytest.raises(ValueError, match='lacks parameters .* transformer.h.0.attn.c_attn.bias'):
+        GPT.load(path)
+
+
+@pytest.mark.parametrize('place', PLACES)
+def test_loading_with_changes(place, tmp_path):
+    model = network(**PLACES[place])
+    save_checkpoint(tmp_path / 'ckpt.pt', checkpoint_of(model))
+    loaded, _ = GPT.load(tmp_path / 'ckpt.pt', block_size=7, dropout=0.2)
+    assert loaded.config == replace(model.config, block_size=7, dropout=0.2)
+    assert_same(logits(loaded, tokens(2, 7)), logits(model, tokens(2, 7)))
+    assert not any(m.training for m in loaded.modules())
+    with pytest.raises(ValueError, match=r'\(2?(, )?12.* for .*13.*block_size'):
+        GPT.load(tmp_path / 'ckpt.pt', block_size=13)
+
+
+def test_device_and_dtype():
+    assert resolve('cpu', 'auto') in [('cpu', 'float32'), ('cpu', 'bfloat16')]
+    assert resolve('cpu', 'float16') == ('cpu', 'float16')
+    for device in ('cuda:99', 'toaster'):
+        with pytest.raises(ValueError, match=f"device='{device}' is not there .*this machine has cpu.*--device=auto"):
+            resolve(device, 'auto')
+    with pytest.raises(ValueError, match="dtype='int8' is not one of auto, float32"):
+        resolve('cpu', 'int8')
