@@ -293,6 +293,8 @@ n_params, n_decayed = raw_model.get_num_params(False), sum(p.numel() for _, p in
 n_embedding = sum(m.weight.numel() for m in (raw_model.transformer.wte, raw_model.transformer.wpe) if m is not None)
 flops_per_token, kept_per_token = raw_model.cost(dtype=getattr(torch, dtype))
 tokens_per_step, n_tokens = gradient_accumulation_steps * batch_size * block_size, splits['train'].n_tokens
+if given:
+    say('settings ' + ', '.join(f'{name}={value!r}' for name, value in given.items()))
 say(f"""model    {n_params / 1e6:.2f}M parameters, {(n_params - n_embedding) / 1e6:.2f}M without embeddings, {n_decayed / 1e6:.2f}M decayed; {flops_per_token / 1e9:.4g} GFLOP a token
 machine  {device}, {dtype}, {'compiled' if compile else 'eager'}, {world} process{'es' * (world > 1)}; peak {f'{peak / 1e12:.4g} TFLOP/s' * bool(peak)} ({peak_source})
 data     {dataset}: {n_tokens:,} tokens to train on, {splits['val'].n_tokens:,} to validate; {meta.get('encoding', meta['tokenizer'])}, vocabulary {raw_model.config.vocab_size:,}

@@ -242,11 +242,6 @@ def test_last_of_equal_flags_wins(script):
     assert script.run('--max_iters=1', '--max_iters=2')[1] == {'max_iters': 2}
 
 
-def test_overrides_are_listed_in_one_line(script, capsys):
-    script.run('--max_iters=5', '--start=ü\n\x1b')
-    assert capsys.readouterr().out == "config: max_iters=5, start='ü\\n\\x1b'\n"
-
-
 # config files --------------------------------------------------------------------------------------------------------
 
 def test_file_in_nanogpts_manner(script):
@@ -473,9 +468,7 @@ def test_process(tmp_path, module):
     script.file('config/x.py', 'max_iters = 3')
     done = process(script, 'config/x.py', '--out_dir=é', module=module)
     assert done.returncode == 0 and done.stderr == ''
-    line, result = done.stdout.splitlines()
-    assert line == "config: max_iters=3, out_dir='\\xe9'"
-    assert json.loads(result) == [3, 'é', {'max_iters': 3, 'out_dir': 'é'}, []]
+    assert json.loads(done.stdout) == [3, 'é', {'max_iters': 3, 'out_dir': 'é'}, []]
 
 
 def test_process_with_a_mistake(tmp_path):

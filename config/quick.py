@@ -1,0 +1,27 @@
+# The first run: Python source, byte by byte. 600 steps of 16 x 128 bytes = 1.2M bytes.
+# Prepare: python data/python_stdlib/prepare.py
+
+out_dir = 'out-quick'
+dataset = 'python_stdlib'
+eval_interval = 200
+eval_iters = 20
+log_interval = 20
+
+# a small model with what helps small models: rotary positions, squared ReLU, half of the channels from the byte before
+n_layer = 4
+n_head = 4
+n_embd = 128
+block_size = 128
+pos_emb = 'rope'
+mlp = 'relu2'
+time_mixing = 0.5
+
+batch_size = 16
+gradient_accumulation_steps = 1
+learning_rate = 2e-3
+min_lr = 2e-4
+warmup_iters = 50
+max_iters = 600
+lr_decay_iters = 600
+beta2 = 0.99
+compile = False # a run this short is over before a compiler pays

@@ -1,0 +1,16 @@
+# GPT-2 124M on OpenWebText: 12 x 1024 x 40 = 491,520 tokens a step, 600,000 steps = 295B tokens.
+# Prepare: python data/openwebtext/prepare.py
+# nanoGPT reports a validation loss of about 2.85 after 4 days on 8 A100 40GB; not measured here.
+#   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
+
+out_dir = 'out-gpt2'
+dataset = 'openwebtext'
+batch_size = 12
+block_size = 1024
+gradient_accumulation_steps = 5 * 8 # over all GPUs together
+max_iters = 600000
+lr_decay_iters = 600000
+eval_interval = 1000
+eval_iters = 200
+log_interval = 10
+weight_decay = 1e-1
