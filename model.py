@@ -204,8 +204,8 @@ class CausalSelfAttention(Mixer):
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
     def attend(self, q, k, v):
-        if self.time_weighting == 'none':
-            return causal_attention(q, k, v, self.dropout if self.training else 0.0, self.relative)
+        if self.time_weighting == 'none' and self.relative is None:
+            return causal_attention(q, k, v, self.dropout if self.training else 0.0)
         if self.time_weighting == 'circulant':
             v = v * self.beta[:, :v.size(2), None].to(v.dtype)
         return by_rows(lambda q, k, v: self.weights(q, k) @ v, q, k, v)
@@ -215,11 +215,13 @@ class CausalSelfAttention(Mixer):
         T, S = q.size(2), k.size(2)
         att = F.dropout(causal_softmax(self.scores(q, k)), self.dropout, self.training)
         if self.time_weighting == 'full':
-            return att * self.weight[:, S - T:S, :S].to(att.dtype)
-        return att * toeplitz(self.alpha, T, S).to(att.dtype)
+            att = att * self.weight[:, S - T:S, :S]
+        elif self.time_weighting == 'circulant':
+            att = att * toeplitz(self.alpha, T, S)
+        return att.to(q.dtype)
 
     def scores(self, q, k):
-        scores = q @ k.transpose(2, 3) / math.sqrt(q.size(-1)) # (B, H, T, S)
+        scores = (q / math.sqrt(q.size(-1))) @ k.transpose(2, 3) # (B, H, T, S)
         return scores if self.relative is None else scores + toeplitz(self.relative, q.size(2), k.size(2))
 
 
@@ -440,19 +442,12 @@ def causal_softmax(scores):
     return scores.masked_fill(~mask, float('-inf')).softmax(dim=-1)
 
 
-def causal_attention(q, k, v, dropout=0.0, relative=None):
-    """
-    Causal scaled_dot_product_attention of the last T of S positions: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D).
-    relative (H, block_size) is added to the scores by distance.
-    """
+def causal_attention(q, k, v, dropout=0.0):
+    """Causal scaled_dot_product_attention of the last T of S positions: q (B, H, T, D), k, v (B, H, S, D) -> (B, H, T, D)."""
     T, S = q.size(2), k.size(2)
     if q.device.type == 'cpu' and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
         with torch.autocast('cpu', enabled=False): # torch's backward in bfloat16 takes 7 times as long on a CPU as this
-            return causal_attention(q.float(), k.float(), v.float(), dropout, relative).to(q.dtype)
-    if relative is not None:
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-        bias = toeplitz(relative, T, S).to(q.dtype).masked_fill(~mask, float('-inf'))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None], dropout_p=dropout)
+            return causal_attention(q.float(), k.float(), v.float(), dropout).to(q.dtype)
     if T == S or T == 1:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
     mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)

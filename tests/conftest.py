@@ -7,10 +7,16 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ['HF_HUB_OFFLINE'] = '1' # no test asks the network
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 CONTRACT = [] # the largest deviation of each architecture that the mixers' contract was checked on
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0) # the same numbers whichever tests ran before
 
 
 @pytest.fixture(scope='session')
@@ -20,4 +26,5 @@ def contract():
 
 def pytest_terminal_summary(terminalreporter):
     if CONTRACT:
-        terminalreporter.write_line(f"mixer contract: {len(CONTRACT)} architectures, largest deviation {max(CONTRACT):.1e}")
+        terminalreporter.write_line(f"mixer contract: {len(CONTRACT)} architectures, "
+                                    f"largest deviation {max(CONTRACT):.1e}")

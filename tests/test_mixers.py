@@ -1,8 +1,8 @@
 """
-The mixers' contract, checked for every entry of MIXERS by itself, in float64 with all weights random (weights that start
-at zero hide leaks): no output sees a later token, prefixes and any chunks of a sequence give the numbers of the whole,
-every parameter learns and is in one optimizer group. Then the checks against broken networks, which they must refuse,
-and each mixer against its definition written as loops over positions.
+The mixers' contract, checked for every entry of MIXERS by itself, in float64 with all weights random (weights that
+start at zero hide leaks): no output sees a later token, prefixes and any chunks of a sequence give the numbers of the
+whole, every parameter learns and is in one optimizer group. Then the checks against broken networks, which they must
+refuse, and each mixer against its definition written as loops over positions.
 
 Someone's new mixer needs no test: an entry in MIXERS is enough, and a line in OPTIONS if it has settings of its own.
 """
@@ -14,6 +14,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+import torch._inductor.config
 import torch.nn as nn
 
 from model import GPT, GPTConfig, MIXERS, MLP, Mixer, Stack, TimeLinear, TimeMixing, UNet, save_checkpoint
@@ -21,8 +22,8 @@ from model import GPT, GPTConfig, MIXERS, MLP, Mixer, Stack, TimeLinear, TimeMix
 TOLERANCE = 1e-9 # the largest difference, in logits of size 1 to 10, that float64 rounding may make
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The checks. They take a GPT (or its logits at every length), raise AssertionError where the contract is broken, and those
-# that compare numbers return the largest difference.
+# The checks. They take a GPT (or its logits at every length), raise AssertionError where the contract is broken, and
+# those that compare numbers return the largest difference.
 
 def randomized(config, seed=0):
     torch.manual_seed(seed)
@@ -37,13 +38,17 @@ def randomize(module):
             p.normal_(0, 0.3)
 
 
+def network(**args):
+    return randomized(GPTConfig(**dict(block_size=7, vocab_size=11, n_layer=2, n_head=2, n_embd=8) | args))
+
+
 def tokens(model, B):
     return torch.randint(model.config.vocab_size, (B, model.config.block_size))
 
 
 @torch.no_grad()
 def every_length(model):
-    """-> the logits (1 + T, T, V) at every length T: of random tokens, then of T copies, the t-th with another token t."""
+    """-> logits (1 + T, T, V) at every length T: of random tokens, then of T copies, the t-th with another token t."""
     block_size = model.config.block_size
     idx = tokens(model, 1).repeat(1 + block_size, 1)
     for t in range(block_size):
@@ -69,7 +74,8 @@ def check_prefixes(outputs):
     largest = 0.0
     for T, logits in enumerate(outputs, 1):
         deviation = (logits - outputs[-1][:1 + T, :T]).abs().max().item()
-        assert deviation < TOLERANCE, f"the first {T} of {len(outputs)} tokens give logits that differ by {deviation:.1e}"
+        assert deviation < TOLERANCE, \
+            f"the first {T} of {len(outputs)} tokens give logits that differ by {deviation:.1e}"
         largest = max(largest, deviation)
     return largest
 
@@ -85,7 +91,8 @@ def check_chunks(model):
         cache = {}
         logits = torch.cat([model(part, cache=cache)[0] for part in idx.split(chunks, dim=1)], dim=1)
         deviation = (logits - whole).abs().max().item()
-        assert deviation < TOLERANCE, f"decoding in chunks of {chunks} tokens gives logits that differ by {deviation:.1e}"
+        assert deviation < TOLERANCE, \
+            f"decoding in chunks of {chunks} tokens gives logits that differ by {deviation:.1e}"
         largest = max(largest, deviation)
     return largest
 
@@ -108,7 +115,7 @@ def check_gradients(model):
 
 
 def check_groups(model):
-    """Every parameter is in exactly one optimizer group, and exactly the matrices of Linear and Embedding layers decay."""
+    """Every parameter is in one optimizer group; matrices of Linear and Embedding layers decay, and nothing else."""
     decayed, rest = ([name for name, _ in group] for group in model.optimizer_groups())
     assert sorted(decayed + rest) == sorted(name for name, _ in model.named_parameters())
     layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding))]
@@ -158,8 +165,10 @@ def check_round_trip(model, path):
 
 OPTIONS = { # settings of the mixers' own, each tried in all of the places below
     'attention': [{}, dict(time_weighting='circulant'), dict(time_weighting='full')],
-    'gmlp': [dict(mlp='none'), dict(gmlp_tanh=True), dict(gmlp_attn=3), dict(gmlp_ratio=2.5, gmlp_tanh=True, gmlp_attn=3)],
-    'synthesizer': [dict(synthesizer=kind, synthesizer_attn=mixed) for kind in ('dense', 'random') for mixed in (False, True)],
+    'gmlp': [dict(mlp='none'), dict(gmlp_tanh=True), dict(gmlp_attn=3),
+             dict(gmlp_ratio=2.5, gmlp_tanh=True, gmlp_attn=3)],
+    'synthesizer': [dict(synthesizer=kind, synthesizer_attn=mixed)
+                    for kind in ('dense', 'random') for mixed in (False, True)],
 }
 STACKS = {
     'flat': dict(n_layer=2),
@@ -195,7 +204,8 @@ def architectures():
 
 ARCHITECTURES = dict(architectures())
 # of each mixer's options and each stack, one: for what takes longer
-SOME = {f'{mixer}-{stack}-{i}': GPTConfig(block_size=16, vocab_size=11, n_head=2, n_embd=8, mixer=mixer, **levels, **options)
+SOME = {f'{mixer}-{stack}-{i}': GPTConfig(block_size=16, vocab_size=11, n_head=2, n_embd=8, mixer=mixer,
+                                          **levels, **options)
         for mixer in MIXERS for stack, levels in STACKS.items() for i, options in enumerate(OPTIONS.get(mixer, [{}]))}
 
 
@@ -229,15 +239,13 @@ def test_compile_gives_the_same_numbers(name):
 @pytest.mark.skipif(not any(map(shutil.which, ('g++', 'clang++', 'cl'))), reason='inductor needs a C++ compiler')
 def test_inductor_gives_the_same_numbers():
     torch.compiler.reset()
-    check_compiled(randomized(SOME['attention-flat-1']), 'inductor')
+    # to find out which vector instructions there are takes longer than all the rest
+    with torch._inductor.config.patch({'cpp.vec_isa_ok': False}):
+        check_compiled(network(n_layer=1, time_weighting='circulant'), 'inductor')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The checks refuse what is broken
-
-def network(**args):
-    return randomized(GPTConfig(**dict(block_size=7, vocab_size=11, n_layer=2, n_head=2, n_embd=8) | args))
-
 
 class LeakingUNet(UNet):
     """Merges the tokens that START at position factor * i, and hands them back to their own first position."""
@@ -291,7 +299,8 @@ def test_an_average_over_the_future_is_refused(monkeypatch):
 
 def test_dependence_on_the_length_is_refused(monkeypatch):
     monkeypatch.setitem(MIXERS, 'average', AverageOfPastAndFuture)
-    assert check_causal(every_length(network(mixer='average'))) < TOLERANCE # no token leaks, and yet training and decoding differ
+    # no token leaks, and yet training and decoding differ
+    assert check_causal(every_length(network(mixer='average'))) < TOLERANCE
     with pytest.raises(AssertionError, match='tokens give logits that differ'):
         check_prefixes(every_length(network(mixer='average')))
 
@@ -471,12 +480,15 @@ SIZES = {'small': dict(B=2, T=6, H=2, C=8), 'long': dict(B=1, T=300, H=1, C=4)} 
 
 
 @pytest.mark.parametrize('size', SIZES)
-@pytest.mark.parametrize('mixer, options', [(mixer, options) for mixer in NAIVE for options in OPTIONS.get(mixer, [{}])])
+@pytest.mark.parametrize('mixer, options', [
+    (mixer, options) for mixer in NAIVE for options in OPTIONS.get(mixer, [{}])])
 def test_definition(mixer, options, size):
     B, T, H, C = SIZES[size].values()
     for pos_emb in MIXERS[mixer].pos_embs:
         if pos_emb not in Mixer.pos_embs and options.get('synthesizer_attn') is False:
             continue
+        if size == 'long' and pos_emb in ('learned', 'learned+relative', 'rope'):
+            continue # nothing in them is done in blocks of rows
         config = GPTConfig(block_size=T + 2, n_head=H, n_embd=C, mixer=mixer, pos_emb=pos_emb, **options)
         torch.manual_seed(1)
         layer = MIXERS[mixer](config, config.block_size).double()
@@ -578,16 +590,16 @@ def test_the_published_unet_can_be_built():
     config = GPTConfig(block_size=1024, vocab_size=64, n_layer=100, n_head=2, n_embd=8, unet_layers=(5, 2, 2, 2, 2))
     with torch.device('meta'):
         model = GPT(config)
-    unet, lengths = model.transformer.h, []
+    unet, levels = model.transformer.h, []
     for _ in range(5):
-        lengths.append((len(unet.down), len(unet.up), unet.down[0].attn.n_head))
+        levels.append((len(unet.down), len(unet.up)))
         unet = unet.inner
-    assert lengths == [(5, 5, 2)] + [(2, 2, 2)] * 4
+    assert levels == [(5, 5)] + [(2, 2)] * 4
     assert isinstance(unet, Stack) and len(unet) == 100
     assert model(torch.zeros(1, 1024, dtype=torch.long, device='meta'))[0].shape == (1, 1024, 64)
 
 
-def test_tables_start_causal_and_at_their_identity():
-    mixer = GPT(GPTConfig(block_size=7, vocab_size=11, n_layer=1, n_head=2, n_embd=8, mixer='gmlp')).transformer.h[0].attn
-    assert isinstance(mixer.gate, TimeLinear) and mixer.gate.weight.abs().max() < 0.02 and (mixer.gate.bias == 1).all()
-    assert torch.equal(mixer.gate.weight, mixer.gate.weight.tril()) and mixer.gate.weight.any()
+def test_a_gate_starts_as_the_identity():
+    gate = MIXERS['gmlp'](GPTConfig(n_embd=8, n_head=2, mixer='gmlp'), 7).gate
+    assert isinstance(gate, TimeLinear) and (gate.bias == 1).all()
+    assert gate.weight.abs().max() < 0.1 / 7 and gate.weight.any() and torch.equal(gate.weight, gate.weight.tril())
