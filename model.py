@@ -8,6 +8,7 @@ Letters mean one thing in the whole file: B batch, T tokens in this call, S toke
 C channels (n_embd), H heads, D channels of a head, V vocabulary.
 """
 
+import itertools
 import json
 import math
 import os
@@ -702,6 +703,22 @@ class GPT(nn.Module):
         """Model FLOPs utilization (arXiv 2204.02311): the share of peak_flops that fwdbwd_per_iter sequences in dt seconds use."""
         return self.cost()[0] * self.config.block_size * fwdbwd_per_iter / dt / peak_flops
 
+    def first_nonfinite(self, idx, targets):
+        """The name of the first module whose output is not finite in a forward pass, or None."""
+        found = []
+        def look(name):
+            def hook(module, args, output):
+                for t in output if isinstance(output, tuple) else (output,):
+                    if torch.is_tensor(t) and not torch.isfinite(t).all():
+                        found.append(name or 'the loss')
+            return hook
+        hooks = [module.register_forward_hook(look(name)) for name, module in self.named_modules()]
+        with torch.no_grad():
+            self(idx, targets)
+        for hook in hooks:
+            hook.remove()
+        return found[0] if found else None
+
     # -- weights
 
     def load_weights(self, state, grow=False):
@@ -753,18 +770,31 @@ class GPT(nn.Module):
         self.config, self.transformer, self.lm_head = cropped.config, cropped.transformer, cropped.lm_head
 
     @classmethod
-    def from_weights(cls, args, state, **changes):
+    def from_weights(cls, args, state, allow_changes=False, **changes):
         """
-        GPTConfig(**args) with the weights in state, changed in fields that leave the weights their meaning: dropout, a
-        shorter block_size, additions that start as the identity -> (model, names of added parameters).
+        A GPT of GPTConfig(**args) with the weights in state -> (model, a line for each addition). changes are fields that
+        leave the weights their meaning: dropout, another block_size, additions that start as the identity, and
+        time_mixing, which has no identity and must be trained in. Others are refused unless allow_changes.
         """
-        own, args = args['block_size'], {**args, **changes}
+        safe = dict(dropout=True, block_size=True, bias=True, tie_weights=True, time_mixing=True, time_weighting=True,
+                    pos_emb=(args.get('pos_emb', 'learned'), changes.get('pos_emb'))
+                    in (('none', 'relative'), ('learned', 'learned+relative')))
+        defaults = vars(GPTConfig())
+        other = [f"{k}={v!r} instead of {args.get(k, defaults.get(k))!r}" for k, v in changes.items()
+                 if v != args.get(k, defaults.get(k)) and not safe.get(k)]
+        if other and not allow_changes:
+            raise ValueError(f"{brief(other)} changes what the checkpoint's weights mean: leave it as it was, or "
+                             "--allow_changes=True")
+        before, args = args, {**args, **changes}
         unknown = args.keys() - {f.name for f in fields(GPTConfig)}
         if unknown:
             raise ValueError(f"the checkpoint's architecture has {brief(sorted(unknown))}, which this model.py lacks")
-        model = cls(GPTConfig(**args | dict(block_size=max(own, args['block_size']))))
+        model = cls(GPTConfig(**args | dict(block_size=max(before['block_size'], args['block_size']))))
         added = model.load_weights(state, grow=True)
         model.crop_block_size(args['block_size'])
+        added = [f"{name}, starting as the identity" for name in added]
+        if args.get('time_mixing', 0.0) != before.get('time_mixing', 0.0):
+            added.append(f"time_mixing={args['time_mixing']}, which has no identity: the logits change")
         return model, added
 
     @classmethod
@@ -816,8 +846,8 @@ class GPT(nn.Module):
         state = {k if k.startswith(('transformer.', 'lm_head.')) else 'transformer.' + k: v for k, v in state.items()}
         state = {k: v.t() if k.endswith(CONV1D) else v for k, v in state.items()}
         model, added = cls.from_weights(args, state, **(override_args or {}))
-        if added:
-            print(f"added, starting as the identity: {brief(added)}")
+        for line in added:
+            print(f"added    {line}")
         return model
 
     def save_pretrained(self, folder):
@@ -914,6 +944,30 @@ def load_checkpoint(path):
         reason = str(e).split('\n')[0]
         raise ValueError(f"{path} is damaged or not a checkpoint ({reason}): use another one") from e
     return checkpoint
+
+
+def full_state(model, optimizer):
+    """The state dicts of a model that fully_shard has shared out, as one process would have them (on rank 0; all must call)."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+    weights, moments = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    names = itertools.count()
+    index = {name: next(names) for group in moments.get('param_groups', ()) for name in group['params']}
+    return weights, dict(state={index[name]: state for name, state in moments.get('state', {}).items()},
+                         param_groups=[group | dict(params=[index[name] for name in group['params']])
+                                       for group in moments.get('param_groups', ())])
+
+
+def load_optimizer(model, optimizer, state):
+    """Loads an optimizer's plain state dict, also into one whose model fully_shard has shared out."""
+    params = [p for group in optimizer.param_groups for p in group['params']]
+    if not hasattr(params[0], 'full_tensor'):
+        return optimizer.load_state_dict(state)
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+    names = {id(p): name for name, p in model.named_parameters()}
+    names = [names[id(p)] for p in params]
+    state = dict(state={names[i]: s for i, s in state['state'].items()},
+                 param_groups=[group | dict(params=[names[i] for i in group['params']]) for group in state['param_groups']])
+    set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

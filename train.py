@@ -9,11 +9,17 @@ Trains a GPT on a dataset folder of token files. From any directory:
 Config files and --key=value change the settings below; --help lists them all. out_dir gets ckpt.pt (the latest), best.pt
 (the lowest validation loss), config.json, metrics.jsonl and loss.png.
 """
+import atexit
+import itertools
 import json
 import math
 import os
+import random
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import nullcontext
 from dataclasses import fields
@@ -21,12 +27,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from configurator import configure, exit_on_error
 from data.tokens import Split, dataset_folder, load_meta, load_tokenizer, prefetch
-from model import GPT, GPTConfig, find_peak_flops, load_checkpoint, resolve, save_checkpoint
+from model import (GPT, Block, GPTConfig, find_peak_flops, full_state, load_checkpoint, load_optimizer, resolve,
+                   save_checkpoint)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # files and evaluation
@@ -37,7 +46,12 @@ init_from = 'scratch' # scratch | resume | auto (resume if there is something to
 eval_interval = 2000 # steps between evaluations
 eval_iters = 200 # batches in an evaluation: fixed windows, the same every time
 eval_only = False # evaluate the whole validation split and exit
-always_save_checkpoint = True # save ckpt.pt at every evaluation; False: only if the validation loss improves
+always_save_checkpoint = True # save ckpt.pt before every evaluation; False: at the end and every checkpoint_interval only
+checkpoint_interval = 0 # steps between saves of ckpt.pt; 0: see always_save_checkpoint
+snapshot_interval = 0 # steps between checkpoints that are kept, as step-1000.pt; 0: none
+allow_changes = False # use a checkpoint although the architecture or the tokenizer has become another
+dry_run = False # scan the data, take three steps, write a checkpoint and read it back, say how long the run takes
+max_bad_steps = 20 # stop after this many steps in a row whose loss or gradient is not finite; such a step is skipped
 patience = 0 # stop after this many evaluations without a better validation loss; 0: never
 log_interval = 1 # steps between log lines
 sample_tokens = 0 # tokens of generated text to show at each evaluation; 0: none
@@ -52,6 +66,7 @@ sampling = 'random' # random (windows with replacement) | epoch (every window on
 gradient_accumulation_steps = 5 * 8 # micro-batches a step, over all processes together
 batch_size = 12 # sequences in a micro-batch
 block_size = 1024 # tokens of context
+min_block_size = 0 # above 0: each step draws one of 8 window lengths from here to block_size
 # model; more settings at the end
 n_layer = 12
 n_head = 12
@@ -78,6 +93,7 @@ device = 'auto' # auto | cpu | cuda | cuda:1 | mps
 dtype = 'auto' # auto | float32 | bfloat16 | float16
 compile: bool | str = 'auto' # torch.compile: True | False | auto (on a GPU)
 peak_flops: float | str = 'auto' # FLOP/s that MFU is a share of: a number | auto (table of GPUs) | measure
+parallel = 'ddp' # under torchrun: ddp (each process holds the model) | fsdp (they share it out)
 backend = 'auto' # torch.distributed's: auto | nccl | gloo
 # ---------------------------------------------------------------------------------------------------------------------
 config, given = configure(globals(), GPTConfig)
@@ -92,7 +108,8 @@ with exit_on_error():
     pretrained = init_from in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl') or (Path(init_from) / 'config.json').is_file() \
         and (Path(init_from) / 'model.safetensors').is_file()
     checkpoint = None
-    if not resuming and not eval_only and not overwrite and (latest.exists() or best.exists() or metrics.exists()):
+    if not (resuming or eval_only or dry_run or overwrite) and (
+            latest.exists() or best.exists() or metrics.exists() and metrics.stat().st_size):
         raise ValueError(f"out_dir={out_dir!r} already holds a run: go on with it by --init_from=resume, choose another "
                          "--out_dir, or replace it by --overwrite=True")
     if resuming:
@@ -100,11 +117,13 @@ with exit_on_error():
     elif not scratch and not pretrained:
         path = next((p for p in (Path(init_from) / 'best.pt', Path(init_from) / 'ckpt.pt') if p.exists()), Path(init_from))
         checkpoint = load_checkpoint(path)
+    changed = {}
     if resuming: # the run's settings hold where nothing else was asked for
         mine = 'format' in checkpoint # nanoGPT's checkpoint names the device of another machine, perhaps
         kept = {k: tuple(v) if isinstance(v, list) else v for k, v in checkpoint.get('config', {}).items()
-                if k in config and k not in given and k not in ('out_dir', 'init_from', 'overwrite', 'eval_only')
+                if k in config and k not in given and k not in ('out_dir', 'init_from', 'overwrite', 'eval_only', 'dry_run', 'allow_changes')
                 and (mine or k not in ('device', 'dtype', 'compile', 'backend'))}
+        changed = {k: (checkpoint['config'][k], v) for k, v in given.items() if checkpoint.get('config', {}).get(k, v) != v}
         config |= kept
         globals().update({k: v for k, v in kept.items() if k in globals()})
 
@@ -113,7 +132,8 @@ with exit_on_error():
             ('sampling', sampling in ('random', 'epoch'), 'random or epoch'), ('schedule', schedule in ('cosine', 'wsd'), 'cosine or wsd'),
             ('compile', compile in (True, False, 'auto'), 'True, False or auto'), ('batch_size', batch_size > 0, 'at least 1'),
             ('gradient_accumulation_steps', gradient_accumulation_steps > 0, 'at least 1'), ('eval_iters', eval_iters > 0, 'at least 1'),
-            ('eval_interval', eval_interval > 0, 'at least 1'), ('log_interval', log_interval > 0, 'at least 1'),
+            ('parallel', parallel in ('ddp', 'fsdp'), 'ddp or fsdp'), ('min_block_size', 0 <= min_block_size <= block_size,
+             f'0 (off) to block_size={block_size}'), ('eval_interval', eval_interval > 0, 'at least 1'), ('log_interval', log_interval > 0, 'at least 1'),
             ('warmup_iters', not decay_lr or warmup_iters <= lr_decay_iters, f'at most lr_decay_iters={lr_decay_iters}'),
             ('wsd_decay_iters', not decay_lr or schedule == 'cosine' or warmup_iters + wsd_decay_iters <= lr_decay_iters,
              f'at most lr_decay_iters - warmup_iters = {lr_decay_iters - warmup_iters}')]:
@@ -134,11 +154,16 @@ with exit_on_error():
     # data
     meta = load_meta(dataset_folder(dataset))
     splits = {name: Split(dataset_folder(dataset), name) for name in ('train', 'val')}
+    known = (checkpoint or {}).get('meta') or (dict(tokenizer='tiktoken', encoding='gpt2') if pretrained else {})
+    for key in ('tokenizer', 'encoding', 'characters'):
+        if not allow_changes and 'tokenizer' in known and 'tokenizer' in meta and known.get(key) != meta.get(key):
+            raise ValueError(f"dataset={dataset!r} has the {key} {meta.get(key)!r}, and the weights were trained with "
+                             f"{known.get(key)!r}: take another dataset, or --allow_changes=True")
     if 'tokenizer' not in meta: # bare token files: the checkpoint knows, or they are GPT-2's as nanoGPT takes them
-        meta |= (checkpoint or {}).get('meta') or dict(tokenizer='tiktoken', encoding='gpt2')
+        meta |= known or dict(tokenizer='tiktoken', encoding='gpt2')
     tokenizer = load_tokenizer(meta) if sample_tokens or eval_only else None # training itself needs only ids
 
-    # model
+    # model, on the CPU first
     torch.manual_seed(seed)
     asked = {k: v for k, v in given.items() if k in GPTConfig.__dataclass_fields__} # fields that the user named
     added = []
@@ -151,34 +176,37 @@ with exit_on_error():
     elif pretrained:
         model = GPT.from_pretrained(init_from, dict(dropout=dropout) | asked)
     else:
-        model, added = GPT.from_weights(checkpoint['model_args'], checkpoint['model'], **dict(dropout=dropout) | asked)
+        model, added = GPT.from_weights(checkpoint['model_args'], checkpoint['model'], allow_changes,
+                                        **dict(dropout=dropout) | asked)
     model_args = vars(model.config)
     config |= model_args
     block_size = model.config.block_size
     for split in splits.values():
-        split.vocab_size = model.config.vocab_size # every batch is checked against it
+        split.vocab_size = model.config.vocab_size # every batch is checked against it,
+        if split.n_tokens <= 1e8: # and a dataset that is read in a moment as a whole, before anything is written
+            split.scan(split.vocab_size)
 
 if world > 1:
     if device_type == 'cuda':
         torch.cuda.set_device(device)
     dist.init_process_group(backend if backend != 'auto' else 'nccl' if device_type == 'cuda' else 'gloo')
 torch.set_float32_matmul_precision('high') # TF32 where float32 remains on a GPU
+amp = torch.autocast(device_type, getattr(torch, dtype)) if dtype != 'float32' else nullcontext()
 model.to(device)
+n_params, n_decayed = model.get_num_params(False), sum(p.numel() for _, p in model.optimizer_groups()[0])
+n_embedding = sum(m.weight.numel() for m in (model.transformer.wte, model.transformer.wpe) if m is not None)
+# window lengths: few, since a compiler may compile each; their cost is exact FLOPs
+lengths = sorted({round(min_block_size + (block_size - min_block_size) * i / 7) for i in range(8)} if min_block_size else {block_size})
+costs = {T: model.cost(T, getattr(torch, dtype)) for T in lengths} # (FLOPs, bytes kept) a token
+
 raw_model = model # without the wrappers of compile and DDP
+sharded = parallel == 'fsdp' and world > 1
+if sharded:
+    mesh = init_device_mesh(device_type, (world,))
+    for module in [m for m in model.modules() if isinstance(m, Block)] + [model]:
+        fully_shard(module, mesh=mesh)
 optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
-amp = torch.autocast(device_type, getattr(torch, dtype)) if dtype != 'float32' else nullcontext()
-
-# the loop's state, all of which a checkpoint holds
-step, samples, tokens, seconds, best_val_loss, stale = 0, 0, 0, 0.0, math.inf, 0 # stale: evaluations since the best one
-if resuming:
-    step, best_val_loss = checkpoint['iter_num'], float(checkpoint['best_val_loss'])
-    samples = checkpoint.get('samples', step * gradient_accumulation_steps * batch_size)
-    tokens, seconds, stale = checkpoint.get('tokens', samples * block_size), checkpoint.get('seconds', 0.0), checkpoint.get('stale', 0)
-    optimizer.load_state_dict(checkpoint['optimizer'])
-    scaler.load_state_dict(checkpoint.get('scaler') or scaler.state_dict())
-checkpoint = None # frees its memory
-
 if compile == 'auto':
     try:
         compile = device_type == 'cuda' and torch.compile(lambda x: x + 1)(torch.ones(1, device=device)).item() == 2
@@ -186,24 +214,36 @@ if compile == 'auto':
         print(f"not compiling, since torch.compile fails here: {str(e).strip().splitlines()[0]}")
         compile = False
 if compile:
+    torch._dynamo.config.recompile_limit = 2 * len(lengths) + 8
     model = torch.compile(model)
 fast_model = model # without DDP, for evaluations
-if world > 1:
+if world > 1 and not sharded:
     model = DistributedDataParallel(model, device_ids=[device] if device_type == 'cuda' else None)
+
+# the loop's state, all of which a checkpoint holds. stale: evaluations since the best one
+step, samples, tokens, seconds, best_val_loss, stale = 0, 0, 0, 0.0, math.inf, 0
+if resuming:
+    step, best_val_loss = checkpoint['iter_num'], float(checkpoint['best_val_loss'])
+    samples = checkpoint.get('samples', step * gradient_accumulation_steps * batch_size)
+    tokens, seconds, stale = checkpoint.get('tokens', samples * block_size), checkpoint.get('seconds', 0.0), checkpoint.get('stale', 0)
+    load_optimizer(raw_model, optimizer, checkpoint['optimizer'])
+    scaler.load_state_dict(checkpoint.get('scaler') or scaler.state_dict())
+checkpoint = None # frees its memory
 
 def say(text):
     if main:
         tqdm.write(text)
         sys.stdout.flush() # into a pipe or a file, too, when it happens
 
+def window_length(i):
+    return lengths[0] if len(lengths) == 1 else random.Random(f'{seed} {i}').choice(lengths)
+
 def load(i):
-    """The micro-batches of this process in step i."""
+    """The micro-batches of this process in step i: a function of seed and sample numbers, so that nothing is to be resumed."""
     first = samples_before + (i - step_before) * gradient_accumulation_steps * batch_size
-    batches = []
-    for micro in range(rank, gradient_accumulation_steps, world):
-        batch = splits['train'].batch(first + micro * batch_size, batch_size, block_size, sampling, seed)
-        batches.append([to_device(array) for array in batch])
-    return batches
+    return [[to_device(array) for array in splits['train'].batch(first + micro * batch_size, batch_size, window_length(i),
+                                                                 sampling, seed, stride=block_size)]
+            for micro in range(rank, gradient_accumulation_steps, world)]
 
 def to_device(array):
     tensor = torch.from_numpy(array)
@@ -225,32 +265,75 @@ def get_lr(step):
 def mean_loss(batches):
     """Mean cross-entropy over (x, y) batches, shared out over the processes; every target counts the same."""
     raw_model.eval()
-    total = torch.zeros(2, dtype=torch.float64) # nats, targets
-    for i, (x, y) in enumerate(batches):
-        if i % world == rank:
-            with amp:
-                loss = fast_model(to_device(x), to_device(y))[1]
-            n = (y >= 0).sum()
-            total += torch.tensor([loss.item() * n, n], dtype=torch.float64)
+    total, batches = torch.zeros(2, dtype=torch.float64), iter(batches) # nats, targets
+    while True:
+        with exit_on_error():
+            group = list(itertools.islice(batches, world)) # every process runs equally often, as sharded models must
+        if not group:
+            break
+        x, y = group[min(rank, len(group) - 1)]
+        with amp:
+            loss = fast_model(to_device(x), to_device(y))[1]
+        n = (y >= 0).sum() * (rank < len(group))
+        total += torch.tensor([loss.item() * n, n], dtype=torch.float64)
     raw_model.train()
     if world > 1:
         total = total.to(device)
         dist.all_reduce(total)
     return (total[0] / total[1]).item()
 
-def save(path):
-    save_checkpoint(path, dict(
-        format=1, model=raw_model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-        model_args=model_args, iter_num=step, samples=samples, tokens=tokens, seconds=seconds,
-        best_val_loss=best_val_loss, stale=stale, config=config, meta=meta))
+def evaluate():
+    return [mean_loss(split.fixed_batches(eval_iters, batch_size, block_size)) for split in (splits['train'], splits['val'])]
+
+def save(*paths):
+    """Writes checkpoints. A full disk or the like is no reason to stop: the old one is kept and the next save tries again."""
+    weights, moments = full_state(raw_model, optimizer) if sharded else (raw_model.state_dict(), optimizer.state_dict())
+    for path in paths if main else ():
+        try:
+            save_checkpoint(path, dict(
+                format=1, model=weights, optimizer=moments, scaler=scaler.state_dict(), model_args=model_args, iter_num=step,
+                samples=samples, tokens=tokens, seconds=seconds, best_val_loss=best_val_loss, stale=stale, config=config, meta=meta))
+        except (OSError, RuntimeError) as e: # torch's writer raises RuntimeError where Python's raises OSError
+            say(f"warning: {path} could not be written, training goes on: {str(e).splitlines()[0]}")
 
 def log(**values):
     """Appends to metrics.jsonl, and to wandb if it is on."""
     if main:
-        with open(metrics, 'a', encoding='utf-8') as f:
-            f.write(json.dumps(dict(step=step, tokens=tokens, seconds=round(seconds, 3), **values)) + '\n')
+        try:
+            with open(metrics, 'a', encoding='utf-8') as f:
+                f.write(json.dumps(dict(step=step, tokens=tokens, seconds=round(seconds, 3), **{
+                    k: v if v is None or math.isfinite(v) else None for k, v in values.items()})) + '\n') # JSON has no NaN
+        except OSError as e:
+            say(f"warning: {metrics} could not be written, training goes on: {e}")
         if wandb_log:
             wandb.log(dict(tokens=tokens, **values), step=step)
+
+def read_metrics():
+    for line in open(metrics, encoding='utf-8') if metrics.exists() else ():
+        try:
+            yield json.loads(line)
+        except ValueError: # a line that a crash cut short
+            pass
+
+def plot():
+    """loss.png: training and validation loss against tokens."""
+    import matplotlib # takes a second, so not at start-up
+    matplotlib.use('agg')
+    from matplotlib import pyplot as plt
+    lines = list(read_metrics())
+    figure, axes = plt.subplots(figsize=(8, 5))
+    for key, name, style in (('loss', 'training', dict(alpha=0.5, linewidth=0.8)), ('val_loss', 'validation', dict(marker='.'))):
+        points = [(line['tokens'], line[key]) for line in lines if key in line]
+        axes.plot([t for t, _ in points], [loss for _, loss in points], label=name, **style)
+    axes.set(xlabel='tokens', ylabel='nats a token', title=f'{out.name}: best validation loss {best_val_loss:.4f}')
+    axes.legend()
+    axes.grid(alpha=0.3)
+    try:
+        figure.savefig(out / 'loss.png.tmp', format='png', dpi=120)
+        os.replace(out / 'loss.png.tmp', out / 'loss.png')
+    except OSError as e:
+        say(f"warning: {out / 'loss.png'} could not be written, training goes on: {e}")
+    plt.close(figure)
 
 def peak_memory():
     """Bytes: of the GPU, or of the process."""
@@ -271,37 +354,29 @@ def git_commit():
     except (OSError, subprocess.CalledProcessError):
         return None
 
-def plot():
-    """loss.png: training and validation loss against tokens."""
-    import matplotlib # takes a second, so not at start-up
-    matplotlib.use('agg')
-    from matplotlib import pyplot as plt
-    lines = [json.loads(line) for line in open(metrics, encoding='utf-8')]
-    figure, axes = plt.subplots(figsize=(8, 5))
-    for key, style in (('loss', dict(alpha=0.5, linewidth=0.8)), ('val_loss', dict(marker='.'))):
-        points = [(line['tokens'], line[key]) for line in lines if key in line]
-        axes.plot(*zip(*points), label='training' if key == 'loss' else 'validation', **style) if points else None
-    axes.set(xlabel='tokens', ylabel='nats a token', title=f'{out.name}: best validation loss {best_val_loss:.4f}')
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(out / 'loss.png.tmp', format='png', dpi=120)
-    os.replace(out / 'loss.png.tmp', out / 'loss.png')
-    plt.close(figure)
+def explain(kind, error, trace):
+    """What usually helps, under the traceback of a run that is out of memory."""
+    sys.__excepthook__(kind, error, trace)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+        print(f"out of memory: halve batch_size={batch_size} and double gradient_accumulation_steps="
+              f"{gradient_accumulation_steps} (the same steps), or lower block_size={block_size}, n_layer or n_embd",
+              file=sys.stderr)
+sys.excepthook = explain
 
 # what this run is, in a few lines
-n_params, n_decayed = raw_model.get_num_params(False), sum(p.numel() for _, p in raw_model.optimizer_groups()[0])
-n_embedding = sum(m.weight.numel() for m in (raw_model.transformer.wte, raw_model.transformer.wpe) if m is not None)
-flops_per_token, kept_per_token = raw_model.cost(dtype=getattr(torch, dtype))
-tokens_per_step, n_tokens = gradient_accumulation_steps * batch_size * block_size, splits['train'].n_tokens
+tokens_per_step, n_tokens, activations = gradient_accumulation_steps * batch_size * block_size, splits['train'].n_tokens, \
+    costs[block_size][1] * batch_size * block_size
 if given:
     say('settings ' + ', '.join(f'{name}={value!r}' for name, value in given.items()))
-say(f"""model    {n_params / 1e6:.2f}M parameters, {(n_params - n_embedding) / 1e6:.2f}M without embeddings, {n_decayed / 1e6:.2f}M decayed; {flops_per_token / 1e9:.4g} GFLOP a token
-machine  {device}, {dtype}, {'compiled' if compile else 'eager'}, {world} process{'es' * (world > 1)}; peak {f'{peak / 1e12:.4g} TFLOP/s' * bool(peak)} ({peak_source})
-data     {dataset}: {n_tokens:,} tokens to train on, {splits['val'].n_tokens:,} to validate; {meta.get('encoding', meta['tokenizer'])}, vocabulary {raw_model.config.vocab_size:,}
+for name, (old, new) in changed.items():
+    say(f"changed  {name}={new!r}, was {old!r}")
+for line in added:
+    say(f"added    {line}")
+say(f"""model    {n_params / 1e6:.2f}M parameters, {(n_params - n_embedding) / 1e6:.2f}M without embeddings, {n_decayed / 1e6:.2f}M decayed; {costs[block_size][0] / 1e9:.4g} GFLOP a token
+machine  {device}, {dtype}, {'compiled' if compile else 'eager'}, {world} process{'es' * (world > 1)}{', sharded' * sharded}; peak {f'{peak / 1e12:.4g} TFLOP/s' * bool(peak)} ({peak_source})
+data     {dataset}: {n_tokens:,} tokens to train on, {splits['val'].n_tokens:,} to validate; {meta.get('encoding', meta['tokenizer'])}, vocabulary {model_args['vocab_size']:,}
 run      {max_iters:,} steps of {tokens_per_step:,} tokens = {max_iters * tokens_per_step:,}: {max_iters * tokens_per_step / n_tokens:.3g} epochs
-memory   about {(16 * n_params + kept_per_token * batch_size * block_size) / 1e9:.3g} GB: {16 * n_params / 1e9:.3g} of weights, gradients and Adam, {kept_per_token * batch_size * block_size / 1e9:.3g} of activations""")
-for name in added:
-    say(f"added    {name}, starting as the identity")
+memory   about {(16 * n_params + activations) / 1e9:.3g} GB: {16 * n_params / 1e9:.3g} of weights, gradients and Adam, {activations / 1e9:.3g} of activations""")
 if eval_only:
     val = splits['val']
     loss = mean_loss((x, y) for x, y, _ in val.all_batches(batch_size, block_size))
@@ -311,39 +386,61 @@ if eval_only:
     say(f"whole validation split, {n_targets:,} tokens: loss {loss:.4f}, perplexity {math.exp(loss):.4g}, "
         f"{loss * n_targets / n_bytes / math.log(2):.4f} bits per byte")
     sys.exit(0)
-if main:
+if dry_run:
+    with exit_on_error():
+        for name, split in splits.items():
+            with tqdm(total=split.n_tokens, desc=f'scanning {name}', unit='token', unit_scale=True, disable=not main) as scan:
+                split.scan(model_args['vocab_size'], scan.update)
+    max_iters_of_run, max_iters, log_interval, wandb_log = max_iters, step + 3, 1, False
+    out = Path(tempfile.mkdtemp(prefix='.dry_run-', dir=next(p for p in (out, *out.parents) if p.exists()))) # the same disk
+    atexit.register(shutil.rmtree, out, ignore_errors=True)
+    metrics = out / 'metrics.jsonl'
+elif main:
     out.mkdir(parents=True, exist_ok=True)
-    kept = [line for line in open(metrics, encoding='utf-8') if json.loads(line)['step'] <= step] if resuming and metrics.exists() else []
-    for name in ('ckpt.pt', 'best.pt', 'loss.png') * (not resuming):
-        (out / name).unlink(missing_ok=True)
-    metrics.write_text(''.join(kept), encoding='utf-8')
-    (out / 'config.json').write_text(json.dumps(dict(config, torch=torch.__version__, git=git_commit()), indent=1), encoding='utf-8')
+    # steps after the checkpoint are done again, and so is the evaluation that comes before its next step
+    kept = [line for line in read_metrics() if line['step'] < step or line['step'] == step and 'loss' in line] if resuming else []
+    for path in (latest, best, out / 'loss.png', *out.glob('step-*.pt')) if not resuming else ():
+        path.unlink(missing_ok=True)
+    metrics.write_text(''.join(json.dumps(line) + '\n' for line in kept), encoding='utf-8')
+    (out / 'config.json').write_text(json.dumps(config | dict(
+        resolved=dict(device=device, dtype=dtype, compile=compile, world=world), python=sys.version.split()[0], torch=torch.__version__,
+        git=git_commit(), data=[split.fingerprint() for split in splits.values()]), indent=1), encoding='utf-8')
     if wandb_log:
         import wandb
         wandb.init(project=wandb_project, name=wandb_run_name, config=config, dir=out)
 
 # ---------------------------------------------------------------------------------------------------------------------
+asked_to_stop = 0 # the signal: the step is finished, saved, and then the process ends
+def on_signal(number, frame):
+    global asked_to_stop
+    asked_to_stop = number
+    signal.signal(number, signal.SIG_DFL) # a second one ends it at once
+for name in ('SIGINT', 'SIGTERM', 'SIGUSR1'): # Ctrl-C, kill, a scheduler's warning
+    if hasattr(signal, name):
+        signal.signal(getattr(signal, name), on_signal)
+
 step_before, samples_before = step, samples
 batches = prefetch(load, step)
 bar = tqdm(total=max_iters, initial=step, unit='step', disable=not main or not sys.stderr.isatty(), dynamic_ncols=True)
+bad_steps = torch.zeros((), device=device) # steps in a row without a finite gradient
+stopping = torch.zeros((), device=device)
+t0, tokens0, work, stop_now = time.perf_counter(), tokens, 0, 0
 model.train()
-evaluated = step if resuming else -1 # this step's evaluation is in the checkpoint
-t0, tokens0 = time.perf_counter(), tokens
 while True:
-    if (step % eval_interval == 0 or step >= max_iters) and step != evaluated:
+    if (step % eval_interval == 0 or step >= max_iters) and not dry_run:
         seconds += time.perf_counter() - t0
-        losses = {name: mean_loss(split.fixed_batches(eval_iters, batch_size, block_size)) for name, split in splits.items()}
-        better = losses['val'] < best_val_loss
-        best_val_loss, stale = (losses['val'], 0) if better else (best_val_loss, stale + 1)
-        say(f"step {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}{' *' * better}")
-        log(train_loss=losses['train'], val_loss=losses['val'])
+        if step > step_before and (always_save_checkpoint or step >= max_iters): # first: an evaluation can fail, too
+            save(latest)
+        train_loss, val_loss = evaluate()
+        better = val_loss <= best_val_loss
+        best_val_loss, stale = (val_loss, 0) if better else (best_val_loss, stale + 1)
+        say(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}{' *' * better}")
+        log(train_loss=train_loss, val_loss=val_loss)
+        if better and step > 0:
+            save(best)
         if main and step > 0:
             plot()
-            if better:
-                save(best)
-            if better or always_save_checkpoint:
-                save(latest)
-        if sample_tokens and main:
+        if sample_tokens:
             raw_model.eval()
             prompt = torch.tensor([tokenizer.encode(sample_prompt)], device=device)
             with amp:
@@ -353,8 +450,9 @@ while True:
             say(tokenizer.decode(text[0].tolist()) + '\n')
         if patience and stale >= patience:
             say(f"no better validation loss in {stale} evaluations: stopping")
+            save(latest)
             break
-        t0, tokens0 = time.perf_counter(), tokens
+        t0, tokens0, work = time.perf_counter(), tokens, 0
     if step >= max_iters:
         break
 
@@ -364,19 +462,33 @@ while True:
     for group in optimizer.param_groups:
         group['lr'] = lr
     mean = 0.0
-    micro_batches = next(batches)
+    with exit_on_error():
+        micro_batches = next(batches)
     for i, (x, y) in enumerate(micro_batches):
-        model.require_backward_grad_sync = i == len(micro_batches) - 1 # DDP exchanges gradients once a step
+        last = i == len(micro_batches) - 1 # processes exchange gradients once a step
+        if sharded:
+            raw_model.set_requires_gradient_sync(last)
+        else:
+            model.require_backward_grad_sync = last
         with amp:
             loss = model(x, y)[1] / len(micro_batches)
         scaler.scale(loss).backward()
         mean += loss.detach()
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+    norm = norm.full_tensor() if sharded else norm
+    bad = ~torch.isfinite(norm)
+    bad_steps = (bad_steps + 1) * bad
+    if sharded and bad.item():
+        optimizer.zero_grad(set_to_none=True)
+    elif not scaler.is_enabled() and not sharded:
+        optimizer.grad_scale, optimizer.found_inf = None, bad.float() # the fused kernel skips the step, without waiting for the device
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    step, samples, tokens = step + 1, samples + gradient_accumulation_steps * batch_size, tokens + tokens_per_step
+    step, samples = step + 1, samples + gradient_accumulation_steps * batch_size
+    tokens += gradient_accumulation_steps * x.numel()
+    work += gradient_accumulation_steps * x.numel() * costs[x.size(1)][0]
     bar.update()
 
     if step % log_interval == 0: # reading the loss waits for the device: nothing else in a step does
@@ -384,16 +496,48 @@ while True:
             dist.all_reduce(mean)
         mean = mean.item() / world
         dt = time.perf_counter() - t0
-        speed = (tokens - tokens0) / dt
-        mfu = speed * flops_per_token / (peak * world) if peak else None
         seconds += dt
-        t0, tokens0 = time.perf_counter(), tokens
+        speed, mfu = (tokens - tokens0) / dt, work / dt / (peak * world) if peak else None
+        t0, tokens0, work = time.perf_counter(), tokens, 0
         log(loss=mean, lr=lr, grad_norm=norm.item(), tokens_per_s=round(speed), mfu=mfu, peak_memory=peak_memory())
         bar.set_postfix_str(f"loss {mean:.4f}, {speed:,.0f} tokens/s, mfu {f'{mfu:.1%}' if mfu else 'n/a'}")
         if bar.disable:
             say(f"iter {step}: loss {mean:.4f}, {speed:,.0f} tokens/s, mfu {f'{mfu:.1%}' if mfu else 'n/a'}, lr {lr:.3g}, "
                 f"norm {norm.item():.3f}")
+        if bad_steps > 0:
+            with amp:
+                where = raw_model.first_nonfinite(x, y) if not sharded else None
+            say(f"warning: {int(bad_steps)} step{'s' * (bad_steps > 1)} in a row skipped, loss {mean:.4g}, gradient norm "
+                f"{norm.item():.4g}; first output that is not finite: {where or 'none in a forward pass, so it is the backward'}")
+        if bad_steps >= max_bad_steps:
+            say(f"stopping after {int(bad_steps)} such steps; the weights are those before them. What usually helps: a lower "
+                f"learning_rate (now {learning_rate:g}), a longer warmup_iters ({warmup_iters}), grad_clip={grad_clip or 1.0:g}, "
+                "dtype=bfloat16 or float32 instead of float16")
+            save(latest)
+            sys.exit(1)
+    if snapshot_interval and step % snapshot_interval == 0:
+        save(out / f'step-{step}.pt')
+    if checkpoint_interval and step % checkpoint_interval == 0 and not dry_run:
+        save(latest)
+    if world > 1: # all processes stop at the same step: what was asked in the step before, which is there by now
+        stop_now = int(stopping.item())
+        stopping = torch.tensor(float(asked_to_stop), device=device)
+        dist.all_reduce(stopping, dist.ReduceOp.MAX)
+    else:
+        stop_now = asked_to_stop
+    if stop_now:
+        say(f"{signal.Signals(stop_now).name}: saving step {step} to {latest}; go on with --init_from=resume")
+        save(latest)
+        break
 bar.close()
 batches.close()
+if dry_run:
+    path = out / 'ckpt.pt'
+    save(path)
+    with exit_on_error():
+        size = load_checkpoint(path) and path.stat().st_size if main else 0
+    say(f"dry run passed: {max_iters_of_run:,} steps take about {seconds / 3 * (max_iters_of_run - step_before) / 3600:.3g} hours without "
+        f"evaluations; a checkpoint has {size / 1e9:.3g} GB; peak memory {(peak_memory() or 0) / 1e9:.3g} GB")
 if world > 1:
     dist.destroy_process_group()
+sys.exit(128 + stop_now if stop_now else 0)

@@ -91,7 +91,7 @@ def place_to_cut(text):
     while (at := text.rfind('\n', 0, at)) > 0:
         if re.match(r'\S\n[^\s/]', text[at - 1:at + 2]):
             return at + 1
-    return len(text) - len(EOT) if len(text) > 4 * CHUNK else 0
+    return max(0, len(text) - len(EOT)) if len(text) > 4 * CHUNK else 0
 
 
 def read_jsonl(path, progress):
@@ -116,7 +116,7 @@ def read_jsonl(path, progress):
 
 def read(files, label):
     """Yields (piece of text, whether a document ends after it) of all files, without empty documents and pieces."""
-    begun = False
+    begun = False   # some of the current document has come; what separates it from the next may come by itself
     total = sum(path.stat().st_size for path in files)
     with tqdm(total=total, unit='B', unit_scale=True, desc=label, disable=None) as bar:
         for path in files:

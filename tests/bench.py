@@ -1,0 +1,787 @@
+"""
+Measures speed, memory and loss: this project's, and in turn with it a peer's, from a checkout of nanoGPT.
+
+    python tests/bench.py train --preset=baby --peer=PATH   tokens/s, MFU, peak memory, where a step's time goes
+    python tests/bench.py sample --peer=PATH                tokens/s of prefill and decoding, short and long context
+    python tests/bench.py mixers                            every token mixer and a UNet, and their cost as T grows
+    python tests/bench.py scale                             cost against T, width, depth, dataset size, ranks
+    python tests/bench.py startup --peer=PATH               seconds from the command to the first training step
+    python tests/bench.py process --peer=PATH               the README's small CPU run, from start to end
+    python tests/bench.py loss --peer=PATH                  loss curves from the same weights on the same batches
+    python tests/bench.py all --device=cuda --peer=PATH     all of it, and each goal beside what was measured
+
+Every measurement is a fresh process, ours and the peer's started in the same way and in turn: A B A B. What is printed
+are medians over the rounds; a ratio is taken within each round, and its range over the rounds is printed too. Raw numbers
+go to tests/results/COMMAND-DEVICE.json. GPTConfig's fields change the model of any command: --n_layer=2 --dropout=0.2.
+Data are synthetic unless --dataset names a real one. Memory on a CPU is the whole process's, torch's code included.
+"""
+import datetime
+import importlib.util
+import itertools
+import json
+import math
+import os
+import pickle
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import nullcontext
+from dataclasses import fields, replace
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+from configurator import configure, exit_on_error, fail
+from data.tokens import Split, dataset_folder, load_meta, prefetch
+from model import GPT, GPTConfig, MIXERS, find_peak_flops, resolve
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is measured
+preset = 'auto' # readme (README's CPU run) | baby | gpt2 | gpt2-medium | auto: the one that suits the command
+peer: str | None = None # a checkout of nanoGPT, measured in turn with this project
+peer_compile: bool | str = 'auto' # the peer's torch.compile in training; auto: tried both ways, the faster counts
+device = 'auto' # auto | cpu | cuda | mps
+dtype = 'auto' # auto: what train.py and sample.py choose | float32 | bfloat16 | float16
+compile: bool | str = 'auto' # ours; auto: what train.py and sample.py choose
+batch_size = 0 # sequences in a training batch; 0: the preset's
+dataset = '' # a folder in data/, or any folder given with a slash; none: synthetic tokens
+repeats = 5 # rounds
+steps = 5 # timings in a round of training; on a GPU each is the mean of 10 steps
+out = '' # the JSON file; none: tests/results/COMMAND-DEVICE.json
+# sample
+batches = (1, 32) # sequences at once
+contexts = (1, 900) # tokens of the prompt
+new_tokens = 64 # generated after each prompt
+seconds = 10.0 # after which a generation is cut short
+# mixers and scale
+variants: tuple[str, ...] = () # the mixers to measure, by the names in the table; none: all
+equal_params = False # mixers: as many parameters as attention has, by n_layer and mlp_ratio, instead of equal width
+lengths = (256, 512, 1024, 2048, 4096, 8192) # T
+widths = (128, 256, 512, 1024) # n_embd, with heads of 64 channels
+depths = (2, 4, 8, 16) # n_layer
+sizes = (10**6, 10**7, 10**8, 10**9, 10**10, 10**11) # tokens of a dataset
+ranks = (1, 2) # gloo processes, sharing the machine's cores
+# startup, process, loss, all
+iterations = 2000 # of the README's small CPU run
+loss_steps = 500 # training steps before losses are compared
+goals = 'auto' # all: cpu | cuda | auto: the device's
+# ---------------------------------------------------------------------------------------------------------------------
+
+PRESETS = { # fields of GPTConfig, and the batch size
+    'readme': (dict(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65, bias=False), 12),
+    'baby': (dict(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=65, bias=False), 64),
+    'gpt2': (dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50304, bias=False), 12),
+    'gpt2-medium': (dict(n_layer=24, n_head=16, n_embd=1024, block_size=1024, vocab_size=50304, bias=False), 12),
+}
+NANOGPT_FIELDS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size', 'dropout', 'bias')
+# nanoGPT's README, training on a CPU: both projects take these words
+SMALL_RUN = dict(device='cpu', compile=False, eval_iters=20, log_interval=1, block_size=64, batch_size=12, n_layer=4,
+                 n_head=4, n_embd=128, dropout=0.0)
+# a run of this script: what the command line set; tables by title; failures by title; ceilings by dtype; dataset folders
+given, records, errors, known, folders = {}, {}, {}, {}, {}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inside of a worker process: a job is a dict of plain values, and so is what comes back.
+
+def build(job):
+    """The model that a job asks for, ours or the peer's, on its device."""
+    config = job['config']
+    torch.manual_seed(1337)
+    if job['peer']:
+        spec = importlib.util.spec_from_file_location('peer_model', Path(job['peer']) / 'model.py')
+        sys.modules['peer_model'] = module = importlib.util.module_from_spec(spec) # dataclasses look it up there
+        spec.loader.exec_module(module)
+        model = module.GPT(module.GPTConfig(**{k: config[k] for k in NANOGPT_FIELDS}))
+    else:
+        model = GPT(GPTConfig(**config))
+    return model.to(job['device'])
+
+
+def trainer(job):
+    """-> (model, step), where step(i, x, y, lr, mark) is the i-th training step as train.py makes it, and returns the loss."""
+    kind = torch.device(job['device']).type
+    torch.set_float32_matmul_precision('high')
+    model = build(job)
+    if job.get('init'): # start from the weights that the peer starts from
+        model.load_weights(build(dict(job, peer=job['init'])).state_dict())
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), kind)
+    scaler = torch.amp.GradScaler(kind, enabled=job['dtype'] == 'float16')
+    amp = autocast(job)
+    fast_model = torch.compile(model) if job['compile'] else model
+    model.train()
+
+    def step(i, x, y, lr=1e-3, mark=lambda name: None):
+        if not job['peer']:
+            torch.manual_seed((1337 * 1_000_003 + i) * 4096)
+        for group in optimizer.param_groups:
+            group['lr'] = lr
+        with amp:
+            loss = fast_model(x, y)[1]
+        mark('forward')
+        scaler.scale(loss).backward()
+        mark('backward')
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        mark('optimizer')
+        return loss.detach()
+
+    return model, step
+
+
+def generator(job):
+    """-> stream(idx, n), which yields n new tokens as sample.py makes them; the peer's are those of its generate()."""
+    model, options = build(job).eval(), dict(temperature=0.8, top_k=200)
+    if not job['peer']:
+        model.to(getattr(torch, job['dtype']))
+        if job['compile']:
+            model.hidden = torch.compile(model.hidden, dynamic=True)
+        return lambda idx, n: model.stream(idx, n, **options)
+
+    def stream(idx, n):
+        with autocast(job):
+            for _ in range(n): # what generate(idx, n) does, one turn of its loop at a time
+                idx = model.generate(idx, 1, **options)
+                yield idx[:, -1:]
+    return stream
+
+
+def autocast(job):
+    kind = torch.device(job['device']).type
+    return torch.autocast(kind, getattr(torch, job['dtype'])) if job['dtype'] != 'float32' else nullcontext()
+
+
+def synchronize():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def peak_memory(job):
+    """Bytes: of tensors on the GPU, or of this whole process; None where the system does not say."""
+    if torch.device(job['device']).type == 'cuda':
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+    except ImportError: # Windows
+        return None
+
+
+def loader(job):
+    """Yields training batches on the device, fetched ahead by a thread as in train.py."""
+    split, cuda = Split(job['data'], 'train'), torch.device(job['device']).type == 'cuda'
+    def load(i):
+        arrays = split.batch(i * job['batch_size'], job['batch_size'], job['config']['block_size'])
+        tensors = [torch.from_numpy(array) for array in arrays]
+        return [(t.pin_memory() if cuda else t).to(job['device'], non_blocking=True) for t in tensors]
+    return prefetch(load, 0)
+
+
+def work_train(job):
+    cuda = torch.device(job['device']).type == 'cuda'
+    memory_before = peak_memory(job)
+    model, step = trainer(job)
+    batches, numbers, parts = loader(job), itertools.count(), {}
+
+    def run(n, mark=lambda name: None):
+        for i in itertools.islice(numbers, n):
+            x, y = next(batches)
+            mark('data')
+            step(i, x, y, mark=mark)
+
+    run(10 if cuda else 2) # compilation, first allocations, the optimizer's state
+    synchronize()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    times, n = [], 10 if cuda else 1 # train.py does not wait for the GPU in every step either
+    for _ in range(job['steps']):
+        t0 = time.perf_counter()
+        run(n)
+        synchronize()
+        times.append((time.perf_counter() - t0) / n)
+    result = dict(step=median(times), times=times, memory=peak_memory(job), memory_before=memory_before)
+    last = time.perf_counter()
+    def mark(name): # waits for the device, so the parts of a step are longer together than a step
+        nonlocal last
+        synchronize()
+        now = time.perf_counter()
+        parts.setdefault(name, []).append(now - last)
+        last = now
+    run(job['steps'], mark)
+    batches.close()
+    return result | {name: median(values) for name, values in parts.items()}
+
+
+def work_sample(job):
+    stream, results = generator(job), []
+    for batch, context in job['shapes']:
+        idx = torch.randint(job['config']['vocab_size'], (batch, context), device=job['device'])
+        for limit in (job['seconds'] / 4, job['seconds']): # warm-up, measurement
+            synchronize()
+            t0 = time.perf_counter()
+            for i, token in enumerate(stream(idx, job['new_tokens'])):
+                if i == 0:
+                    synchronize()
+                    first = time.perf_counter()
+                elif time.perf_counter() - t0 > limit:
+                    break
+            synchronize()
+            end = time.perf_counter()
+        results.append(dict(prefill=first - t0, decode=(end - first) / i, decoded=i))
+    return dict(shapes=results)
+
+
+def work_loss(job):
+    """The losses of the first training steps, and at the end the one of the validation split."""
+    model, step = trainer(job)
+    batches = loader(job)
+    losses = [step(i, *next(batches), lr=1e-3 * min(1.0, (i + 1) / 100)) for i in range(job['steps'])]
+    batches.close()
+    val = Split(job['data'], 'val').fixed_batches(20, job['batch_size'], job['config']['block_size'])
+    with torch.no_grad(), autocast(job):
+        model.eval()
+        val = [model(*(torch.from_numpy(array).to(job['device']) for array in batch))[1].item() for batch in val]
+    return dict(losses=torch.stack(losses).tolist(), val_loss=sum(val) / len(val))
+
+
+def work_ceilings(job):
+    """What the machine can do: FLOP/s of large matrix products, bytes/s of reading a GiB of weights once."""
+    flops, source = find_peak_flops('auto', job['device'], getattr(torch, job['dtype']))
+    weights = torch.ones(2 ** 14, 2 ** 14, device=job['device'])
+    best = math.inf
+    for read in [weights.sum, lambda: weights @ weights[0]] * 5:
+        synchronize()
+        t0 = time.perf_counter()
+        read()
+        synchronize()
+        best = min(best, time.perf_counter() - t0)
+    return dict(flops=flops, source=source, bandwidth=weights.nbytes / best)
+
+
+def work_fetch(job):
+    """Seconds to open a dataset of so many tokens and to fetch a batch of it; its shards are holes that take no disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        shard = 10 ** 8
+        for i in range(-(-job['tokens'] // shard)):
+            with open(Path(folder) / f'train_{i:06d}.bin', 'wb') as f:
+                f.truncate(2 * min(shard, job['tokens'] - i * shard))
+        t0, times = time.perf_counter(), []
+        split = Split(folder, 'train')
+        opened = time.perf_counter() - t0
+        for i in range(200):
+            t0 = time.perf_counter()
+            split.batch(12 * i, 12, 1024)
+            times.append(time.perf_counter() - t0)
+    return dict(open=opened, fetch=median(times), memory=peak_memory(dict(device='cpu')))
+
+
+WORK = dict(train=work_train, sample=work_sample, loss=work_loss, ceilings=work_ceilings, fetch=work_fetch)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Starting processes
+
+def run_worker(job):
+    """The result of a job, from a fresh process. RuntimeError if it failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / 'result.json' # not stdout: the peer prints there
+        done = subprocess.run([sys.executable, __file__, 'worker', json.dumps(job), str(result)], stdout=subprocess.DEVNULL,
+                              stderr=subprocess.PIPE, text=True, errors='replace')
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or [f'ended with status {done.returncode}, without a word']
+            raise RuntimeError(next((line for line in lines if 'OutOfMemory' in line), lines[-1]))
+        return json.loads(result.read_text(encoding='utf-8'))
+
+
+def run_script(folder, until_first_step=False):
+    """The README's small CPU run by the train.py in folder -> seconds, seconds to the first step, last validation loss."""
+    vocab_size = model_of('readme')[0].vocab_size
+    with tempfile.TemporaryDirectory() as out_dir:
+        flags = SMALL_RUN | {k: v for k, v in given.items() if k in NANOGPT_FIELDS and k != 'vocab_size'} | dict(
+            max_iters=iterations, lr_decay_iters=iterations, warmup_iters=min(100, iterations // 2),
+            out_dir=out_dir, dataset=data(vocab_size))
+        command = [sys.executable, '-u', 'train.py', 'config/train_shakespeare_char.py',
+                   *(f'--{k}={v}' for k, v in flags.items())]
+        t0, lines, first = time.perf_counter(), [], None
+        with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace') as p:
+            for line in p.stdout:
+                lines.append(line)
+                if first is None and re.match(r'iter \d+:', line):
+                    first = time.perf_counter() - t0
+                    if until_first_step:
+                        p.kill()
+        if first is None or p.returncode and not until_first_step:
+            raise RuntimeError((lines or ['train.py said nothing'])[-1].strip())
+        val = re.findall(r'val loss ([\d.]+)', ''.join(lines))
+        return dict(seconds=time.perf_counter() - t0, first_step=first, val_loss=float(val[-1]) if val else None)
+
+
+def run_ranks(n, config, batch):
+    """Tokens/s of train.py in n processes on the CPU, which share its cores and the batch."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = dict(vars(config), vocab_size=config.vocab_size, dataset=data(config.vocab_size), out_dir=folder, device='cpu',
+                     backend='gloo', compile=False, batch_size=max(1, batch // max(ranks)), gradient_accumulation_steps=math.lcm(*ranks),
+                     eval_iters=1, max_iters=2 + 2 * steps, eval_interval=10 ** 6, decay_lr=False)
+        threads = int(os.environ.get('OMP_NUM_THREADS', os.cpu_count()))
+        done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}', 'train.py',
+                               *(f'--{k}={v}' for k, v in flags.items())], cwd=PROJECT, capture_output=True, text=True,
+                              errors='replace', env=os.environ | dict(OMP_NUM_THREADS=str(max(1, threads // n))))
+        if done.returncode:
+            raise RuntimeError(next((line for line in done.stderr.splitlines() if 'rror' in line), f'status {done.returncode}'))
+        lines = [json.loads(line) for line in (Path(folder) / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()]
+        return dict(speed=median([line['tokens_per_s'] for line in lines if 'loss' in line][2:]))
+
+
+def in_turn(title, jobs, rounds=None):
+    """{name: job, or a function to call} -> {name: results of all rounds}, A B A B; a failure is said and gives []."""
+    results, rounds = {name: [] for name in jobs}, rounds or repeats
+    for r in range(rounds):
+        for name, job in list(jobs.items()):
+            print(f'... {title}, round {r + 1} of {rounds}: {name}', flush=True)
+            try:
+                results[name].append(job() if callable(job) else run_worker(job))
+            except RuntimeError as e:
+                print(f'    failed: {e}', flush=True)
+                errors[f'{title}: {name}'] = str(e)
+                results[name] = []
+                jobs = {k: v for k, v in jobs.items() if k != name}
+    return results
+
+
+def data(vocab_size):
+    """
+    A dataset folder for both projects: the one asked for, or a million synthetic tokens in which each is followed by one
+    of four others, so that there is something to learn.
+    """
+    if vocab_size not in folders:
+        folders[vocab_size] = temporary / str(vocab_size)
+        folders[vocab_size].mkdir()
+        if dataset:
+            for path in dataset_folder(dataset).glob('*.bin'):
+                os.symlink(path, folders[vocab_size] / path.name)
+        else:
+            rng = np.random.default_rng(0)
+            successors = rng.integers(vocab_size, size=(vocab_size, 4))
+            choices = rng.choice(4, p=(0.6, 0.2, 0.1, 0.1), size=(1000, 1100))
+            chains = [rng.integers(vocab_size, size=1100)] # side by side, one row a step
+            for choice in choices[1:]:
+                chains.append(successors[chains[-1], choice])
+            for split, part in (('train', slice(0, 1000)), ('val', slice(1000, 1100))):
+                np.stack(chains, axis=1)[part].astype('<u2').tofile(folders[vocab_size] / f'{split}.bin')
+        with open(folders[vocab_size] / 'meta.pkl', 'wb') as f: # as nanoGPT has it, and this project reads it too
+            pickle.dump(dict(vocab_size=vocab_size), f)
+    return str(folders[vocab_size])
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Jobs, tables and files
+
+def model_of(default, **changes):
+    """-> (GPTConfig, batch size) of the preset asked for, with what the command line changes."""
+    args, batch = PRESETS[default if preset == 'auto' else preset]
+    if dataset:
+        args = args | dict(vocab_size=load_meta(dataset_folder(dataset)).get('vocab_size', args['vocab_size']))
+    args = args | changes | {k: v for k, v in given.items() if k in GPTConfig.__dataclass_fields__}
+    return GPTConfig(**args), batch_size or batch
+
+
+def job_of(kind, config, theirs=False, **more):
+    """What a worker needs to know, with the choices that train.py and sample.py make where nothing was asked for."""
+    on_cpu, asked = torch.device(device).type == 'cpu', more.pop('dtype', dtype)
+    if on_cpu and (theirs or kind == 'sample' and asked == 'auto'): # nanoGPT has no autocast on a CPU
+        asked = 'float32'
+    compiled = (not on_cpu and kind != 'sample') if compile == 'auto' else compile
+    return dict(kind=kind, config=vars(config), peer=peer if theirs else None, device=device, compile=compiled,
+                dtype=resolve(device, asked)[1], data=data(config.vocab_size)) | more
+
+
+def facts(config):
+    """-> (parameters, FLOPs a token, bytes a token kept for the backward pass), without allocating the model."""
+    with torch.device('meta'):
+        model = GPT(config)
+    return model.get_num_params(False), *model.cost(dtype=getattr(torch, resolve(device, dtype)[1]))
+
+
+def ceilings(dtype):
+    if dtype not in known:
+        known[dtype] = run_worker(dict(kind='ceilings', device=device, dtype=dtype))
+    return known[dtype]
+
+
+def too_large(config, batch):
+    """Why this would not fit into memory, or None. On a GPU the allocator says so itself, on a CPU the machine would hang."""
+    info = Path('/proc/meminfo')
+    if torch.device(device).type != 'cpu' or not info.exists():
+        return None
+    free = int(re.search(r'MemAvailable: +(\d+)', info.read_text())[1]) * 1024
+    params, _, kept = facts(config)
+    need = 16 * params + 1.25 * kept * batch * config.block_size # weights, gradients, Adam; activations and their gradients
+    return f'skipped: about {need / 1e9:.3g} GB of memory, {free / 1e9:.3g} GB free' if need > free else None
+
+
+def med(runs, key):
+    values = [run[key] for run in runs if run.get(key) is not None]
+    return median(values) if values else None
+
+
+def over(a, b, key='step'):
+    """Ratio a/b of the rounds -> (median, lowest, highest), or None."""
+    ratios = [x[key] / y[key] for x, y in zip(a, b) if x.get(key) and y.get(key)]
+    return (median(ratios), min(ratios), max(ratios)) if ratios else None
+
+
+def divide(a, b):
+    return a / b if a and b else None
+
+
+def cell(value):
+    if value is None:
+        return '-'
+    if isinstance(value, (tuple, list)):
+        return f'{value[0]:.3g}x ({value[1]:.3g}-{value[2]:.3g})'
+    if isinstance(value, float):
+        return f'{value:,.0f}' if abs(value) >= 1000 else f'{value:.4g}'
+    return str(value)
+
+
+def show(title, rows):
+    """Prints rows (dicts; 'raw' is for the file only) as a table, and writes the file with all there is so far."""
+    records[title] = rows
+    columns = list(dict.fromkeys(k for row in rows for k in row if k != 'raw'))
+    table = [columns] + [[cell(row.get(c)) for c in columns] for row in rows]
+    sizes = [max(map(len, column)) for column in zip(*table)]
+    print(f'\n{title}')
+    for line in table:
+        print('  '.join(text.ljust(n) if i == 0 else text.rjust(n) for i, (text, n) in enumerate(zip(line, sizes))).rstrip())
+    print(flush=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(dict(about=about, ceilings=known, errors=errors, tables=records), indent=1)
+    path.with_name(path.name + '.tmp').write_text(text, encoding='utf-8')
+    os.replace(path.with_name(path.name + '.tmp'), path)
+
+
+def picture(panels):
+    """Curves beside the JSON file; panels: (title, x label, y label, {name: [(x, y), ...]})."""
+    import matplotlib
+    matplotlib.use('agg')
+    from matplotlib import pyplot as plt
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4.5), squeeze=False)
+    for ax, (title, x, y, curves) in zip(axes[0], panels):
+        for name, points in curves.items():
+            points = [p for p in points if p[1]]
+            if points:
+                ax.loglog(*zip(*points), marker='.', label=name)
+        ax.set(title=title, xlabel=x, ylabel=y)
+        ax.grid(alpha=0.3, which='both')
+        ax.legend(fontsize=7) if len(curves) > 1 else None
+    figure.tight_layout()
+    figure.savefig(path.with_suffix('.png'), dpi=100)
+    plt.close(figure)
+
+
+def about_machine():
+    def git(folder):
+        try:
+            say = lambda *args: subprocess.run(['git', '-C', folder, *args], capture_output=True, text=True, check=True).stdout.strip()
+            return say('rev-parse', 'HEAD') + '+' * bool(say('status', '--porcelain'))
+        except (OSError, subprocess.CalledProcessError):
+            return None
+    info = Path('/proc/cpuinfo')
+    cpu = re.search(r'model name\s*: (.*)', info.read_text()) if info.exists() else None
+    memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') if hasattr(os, 'sysconf') else None
+    cuda = torch.cuda.is_available()
+    return dict(
+        command=' '.join([Path(sys.executable).name, *sys.argv]), date=datetime.datetime.now().astimezone().isoformat(timespec='seconds'),
+        commit=git(PROJECT), peer_commit=git(peer) if peer else None, system=platform.platform(),
+        cpu=cpu[1] if cpu else platform.processor(), cores=os.cpu_count(), threads=torch.get_num_threads(), memory=memory,
+        gpu=torch.cuda.get_device_name() if cuda else None,
+        gpu_memory=torch.cuda.get_device_properties(0).total_memory if cuda else None,
+        python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands
+
+def train(title='train', default='baby', **changes):
+    """-> {what: ratio to the peer, or our MFU}"""
+    config, batch = model_of(default, **changes)
+    more = dict(batch_size=batch, steps=steps)
+    jobs = {'ours': job_of('train', config, **more)}
+    if peer:
+        choices = (False, True) if peer_compile == 'auto' else (peer_compile,)
+        theirs = {f"peer, {'compiled' if c else 'eager'}": job_of('train', config, True, **more, compile=c) for c in choices}
+        speeds = {name: med(runs, 'step') or math.inf for name, runs in in_turn(f"{title}, the peer's best", theirs, 1).items()} \
+            if len(theirs) > 1 else dict.fromkeys(theirs, 0)
+        best = min(speeds, key=speeds.get)
+        jobs['peer'] = theirs[best]
+    runs, rows = in_turn(title, jobs), []
+    params, flops, _ = facts(config)
+    for name, job in jobs.items():
+        r, speed = runs[name], divide(batch * config.block_size, med(runs[name], 'step'))
+        rows.append({'who': name, 'how': f"{job['dtype']}, {'compiled' if job['compile'] else 'eager'}", 'tokens/s': speed,
+                     'MFU': speed and divide(speed * flops, ceilings(job['dtype'])['flops']), 'GB': divide(med(r, 'memory'), 1e9),
+                     'ms/step': divide(med(r, 'step'), 1e-3),
+                     **{f'{part} ms': divide(med(r, part), 1e-3) for part in ('data', 'forward', 'backward', 'optimizer')}, 'raw': r})
+    figures = dict(mfu=rows[0]['MFU'])
+    if peer:
+        figures |= dict(speed=over(runs['peer'], runs['ours']), memory=over(runs['ours'], runs['peer'], 'memory'))
+        rows.append({'who': 'ours/peer', 'tokens/s': figures['speed'], 'GB': figures['memory']})
+    show(f'{title}: {params / 1e6:.4g}M parameters, batch {batch} x {config.block_size}, dropout {config.dropout}', rows)
+    return figures
+
+
+def sample(title='sample', default='gpt2', shapes=None, dtypes=(None,), n=None):
+    """shapes: (batch, context) -> {index in shapes: the row of the dtype that decodes fastest}"""
+    config, _ = model_of(default)
+    n = max(2, min(n or new_tokens, config.block_size - 1)) # the window never restarts, which would count as decoding
+    shapes = [(b, min(c, config.block_size - n)) for b, c in shapes or itertools.product(batches, contexts)]
+    more = dict(shapes=shapes, new_tokens=n, seconds=seconds)
+    jobs = {}
+    for name in dtypes:
+        job = job_of('sample', config, dtype=name or dtype, **more)
+        jobs[f"ours, {job['dtype']}"] = job
+    if peer:
+        jobs['peer'] = job_of('sample', config, True, **more, compile=False)
+    runs, rows, figures = in_turn(title, jobs), [], {}
+    params = facts(config)[0]
+    for i, (batch, context) in enumerate(shapes):
+        with torch.device('meta'):
+            flops = GPT(config).cost(context)[0] / 3 - 2 * config.n_embd * config.vocab_size # forward, without logits
+        for name, job in jobs.items():
+            r, limits = [run['shapes'][i] for run in runs[name]], ceilings(job['dtype'])
+            theirs = [run['shapes'][i] for run in runs['peer']] if peer else []
+            width = 4 if job['peer'] else getattr(torch, job['dtype']).itemsize # autocast keeps float32 weights
+            prefill, decode = divide(batch * context, med(r, 'prefill')), divide(batch, med(r, 'decode'))
+            row = {'batch': batch, 'context': context, 'who': name, 'prefill tokens/s': prefill if context > 1 else None,
+                   'of matmul peak': divide(prefill, divide(limits['flops'], flops)) if context > 1 else None,
+                   'decode tokens/s': decode, 'of bandwidth': divide(decode, batch * limits['bandwidth'] / (params * width))}
+            if peer and not job['peer']:
+                row |= {'decode, ours/peer': over(theirs, r, 'decode'), 'prefill, ours/peer': over(theirs, r, 'prefill') if context > 1 else None}
+            rows.append(row | {'raw': r})
+            if not job['peer'] and decode and decode > figures.get(i, {'decode tokens/s': 0})['decode tokens/s']:
+                figures[i] = row
+    bandwidth = ceilings(next(iter(jobs.values()))['dtype'])['bandwidth'] / 1e9
+    show(f'{title}: {params / 1e6:.4g}M parameters, memory read at {bandwidth:.3g} GB/s', rows)
+    return figures
+
+
+def mixer_variants(config):
+    a = max(1, config.n_layer // 6) # the UNet has as many blocks as the flat stack
+    every = {name: dict(mixer=name) for name in MIXERS} | {
+        'time-weighting circulant': dict(time_weighting='circulant'), 'time-weighting full': dict(time_weighting='full'),
+        'time-mixing': dict(time_mixing=0.5), 'rope': dict(pos_emb='rope'), 'relative': dict(pos_emb='relative'),
+        'unet': dict(unet_layers=(a, a), n_layer=max(1, config.n_layer - 4 * a))}
+    for name in variants:
+        if name not in every:
+            raise ValueError(f"variants={name!r} is not one of {', '.join(every)}")
+    return {name: changes for name, changes in every.items() if not variants or name in ('attention', *variants)}
+
+
+def equalized(config, target):
+    """config with n_layer, then mlp_ratio set so that it has about `target` parameters."""
+    def count(**changes):
+        with torch.device('meta'):
+            return sum(p.numel() for p in GPT(replace(config, **changes)).parameters())
+    one, two = count(n_layer=1), count(n_layer=2)
+    config = replace(config, n_layer=max(1, round(1 + (target - one) / (two - one))))
+    C, a = config.n_embd, count()
+    per_ratio = (count(mlp_ratio=config.mlp_ratio + 4) - a) / 4
+    hidden = max(1, round((config.mlp_ratio + (target - a) / per_ratio) * C / 64)) * 64 # a multiple of 64 multiplies fast
+    return replace(config, mlp_ratio=(hidden + 0.01) / C) if abs(target - a) > 0.01 * target else config
+
+
+def mixers(title='mixers', default='baby', chosen=None, equal=None, curves=True):
+    """-> {variant: training speed as a ratio to attention's}"""
+    base, batch = model_of(default)
+    configs = {}
+    for name, changes in (chosen or mixer_variants(base)).items():
+        configs[name] = replace(base, **changes)
+        if (equal_params if equal is None else equal) and changes:
+            configs[name] = equalized(configs[name], facts(configs['attention'])[0])
+    jobs, notes = {}, {}
+    for name, config in configs.items():
+        notes[name] = too_large(config, batch)
+        if notes[name] is None:
+            jobs[name] = job_of('train', config, batch_size=batch, steps=steps)
+            jobs[f'{name}, decoding'] = job_of('sample', config, shapes=[(1, max(1, config.block_size // 2))], seconds=seconds,
+                                               new_tokens=max(2, min(new_tokens, config.block_size // 2)))
+    runs, rows, ratios = in_turn(title, jobs), [], {}
+    for name, config in configs.items():
+        r, decoding = runs.get(name, []), [run['shapes'][0] for run in runs.get(f'{name}, decoding', [])]
+        params, flops, _ = facts(config)
+        ratios[name] = over(runs.get('attention', []), r)
+        rows.append({'mixer': name, 'n_layer': config.n_layer, 'mlp_ratio': config.mlp_ratio, 'M parameters': params / 1e6,
+                     'MFLOP/token': flops / 1e6, 'train tokens/s': divide(batch * config.block_size, med(r, 'step')),
+                     'to attention': ratios[name], 'decode tokens/s': divide(1, med(decoding, 'decode')),
+                     'GB': divide(med(r, 'memory'), 1e9), 'note': notes[name] or errors.get(f'{title}: {name}', ''), 'raw': [r, decoding]})
+    show(f'{title}: width {base.n_embd}, batch {batch} x {base.block_size}', rows)
+    if curves:
+        rows = sweep(title, {(name, T): (replace(config, block_size=T), max(1, max(lengths) // T))
+                             for name, config in configs.items() for T in lengths}, 1, steps=2)
+        lines = {name: [(row['value'], row['tokens/s']) for row in rows if row['what'] == name] for name in configs}
+        show(f'{title}: cost against T, {max(lengths)} tokens a step', rows)
+        picture([('training', 'T', 'tokens/s', lines)])
+    return ratios
+
+
+def sweep(title, cases, rounds=None, **more):
+    """{(what, value): (config, batch)} -> rows of training speed and memory."""
+    notes = {key: too_large(config, batch) for key, (config, batch) in cases.items()}
+    name = lambda key: f'{key[0]} {key[1]}'
+    runs = in_turn(title, {name(key): job_of('train', config, **dict(batch_size=batch, steps=steps) | more)
+                           for key, (config, batch) in cases.items() if notes[key] is None}, rounds)
+    rows = []
+    for key, (config, batch) in cases.items():
+        r, (params, flops, _) = runs.get(name(key), []), facts(config)
+        rows.append({'what': key[0], 'value': key[1], 'batch': batch, 'M parameters': params / 1e6, 'MFLOP/token': flops / 1e6,
+                     'tokens/s': divide(batch * config.block_size, med(r, 'step')), 'GB': divide(med(r, 'memory'), 1e9),
+                     'note': notes[key] or errors.get(f'{title}: {name(key)}', ''), 'raw': r})
+    return rows
+
+
+def scale():
+    base, batch = model_of('baby')
+    tokens = batch * base.block_size
+    cases = {('T', T): (replace(base, block_size=T), max(1, tokens // T)) for T in lengths}
+    cases |= {('width', C): (replace(base, n_embd=C, n_head=max(1, C // 64)), batch) for C in widths}
+    cases |= {('depth', n): (replace(base, n_layer=n), batch) for n in depths}
+    rows = sweep('scale', cases)
+    show('scale: training', rows)
+    fetched = in_turn('scale, dataset size', {n: dict(kind='fetch', tokens=n) for n in sizes})
+    show('scale: a batch of 12 x 1024 from a dataset', [
+        {'tokens': n, 'open ms': divide(med(r, 'open'), 1e-3), 'batch ms': divide(med(r, 'fetch'), 1e-3),
+         'process GB': divide(med(r, 'memory'), 1e9), 'raw': r} for n, r in fetched.items()])
+    ranked = in_turn('scale, ranks', {n: lambda n=n: run_ranks(n, base, batch) for n in ranks})
+    show('scale: processes (gloo) on one CPU, same batch', [{'ranks': n, 'tokens/s': med(r, 'speed'), 'raw': r} for n, r in ranked.items()])
+    curve = lambda what, x='value': {'': [(row[x], row['tokens/s']) for row in rows if row['what'] == what]}
+    picture([('sequence length', 'T', 'tokens/s', curve('T')), ('width', 'parameters, M', 'tokens/s', curve('width', 'M parameters')),
+             ('depth', 'parameters, M', 'tokens/s', curve('depth', 'M parameters')),
+             ('dataset', 'tokens', 'ms a batch', {'': [(n, divide(med(r, 'fetch'), 1e-3)) for n, r in fetched.items()]}),
+             ('processes', 'ranks', 'tokens/s', {'': [(n, med(r, 'speed')) for n, r in ranked.items()]})])
+
+
+def small_run(title, key, until_first_step):
+    """-> (our seconds, ratio to the peer)"""
+    sides = {'ours': PROJECT} | ({'peer': Path(peer)} if peer else {})
+    runs = in_turn(title, {name: lambda folder=folder: run_script(folder, until_first_step) for name, folder in sides.items()})
+    rows = [{'who': name, 'seconds': med(r, key), 'fastest': min((x[key] for x in r), default=None),
+             'slowest': max((x[key] for x in r), default=None), 'val loss': med(r, 'val_loss'), 'raw': r} for name, r in runs.items()]
+    ratio = over(runs.get('peer', []), runs['ours'], key)
+    show(title, rows + [{'who': 'peer/ours', 'seconds': ratio}] * bool(peer))
+    return rows[0]['seconds'], ratio
+
+
+def startup():
+    return small_run('startup: seconds from the command to the first step', 'first_step', True)
+
+
+def process():
+    return small_run('process: seconds of the whole small CPU run', 'seconds', False)
+
+
+def loss():
+    """-> {dtype: difference of the validation loss to the peer's}"""
+    on_cpu = torch.device(device).type == 'cpu'
+    config, batch = model_of('readme' if on_cpu else 'baby')
+    config = replace(config, dropout=0.0) # the masks that two models draw are not the same
+    more, jobs = dict(batch_size=batch, steps=loss_steps, init=peer), {}
+    for name in ('float32', 'bfloat16'):
+        if peer and not (on_cpu and jobs):
+            jobs[f'peer, {name}'] = job_of('loss', config, True, dtype=name, **more | dict(init=None))
+        jobs[f'ours, {name}'] = job_of('loss', config, dtype=name, **more)
+    runs, rows, differences = in_turn('loss', jobs, 1), [], {}
+    recent = lambda losses: [sum(losses[max(0, i - 20):i]) / min(i, 20) for i in range(1, len(losses) + 1)]
+    for name, r in runs.items():
+        dtype = name.split(', ')[1]
+        other = runs.get(f'peer, {dtype}', next(iter(runs.values()))) # on a CPU the peer has float32 only
+        row = {'who': name, 'train loss': recent(r[0]['losses'])[-1] if r else None, 'val loss': med(r, 'val_loss'), 'raw': r}
+        if r and other and r is not other:
+            row['val difference'] = r[0]['val_loss'] - other[0]['val_loss']
+            row['largest of the curve'] = max(abs(a - b) for a, b in zip(*(recent(x[0]['losses']) for x in (r, other))))
+            differences[dtype] = abs(row['val difference'])
+        rows.append(row)
+    show(f'loss after {loss_steps} steps, batch {batch} x {config.block_size}; train loss: mean of 20 steps', rows)
+    return differences
+
+
+def everything():
+    """Each goal, what it asks for and what was measured."""
+    rows = []
+    def goal(figure, wanted, value):
+        measured = value[0] if isinstance(value, tuple) else value
+        sign, limit = wanted.split()
+        met = '-' if measured is None else 'yes' if (measured >= float(limit)) == (sign == '>=') else 'no'
+        rows.append({'goal': figure, 'wanted': wanted, 'measured': value, 'met': met})
+
+    if goals == 'cpu' or goals == 'auto' and torch.device(device).type == 'cpu':
+        for dropout, wanted in ((0.0, '>= 2.5'), (0.2, '>= 2')):
+            goal(f'baby GPT, dropout {dropout}: training speed, ours/peer', wanted,
+                 train(f'train, baby GPT, dropout {dropout}', 'baby', dropout=dropout).get('speed'))
+        train('train, README run', 'readme')
+        gpt2 = sample('sample, GPT-2 124M', 'gpt2', [(1, 1), (1, 900), (32, 1), (32, 900)], ('float32', 'bfloat16'))
+        goal('GPT-2 124M, 900 tokens of context: decoding, ours/peer', '>= 25', gpt2.get(1, {}).get('decode, ours/peer'))
+        goal('the same as a share of the bandwidth limit', '>= 0', gpt2.get(1, {}).get('of bandwidth'))
+        goal('GPT-2 124M, prefill as a share of the matmul peak', '>= 0.3', gpt2.get(1, {}).get('of matmul peak'))
+        baby = sample('sample, baby GPT', 'baby', [(1, 1)], n=255)
+        goal('baby GPT, 256 tokens: decoding, ours/peer', '>= 6', baby.get(0, {}).get('decode, ours/peer'))
+        mixers(default='baby')
+        goal("README's small run: whole process, peer/ours", '>= 2', process()[1])
+    else:
+        for name, default in (('GPT-2 124M', 'gpt2'), ('GPT-2 350M', 'gpt2-medium')):
+            measured = train(f'train, {name}', default)
+            goal(f'{name}: MFU', '>= 0.5', measured['mfu'])
+            goal(f'{name}: training speed, ours/peer', '>= 1.3', measured.get('speed'))
+            goal(f'{name}: peak memory, ours/peer', '<= 0.6', measured.get('memory'))
+        goal('baby GPT: training speed, ours/peer', '>= 2', train('train, baby GPT', 'baby', dropout=0.2).get('speed'))
+        for name, ratio in mixers('mixers, equal parameters', 'gpt2', equal=True).items():
+            if name != 'attention':
+                goal(f'{name}: training speed to attention', '>= 0.6' if 'weighting' in name else '>= 0.8', ratio)
+        # its levels merge 32 tokens into one, so the 100 blocks inside see 32 of 1024
+        deep = dict(unet_layers=(5, 2, 2, 2, 2), n_layer=100)
+        ratio = mixers('published UNet', 'gpt2', {'attention': {}, 'unet': deep}, False, curves=False)['unet']
+        goal('published UNet: step time to the flat GPT', '<= 1.25', ratio and 1 / ratio[0])
+        gpt2 = sample('sample, GPT-2 124M', 'gpt2', [(1, 1), (1, 900), (64, 1), (64, 900)])
+        one, many = (gpt2.get(i, {}).get('decode tokens/s') for i in (0, 2))
+        goal('GPT-2 124M, batch 1: decoded tokens/s', '>= 1000', one)
+        goal('GPT-2 124M, batch 64: decoded tokens/s, to batch 1', '>= 20', divide(many, one))
+        mixers('mixers', 'gpt2')
+    for name, difference in loss().items():
+        goal(f'{name}: validation loss after {loss_steps} steps, difference to the peer', '<= 0.01', difference)
+    goal('seconds to the first step, small CPU run', '<= 5', startup()[0])
+    scale()
+    show('goals', rows)
+
+
+COMMANDS = dict(train=train, sample=sample, mixers=mixers, scale=scale, startup=startup, process=process, loss=loss, all=everything)
+
+
+def main(argv):
+    global given, device, temporary, path, about
+    if argv[:1] == ['worker']:
+        result = WORK[json.loads(argv[1])['kind']](json.loads(argv[1]))
+        Path(argv[2]).write_text(json.dumps(result), encoding='utf-8')
+        return
+    command = argv.pop(0) if argv and argv[0] in COMMANDS else None
+    given = configure(globals(), GPTConfig, argv)[1]
+    if command is None:
+        fail(f"the first argument must be a command: {', '.join(COMMANDS)}; --help explains them")
+    with exit_on_error(), tempfile.TemporaryDirectory() as folder:
+        device, temporary = resolve(device, 'float32')[0], Path(folder)
+        if peer and not (Path(peer) / 'model.py').is_file():
+            raise ValueError(f'peer={peer!r} has no model.py: give the folder of a checkout of nanoGPT')
+        path = Path(out) if out else PROJECT / 'tests' / 'results' / f'{command}-{torch.device(device).type}.json'
+        about = about_machine()
+        COMMANDS[command]()
+        print(f'raw numbers: {path}')
+    if any('OutOfMemory' not in error for error in errors.values()):
+        sys.exit(1)
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])
