@@ -55,6 +55,11 @@ class GPTConfig:
         for name in ('unet_layers', 'unet_up_layers', 'unet_factor'): # JSON and config files bring lists
             if isinstance(getattr(self, name), list):
                 setattr(self, name, tuple(getattr(self, name)))
+        for name, number in (('unet_layers', False), ('unet_up_layers', False), ('unet_factor', True)):
+            value = getattr(self, name)
+            if not (isinstance(value, tuple) and all(isinstance(n, int) for n in value) or number and isinstance(value, int)
+                    or name == 'unet_up_layers' and value is None):
+                raise ValueError(f"{name}={value!r} must be {'a whole number or ' * number}a tuple of them, such as (2, 2)")
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
@@ -71,6 +76,9 @@ class GPTConfig:
         if self.time_mixing and round(self.time_mixing * self.n_embd) == 0:
             raise ValueError(f"time_mixing={self.time_mixing} of n_embd={self.n_embd} is less than one channel: "
                              "raise it, or set 0.0")
+        if round(self.mlp_ratio * self.n_embd) < 1:
+            raise ValueError(f"mlp_ratio={self.mlp_ratio} of n_embd={self.n_embd} is less than one channel; mlp='none' "
+                             "leaves the MLP out")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: "
                              f"try n_embd={math.ceil(self.n_embd / self.n_head) * self.n_head}")
@@ -172,10 +180,10 @@ class CausalSelfAttention(Mixer):
 
     def __init__(self, config, block_size):
         super().__init__(config, block_size)
-        self.n_head, self.dropout = config.n_head, config.dropout
+        self.n_head = config.n_head
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.resid_dropout = nn.Dropout(config.dropout)
+        self.attn_dropout, self.resid_dropout = Dropout(config.dropout), Dropout(config.dropout)
         H, D = config.n_head, config.n_embd // config.n_head
         self.rope = Rope(D, block_size) if config.pos_emb == 'rope' else None
         # zeros and ones: switched on over trained weights, they leave the logits as they were
@@ -205,8 +213,11 @@ class CausalSelfAttention(Mixer):
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
     def attend(self, q, k, v):
-        if self.time_weighting == 'none' and self.relative is None:
-            return causal_attention(q, k, v, self.dropout if self.training else 0.0)
+        dropout = self.attn_dropout.p if self.training else 0.0
+        # a CPU trains short sequences in half the time without the fused kernel, which has no dropout there either
+        fused = q.device.type != 'cpu' or not torch.is_grad_enabled() or q.size(2) > 512
+        if self.time_weighting == 'none' and self.relative is None and fused:
+            return causal_attention(q, k, v, dropout)
         if self.time_weighting == 'circulant':
             v = v * self.beta[:, :v.size(2), None].to(v.dtype)
         return by_rows(lambda q, k, v: self.weights(q, k) @ v, q, k, v)
@@ -214,7 +225,7 @@ class CausalSelfAttention(Mixer):
     def weights(self, q, k):
         """The weight of each of the S values in each of the last T outputs: (B, H, T, S)."""
         T, S = q.size(2), k.size(2)
-        att = F.dropout(causal_softmax(self.scores(q, k)), self.dropout, self.training)
+        att = self.attn_dropout(causal_softmax(self.scores(q, k)).to(q.dtype))
         if self.time_weighting == 'full':
             att = att * self.weight[:, S - T:S, :S]
         elif self.time_weighting == 'circulant':
@@ -243,7 +254,7 @@ class Container(CausalSelfAttention):
     def weights(self, q, k):
         T, S = q.size(2), k.size(2)
         att = causal_softmax(self.scores(q, k)) * self.alpha + self.beta * self.affinity[:, S - T:S, :S].tril(S - T)
-        return F.dropout(att, self.dropout, self.training).to(q.dtype)
+        return self.attn_dropout(att.to(q.dtype))
 
 
 class Synthesizer(CausalSelfAttention):
@@ -290,7 +301,7 @@ class Synthesizer(CausalSelfAttention):
         if self.dot_product:
             a = self.mixture.softmax(0)
             scores = a[0] * scores + a[1] * self.scores(q, append(cache, 'k', k))
-        att = F.dropout(causal_softmax(scores), self.dropout, self.training).to(v.dtype)
+        att = self.attn_dropout(causal_softmax(scores).to(v.dtype))
         return self.resid_dropout(self.c_proj((att @ v).transpose(1, 2).reshape(B, T, C)))
 
 
@@ -319,7 +330,7 @@ class MLPMixer(Mixer):
         self.n_head = config.n_head
         self.c_fc = TimeLinear(config.n_head, block_size)
         self.c_proj = TimeLinear(config.n_head, block_size)
-        self.resid_dropout = nn.Dropout(config.dropout)
+        self.resid_dropout = Dropout(config.dropout)
 
     def forward(self, x, cache=None):
         B, T, C = x.size()
@@ -338,14 +349,14 @@ class GatedMLP(Mixer):
 
     def __init__(self, config, block_size):
         super().__init__(config, block_size)
-        self.n_head, self.tanh, self.dropout = config.n_head, config.gmlp_tanh, config.dropout
+        self.n_head, self.tanh = config.n_head, config.gmlp_tanh
         E = self.half_width(config)
         self.c_fc = nn.Linear(config.n_embd, 2 * E, bias=config.bias)
         self.ln = nn.LayerNorm(E, bias=config.bias)
         self.gate = TimeLinear(config.n_head, block_size, std=0.02 / block_size)
         nn.init.ones_(self.gate.bias)
         self.c_proj = nn.Linear(E, config.n_embd, bias=config.bias)
-        self.resid_dropout = nn.Dropout(config.dropout)
+        self.resid_dropout = Dropout(config.dropout)
         if config.gmlp_attn:
             self.attn_qkv = nn.Linear(config.n_embd, 3 * config.gmlp_attn, bias=config.bias)
             self.attn_proj = nn.Linear(config.gmlp_attn, E, bias=config.bias)
@@ -353,7 +364,7 @@ class GatedMLP(Mixer):
 
     @staticmethod
     def half_width(config):
-        return int(config.gmlp_ratio * config.n_embd) // 2
+        return round(config.gmlp_ratio * config.n_embd) // 2
 
     @classmethod
     def check(cls, config):
@@ -372,7 +383,8 @@ class GatedMLP(Mixer):
         gate = self.gate(v, sub(cache, 'gate')).transpose(1, 2).reshape(B, T, -1)
         if self.attn_size:
             q, k, a = self.attn_qkv(x)[:, None].split(self.attn_size, dim=3) # (B, 1, T, D): one head
-            a = causal_attention(q, append(cache, 'k', k), append(cache, 'v', a), self.dropout if self.training else 0.0)
+            a = causal_attention(q, append(cache, 'k', k), append(cache, 'v', a),
+                                 self.resid_dropout.p if self.training else 0.0)
             gate = gate + self.attn_proj(a[:, 0])
         if self.tanh:
             gate = torch.tanh(gate)
@@ -390,6 +402,26 @@ MIXERS = {
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What the mixers share
+
+class Dropout(nn.Module):
+    """
+    Inverted dropout. torch draws a float for every element, which takes half of a training step on a CPU. There, 16 random
+    bits an element do: p is off by less than 1e-5, and the scale is that of the probability drawn, so the mean is exact.
+    """
+    def __init__(self, p):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x):
+        if not self.training or self.p == 0.0:
+            return x
+        if x.device.type != 'cpu':
+            return F.dropout(x, self.p)
+        dropped = round(self.p * 65536) # of the 65536 values
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2 ** 63, None).view(torch.int16)
+        keep = bits[:x.numel()].view(x.shape) >= dropped - 32768
+        return x * (keep * (65536 / (65536 - dropped))).to(x.dtype)
+
 
 class Rope(nn.Module):
     """Rotary position embedding (arXiv 2104.09864): turns the channel pairs (d, d + D/2) of x (B, H, T, D) by position."""
@@ -424,7 +456,8 @@ def row_blocks(T, size=256):
 def by_rows(f, q, k, v):
     """f(q, k, v) for blocks of the last T of S positions: skips most of the half of the scores that causality removes."""
     T, past = q.size(2), k.size(2) - q.size(2)
-    return torch.cat([f(q[:, :, i:j], k[:, :, :past + j], v[:, :, :past + j]) for i, j in row_blocks(T)], dim=2)
+    parts = [f(q[:, :, i:j], k[:, :, :past + j], v[:, :, :past + j]) for i, j in row_blocks(T)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 def toeplitz(a, T, S):
@@ -479,11 +512,11 @@ class MLP(nn.Module):
     """The feed-forward half of a block; relu2 is arXiv 2109.08668, swiglu is arXiv 2002.05202."""
     def __init__(self, config):
         super().__init__()
-        hidden = int(config.mlp_ratio * config.n_embd)
+        hidden = round(config.mlp_ratio * config.n_embd)
         self.kind = config.mlp
         self.c_fc = nn.Linear(config.n_embd, hidden * (2 if self.kind == 'swiglu' else 1), bias=config.bias)
         self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x):
         x = self.c_fc(x)
@@ -585,7 +618,7 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, C),
             wpe=nn.Embedding(config.block_size, C) if 'learned' in config.pos_emb else None,
-            drop=nn.Dropout(config.dropout),
+            drop=Dropout(config.dropout),
             h=h,
             ln_f=nn.LayerNorm(C, bias=config.bias),
         ))
@@ -639,6 +672,12 @@ class GPT(nn.Module):
         """
         if idx.size(1) == 0:
             raise ValueError("generation continues a prompt of at least one token, and got none")
+        for name, value, right in (('temperature', temperature, temperature >= 0), ('top_k', top_k, top_k is None or top_k >= 1),
+                                   ('top_p', top_p, top_p is None or 0 < top_p <= 1),
+                                   ('repetition_penalty', repetition_penalty, repetition_penalty > 0)):
+            if not right:
+                raise ValueError(f"{name}={value} is out of range: temperature from 0, top_k from 1, top_p in (0, 1], "
+                                 "repetition_penalty above 0")
         block, n = self.config.block_size, idx.size(1)
         out = torch.cat([idx, idx.new_empty(idx.size(0), max_new_tokens)], dim=1)
         start = done = max(0, n - block) # the window starts at `start`; the cache holds it up to `done`
@@ -649,8 +688,12 @@ class GPT(nn.Module):
                 cache = {}
             x = self.hidden(out[:, done:n], cache) if use_cache else self.hidden(out[:, start:n])
             done = n
-            logits = self.lm_head(x[:, -1])[:, :vocab_size].float() # (B, V)
-            token = pick(logits, out[:, start:n], temperature, top_k, top_p, repetition_penalty, generator)
+            logits = self.lm_head(x[:, -1]).float() # (B, V)
+            if repetition_penalty != 1.0:
+                seen = logits.gather(1, out[:, start:n])
+                seen = torch.where(seen > 0, seen / repetition_penalty, seen * repetition_penalty)
+                logits = logits.scatter(1, out[:, start:n], seen)
+            token = pick(logits[:, :vocab_size], temperature, top_k, top_p, generator)
             out[:, n:n + 1] = token
             yield token
 
@@ -767,6 +810,7 @@ class GPT(nn.Module):
         with torch.no_grad():
             for k, p in cropped.named_parameters():
                 p.copy_(old[k][tuple(slice(n) for n in p.shape)])
+        cropped.train(self.training)
         self.config, self.transformer, self.lm_head = cropped.config, cropped.transformer, cropped.lm_head
 
     @classmethod
@@ -790,7 +834,8 @@ class GPT(nn.Module):
         if unknown:
             raise ValueError(f"the checkpoint's architecture has {brief(sorted(unknown))}, which this model.py lacks")
         model = cls(GPTConfig(**args | dict(block_size=max(before['block_size'], args['block_size']))))
-        added = model.load_weights(state, grow=True)
+        grow = any(k in changes for k in ('time_weighting', 'pos_emb', 'bias', 'tie_weights'))
+        added = model.load_weights(state, grow)
         model.crop_block_size(args['block_size'])
         added = [f"{name}, starting as the identity" for name in added]
         if args.get('time_mixing', 0.0) != before.get('time_mixing', 0.0):
@@ -801,7 +846,10 @@ class GPT(nn.Module):
     def load(cls, path, device='cpu', **changes):
         """A checkpoint of train.py (or nanoGPT's) -> (model in evaluation mode, the checkpoint's dict)."""
         checkpoint = load_checkpoint(path)
-        model, _ = cls.from_weights(checkpoint['model_args'], checkpoint['model'], **changes)
+        try:
+            model, _ = cls.from_weights(checkpoint['model_args'], checkpoint['model'], **changes)
+        except ValueError as e:
+            raise ValueError(f"{path}: {e}") from None
         return model.to(device).eval(), checkpoint
 
     @classmethod
@@ -836,8 +884,9 @@ class GPT(nn.Module):
         mlps = dict(gelu_new='gelu_tanh', gelu_pytorch_tanh='gelu_tanh', gelu='gelu', relu2='relu2')
         if activation not in mlps:
             raise ValueError(f"{folder}/config.json has activation_function {activation!r}: one of {', '.join(mlps)} is needed")
-        if hf.get('scale_attn_by_inverse_layer_idx') or not hf.get('scale_attn_weights', True):
-            raise ValueError(f"{folder}/config.json scales attention in a way that this GPT does not")
+        for field, value in dict(layer_norm_epsilon=1e-5, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False).items():
+            if hf.get(field, value) != value:
+                raise ValueError(f"{folder}/config.json has {field}={hf[field]}, and this GPT only has {value}")
         C = hf['n_embd']
         args = dict(n_layer=hf['n_layer'], n_head=hf['n_head'], n_embd=C, block_size=hf['n_positions'],
                     vocab_size=hf['vocab_size'], mlp=mlps[activation], mlp_ratio=(hf.get('n_inner') or 4 * C) / C,
@@ -870,7 +919,7 @@ class GPT(nn.Module):
         state = {k: (v.t() if k.endswith(CONV1D) else v).contiguous() for k, v in state.items()}
         config = dict(architectures=['GPT2LMHeadModel'], model_type='gpt2', vocab_size=c.vocab_size, n_positions=c.block_size,
                       n_ctx=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head, layer_norm_epsilon=1e-5,
-                      n_inner=int(c.mlp_ratio * c.n_embd), activation_function=activations[c.mlp], resid_pdrop=c.dropout,
+                      n_inner=round(c.mlp_ratio * c.n_embd), activation_function=activations[c.mlp], resid_pdrop=c.dropout,
                       embd_pdrop=c.dropout, attn_pdrop=c.dropout, tie_word_embeddings=c.tie_weights, bos_token_id=50256,
                       eos_token_id=50256, torch_dtype=str(self.lm_head.weight.dtype).removeprefix('torch.'))
         if c.vocab_size <= 50256: # another tokenizer than GPT-2's: what its special tokens are is not known here
@@ -887,11 +936,8 @@ def brief(names, most=8):
     return ', '.join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else '')
 
 
-def pick(logits, window, temperature, top_k, top_p, repetition_penalty, generator):
+def pick(logits, temperature, top_k, top_p, generator):
     """Draws the next token (B, 1) from logits (B, V); what the options mean: see GPT.stream."""
-    if repetition_penalty != 1.0:
-        seen = logits.gather(1, window)
-        logits = logits.scatter(1, window, torch.where(seen > 0, seen / repetition_penalty, seen * repetition_penalty))
     if temperature == 0.0:
         return logits.argmax(dim=1, keepdim=True)
     logits = logits / temperature
@@ -975,7 +1021,7 @@ def load_optimizer(model, optimizer, state):
 # Dense FLOP/s in bfloat16 (V100, T4: float16) with float32 accumulation, from NVIDIA's and AMD's datasheets (numbers
 # "with sparsity" halved). The first name that the card's name contains as whole words counts.
 PEAK_FLOPS = {
-    'B200': 2250e12, 'H200': 989.4e12, 'GH200': 989.4e12, 'H100 PCIe': 756e12, 'H100 NVL': 835.5e12, 'H100': 989.4e12,
+    'B200': 2250e12, 'H200 NVL': 835.5e12, 'H200': 989.4e12, 'GH200': 989.4e12, 'H100 PCIe': 756e12, 'H100 NVL': 835.5e12, 'H100': 989.4e12,
     'A100': 312e12, 'A40': 149.7e12, 'A30': 165e12, 'A10G': 70e12, 'A10': 125e12, 'L40S': 362e12, 'L40': 181e12,
     'L4': 121e12, 'T4': 65e12, 'V100': 125e12, 'RTX A6000': 154.8e12, 'RTX 3090': 71.2e12, 'RTX 4090': 165.2e12,
     'RTX 5090': 209.5e12, 'MI250X': 383e12, 'MI300X': 1307.4e12,
@@ -1016,7 +1062,7 @@ def find_peak_flops(setting, device, dtype):
         name = torch.cuda.get_device_name(device)
         words = ' ' + name.replace('-', ' ') + ' '
         for card, flops in PEAK_FLOPS.items():
-            if f' {card} ' in words and dtype != torch.float32:
+            if f' {card} ' in words and ' Laptop ' not in words and dtype != torch.float32:
                 return flops, f'datasheet of {card}, dense'
         return None, f"n/a: no 16-bit figure for {name}; set --peak_flops=312e12 (its datasheet's) or --peak_flops=measure"
     if setting == 'auto' and device.type != 'cpu':

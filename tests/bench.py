@@ -11,9 +11,9 @@ Measures speed, memory and loss: this project's, and in turn with it a peer's, f
     python tests/bench.py all --device=cuda --peer=PATH     all of it, and each goal beside what was measured
 
 Every measurement is a fresh process, ours and the peer's started in the same way and in turn: A B A B. What is printed
-are medians over the rounds; a ratio is taken within each round, and its range over the rounds is printed too. Raw numbers
-go to tests/results/COMMAND-DEVICE.json. GPTConfig's fields change the model of any command: --n_layer=2 --dropout=0.2.
-Data are synthetic unless --dataset names a real one. Memory on a CPU is the whole process's, torch's code included.
+are medians over the rounds; a ratio is taken within each round, and its range over the rounds is printed too. The raw
+numbers go to tests/results/COMMAND-DEVICE.json. GPTConfig's fields change the model of any command: --n_layer=2. Data
+are synthetic unless --dataset names a real one. Memory on a CPU is the whole process's, torch's code included.
 """
 import datetime
 import importlib.util
@@ -80,11 +80,11 @@ PRESETS = { # fields of GPTConfig, and the batch size
     'gpt2': (dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50304, bias=False), 12),
     'gpt2-medium': (dict(n_layer=24, n_head=16, n_embd=1024, block_size=1024, vocab_size=50304, bias=False), 12),
 }
-NANOGPT_FIELDS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size', 'dropout', 'bias')
+_NANOGPT_FIELDS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size', 'dropout', 'bias')
 # nanoGPT's README, training on a CPU: both projects take these words
 SMALL_RUN = dict(device='cpu', compile=False, eval_iters=20, log_interval=1, block_size=64, batch_size=12, n_layer=4,
                  n_head=4, n_embd=128, dropout=0.0)
-# a run of this script: what the command line set; tables by title; failures by title; ceilings by dtype; dataset folders
+# what the command line set; tables and failures by title; the machine's limits by dtype; dataset folders by vocabulary
 given, records, errors, known, folders = {}, {}, {}, {}, {}
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -98,14 +98,14 @@ def build(job):
         spec = importlib.util.spec_from_file_location('peer_model', Path(job['peer']) / 'model.py')
         sys.modules['peer_model'] = module = importlib.util.module_from_spec(spec) # dataclasses look it up there
         spec.loader.exec_module(module)
-        model = module.GPT(module.GPTConfig(**{k: config[k] for k in NANOGPT_FIELDS}))
+        model = module.GPT(module.GPTConfig(**{k: config[k] for k in _NANOGPT_FIELDS}))
     else:
         model = GPT(GPTConfig(**config))
     return model.to(job['device'])
 
 
 def trainer(job):
-    """-> (model, step), where step(i, x, y, lr, mark) is the i-th training step as train.py makes it, and returns the loss."""
+    """-> (model, step): step(i, x, y, lr, mark) is the i-th step as train.py makes it, and returns the loss."""
     kind = torch.device(job['device']).type
     torch.set_float32_matmul_precision('high')
     model = build(job)
@@ -161,7 +161,7 @@ def autocast(job):
 
 
 def synchronize():
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
@@ -169,6 +169,9 @@ def peak_memory(job):
     """Bytes: of tensors on the GPU, or of this whole process; None where the system does not say."""
     if torch.device(job['device']).type == 'cuda':
         return torch.cuda.max_memory_allocated()
+    status = Path('/proc/self/status') # Linux: ru_maxrss begins there with the memory of the parent process
+    if status.exists():
+        return int(re.search(r'VmHWM:\s+(\d+)', status.read_text())[1]) * 1024
     try:
         import resource
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
@@ -268,7 +271,7 @@ def work_ceilings(job):
 
 
 def work_fetch(job):
-    """Seconds to open a dataset of so many tokens and to fetch a batch of it; its shards are holes that take no disk."""
+    """Seconds to open a dataset of so many tokens and to fetch a batch; its shards are holes that take no disk."""
     with tempfile.TemporaryDirectory() as folder:
         shard = 10 ** 8
         for i in range(-(-job['tokens'] // shard)):
@@ -293,8 +296,8 @@ def run_worker(job):
     """The result of a job, from a fresh process. RuntimeError if it failed."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / 'result.json' # not stdout: the peer prints there
-        done = subprocess.run([sys.executable, __file__, 'worker', json.dumps(job), str(result)], stdout=subprocess.DEVNULL,
-                              stderr=subprocess.PIPE, text=True, errors='replace')
+        done = subprocess.run([sys.executable, __file__, 'worker', json.dumps(job), str(result)],
+                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors='replace')
         if done.returncode:
             lines = done.stderr.strip().splitlines() or [f'ended with status {done.returncode}, without a word']
             raise RuntimeError(next((line for line in lines if 'OutOfMemory' in line), lines[-1]))
@@ -302,16 +305,17 @@ def run_worker(job):
 
 
 def run_script(folder, until_first_step=False):
-    """The README's small CPU run by the train.py in folder -> seconds, seconds to the first step, last validation loss."""
+    """The README's small CPU run by train.py in folder -> seconds, seconds to the first step, last validation loss."""
     vocab_size = model_of('readme')[0].vocab_size
     with tempfile.TemporaryDirectory() as out_dir:
-        flags = SMALL_RUN | {k: v for k, v in given.items() if k in NANOGPT_FIELDS and k != 'vocab_size'} | dict(
+        flags = SMALL_RUN | {k: v for k, v in given.items() if k in _NANOGPT_FIELDS and k != 'vocab_size'} | dict(
             max_iters=iterations, lr_decay_iters=iterations, warmup_iters=min(100, iterations // 2),
             out_dir=out_dir, dataset=data(vocab_size))
         command = [sys.executable, '-u', 'train.py', 'config/train_shakespeare_char.py',
                    *(f'--{k}={v}' for k, v in flags.items())]
         t0, lines, first = time.perf_counter(), [], None
-        with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace') as p:
+        with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                              errors='replace') as p:
             for line in p.stdout:
                 lines.append(line)
                 if first is None and re.match(r'iter \d+:', line):
@@ -327,15 +331,17 @@ def run_script(folder, until_first_step=False):
 def run_ranks(n, config, batch):
     """Tokens/s of train.py in n processes on the CPU, which share its cores and the batch."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = dict(vars(config), vocab_size=config.vocab_size, dataset=data(config.vocab_size), out_dir=folder, device='cpu',
-                     backend='gloo', compile=False, batch_size=max(1, batch // max(ranks)), gradient_accumulation_steps=math.lcm(*ranks),
-                     eval_iters=1, max_iters=2 + 2 * steps, eval_interval=10 ** 6, decay_lr=False)
-        threads = int(os.environ.get('OMP_NUM_THREADS', os.cpu_count()))
-        done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}', 'train.py',
-                               *(f'--{k}={v}' for k, v in flags.items())], cwd=PROJECT, capture_output=True, text=True,
-                              errors='replace', env=os.environ | dict(OMP_NUM_THREADS=str(max(1, threads // n))))
+        flags = vars(config) | dict(
+            dataset=data(config.vocab_size), out_dir=folder, device='cpu', backend='gloo', compile=False,
+            decay_lr=False, batch_size=max(1, batch // max(ranks)), gradient_accumulation_steps=math.lcm(*ranks),
+            max_iters=2 + 2 * steps, eval_iters=1, eval_interval=10 ** 6)
+        threads = int(os.environ.get('OMP_NUM_THREADS', os.cpu_count())) // n
+        command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}', 'train.py']
+        done = subprocess.run(command + [f'--{k}={v}' for k, v in flags.items()], cwd=PROJECT, capture_output=True,
+                              text=True, errors='replace', env=os.environ | dict(OMP_NUM_THREADS=str(max(1, threads))))
         if done.returncode:
-            raise RuntimeError(next((line for line in done.stderr.splitlines() if 'rror' in line), f'status {done.returncode}'))
+            lines = [line for line in done.stderr.splitlines() if 'rror' in line]
+            raise RuntimeError((lines or [f'ended with status {done.returncode}'])[0])
         lines = [json.loads(line) for line in (Path(folder) / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()]
         return dict(speed=median([line['tokens_per_s'] for line in lines if 'loss' in line][2:]))
 
@@ -358,8 +364,8 @@ def in_turn(title, jobs, rounds=None):
 
 def data(vocab_size):
     """
-    A dataset folder for both projects: the one asked for, or a million synthetic tokens in which each is followed by one
-    of four others, so that there is something to learn.
+    A dataset folder for both projects: the one asked for, or a million synthetic tokens, each followed by one of four
+    others, so that there is something to learn.
     """
     if vocab_size not in folders:
         folders[vocab_size] = temporary / str(vocab_size)
@@ -387,7 +393,9 @@ def model_of(default, **changes):
     """-> (GPTConfig, batch size) of the preset asked for, with what the command line changes."""
     args, batch = PRESETS[default if preset == 'auto' else preset]
     if dataset:
-        args = args | dict(vocab_size=load_meta(dataset_folder(dataset)).get('vocab_size', args['vocab_size']))
+        size = load_meta(dataset_folder(dataset)).get('vocab_size', 0)
+        if size > args['vocab_size']:
+            args = args | dict(vocab_size=math.ceil(size / 64) * 64)
     args = args | changes | {k: v for k, v in given.items() if k in GPTConfig.__dataclass_fields__}
     return GPTConfig(**args), batch_size or batch
 
@@ -416,18 +424,19 @@ def ceilings(dtype):
 
 
 def too_large(config, batch):
-    """Why this would not fit into memory, or None. On a GPU the allocator says so itself, on a CPU the machine would hang."""
+    """Why this would not fit into memory, or None. A GPU's allocator says so itself; a CPU's would hang the machine."""
     info = Path('/proc/meminfo')
     if torch.device(device).type != 'cpu' or not info.exists():
         return None
     free = int(re.search(r'MemAvailable: +(\d+)', info.read_text())[1]) * 1024
     params, _, kept = facts(config)
-    need = 16 * params + 1.25 * kept * batch * config.block_size # weights, gradients, Adam; activations and their gradients
+    need = 16 * params + 1.25 * kept * batch * config.block_size # weights, gradients, Adam; activations and theirs
     return f'skipped: about {need / 1e9:.3g} GB of memory, {free / 1e9:.3g} GB free' if need > free else None
 
 
-def med(runs, key):
-    values = [run[key] for run in runs if run.get(key) is not None]
+def med(runs, key, unit=1.0):
+    """The median of the rounds, or None if there is none."""
+    values = [run[key] / unit for run in runs if run.get(key) is not None]
     return median(values) if values else None
 
 
@@ -438,6 +447,7 @@ def over(a, b, key='step'):
 
 
 def divide(a, b):
+    """a / b, or None where one of them is not known."""
     return a / b if a and b else None
 
 
@@ -459,7 +469,8 @@ def show(title, rows):
     sizes = [max(map(len, column)) for column in zip(*table)]
     print(f'\n{title}')
     for line in table:
-        print('  '.join(text.ljust(n) if i == 0 else text.rjust(n) for i, (text, n) in enumerate(zip(line, sizes))).rstrip())
+        first, *rest = zip(line, sizes)
+        print('  '.join([first[0].ljust(first[1])] + [text.rjust(n) for text, n in rest]).rstrip())
     print(flush=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(dict(about=about, ceilings=known, errors=errors, tables=records), indent=1)
@@ -486,22 +497,27 @@ def picture(panels):
     plt.close(figure)
 
 
+def commit(folder):
+    """A checkout's commit, with a + if files differ from it; None outside of git."""
+    try:
+        git = lambda *args: subprocess.run(['git', '-C', folder, *args], capture_output=True, text=True,
+                                           check=True).stdout.strip()
+        return git('rev-parse', 'HEAD') + '+' * bool(git('status', '--porcelain'))
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def about_machine():
-    def git(folder):
-        try:
-            say = lambda *args: subprocess.run(['git', '-C', folder, *args], capture_output=True, text=True, check=True).stdout.strip()
-            return say('rev-parse', 'HEAD') + '+' * bool(say('status', '--porcelain'))
-        except (OSError, subprocess.CalledProcessError):
-            return None
     info = Path('/proc/cpuinfo')
     cpu = re.search(r'model name\s*: (.*)', info.read_text()) if info.exists() else None
     memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') if hasattr(os, 'sysconf') else None
     cuda = torch.cuda.is_available()
     return dict(
-        command=' '.join([Path(sys.executable).name, *sys.argv]), date=datetime.datetime.now().astimezone().isoformat(timespec='seconds'),
-        commit=git(PROJECT), peer_commit=git(peer) if peer else None, system=platform.platform(),
-        cpu=cpu[1] if cpu else platform.processor(), cores=os.cpu_count(), threads=torch.get_num_threads(), memory=memory,
-        gpu=torch.cuda.get_device_name() if cuda else None,
+        command=' '.join([Path(sys.executable).name, *sys.argv]), commit=commit(PROJECT),
+        peer_commit=peer and commit(peer), system=platform.platform(),
+        date=datetime.datetime.now().astimezone().isoformat(timespec='seconds'),
+        cpu=cpu[1] if cpu else platform.processor(), cores=os.cpu_count(), threads=torch.get_num_threads(),
+        memory=memory, gpu=torch.cuda.get_device_name() if cuda else None,
         gpu_memory=torch.cuda.get_device_properties(0).total_memory if cuda else None,
         python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda)
 
@@ -515,24 +531,25 @@ def train(title='train', default='baby', **changes):
     jobs = {'ours': job_of('train', config, **more)}
     if peer:
         choices = (False, True) if peer_compile == 'auto' else (peer_compile,)
-        theirs = {f"peer, {'compiled' if c else 'eager'}": job_of('train', config, True, **more, compile=c) for c in choices}
-        speeds = {name: med(runs, 'step') or math.inf for name, runs in in_turn(f"{title}, the peer's best", theirs, 1).items()} \
-            if len(theirs) > 1 else dict.fromkeys(theirs, 0)
-        best = min(speeds, key=speeds.get)
-        jobs['peer'] = theirs[best]
+        theirs = {f"peer, {'compiled' if c else 'eager'}": job_of('train', config, True, **more, compile=c)
+                  for c in choices}
+        tried = in_turn(f"{title}, the peer's best", theirs, 1) if len(theirs) > 1 else dict.fromkeys(theirs, [])
+        jobs['peer'] = theirs[min(theirs, key=lambda name: med(tried[name], 'step') or math.inf)]
     runs, rows = in_turn(title, jobs), []
     params, flops, _ = facts(config)
     for name, job in jobs.items():
         r, speed = runs[name], divide(batch * config.block_size, med(runs[name], 'step'))
-        rows.append({'who': name, 'how': f"{job['dtype']}, {'compiled' if job['compile'] else 'eager'}", 'tokens/s': speed,
-                     'MFU': speed and divide(speed * flops, ceilings(job['dtype'])['flops']), 'GB': divide(med(r, 'memory'), 1e9),
-                     'ms/step': divide(med(r, 'step'), 1e-3),
-                     **{f'{part} ms': divide(med(r, part), 1e-3) for part in ('data', 'forward', 'backward', 'optimizer')}, 'raw': r})
+        rows.append({
+            'who': name, 'how': f"{job['dtype']}, {'compiled' if job['compile'] else 'eager'}", 'tokens/s': speed,
+            'MFU': speed and divide(speed * flops, ceilings(job['dtype'])['flops']), 'GB': med(r, 'memory', 1e9),
+            'ms/step': med(r, 'step', 1e-3),
+            **{f'{part} ms': med(r, part, 1e-3) for part in ('data', 'forward', 'backward', 'optimizer')}, 'raw': r})
     figures = dict(mfu=rows[0]['MFU'])
     if peer:
         figures |= dict(speed=over(runs['peer'], runs['ours']), memory=over(runs['ours'], runs['peer'], 'memory'))
         rows.append({'who': 'ours/peer', 'tokens/s': figures['speed'], 'GB': figures['memory']})
-    show(f'{title}: {params / 1e6:.4g}M parameters, batch {batch} x {config.block_size}, dropout {config.dropout}', rows)
+    title = f'{title}: {params / 1e6:.4g}M parameters, batch {batch} x {config.block_size}, dropout {config.dropout}'
+    show(title, rows)
     return figures
 
 
@@ -558,11 +575,13 @@ def sample(title='sample', default='gpt2', shapes=None, dtypes=(None,), n=None):
             theirs = [run['shapes'][i] for run in runs['peer']] if peer else []
             width = 4 if job['peer'] else getattr(torch, job['dtype']).itemsize # autocast keeps float32 weights
             prefill, decode = divide(batch * context, med(r, 'prefill')), divide(batch, med(r, 'decode'))
-            row = {'batch': batch, 'context': context, 'who': name, 'prefill tokens/s': prefill if context > 1 else None,
-                   'of matmul peak': divide(prefill, divide(limits['flops'], flops)) if context > 1 else None,
-                   'decode tokens/s': decode, 'of bandwidth': divide(decode, batch * limits['bandwidth'] / (params * width))}
+            row = {'batch': batch, 'context': context, 'who': name, 'decode tokens/s': decode,
+                   'of bandwidth': divide(decode, batch * limits['bandwidth'] / (params * width))}
+            if context > 1: # a prompt of one token is decoding
+                row |= {'prefill tokens/s': prefill, 'of matmul peak': divide(prefill, divide(limits['flops'], flops))}
             if peer and not job['peer']:
-                row |= {'decode, ours/peer': over(theirs, r, 'decode'), 'prefill, ours/peer': over(theirs, r, 'prefill') if context > 1 else None}
+                row['decode, ours/peer'] = over(theirs, r, 'decode')
+                row |= {'prefill, ours/peer': over(theirs, r, 'prefill')} if context > 1 else {}
             rows.append(row | {'raw': r})
             if not job['peer'] and decode and decode > figures.get(i, {'decode tokens/s': 0})['decode tokens/s']:
                 figures[i] = row
@@ -574,8 +593,9 @@ def sample(title='sample', default='gpt2', shapes=None, dtypes=(None,), n=None):
 def mixer_variants(config):
     a = max(1, config.n_layer // 6) # the UNet has as many blocks as the flat stack
     every = {name: dict(mixer=name) for name in MIXERS} | {
-        'time-weighting circulant': dict(time_weighting='circulant'), 'time-weighting full': dict(time_weighting='full'),
-        'time-mixing': dict(time_mixing=0.5), 'rope': dict(pos_emb='rope'), 'relative': dict(pos_emb='relative'),
+        'time-weighting circulant': dict(time_weighting='circulant'),
+        'time-weighting full': dict(time_weighting='full'), 'time-mixing': dict(time_mixing=0.5),
+        'rope': dict(pos_emb='rope'), 'relative': dict(pos_emb='relative'),
         'unet': dict(unet_layers=(a, a), n_layer=max(1, config.n_layer - 4 * a))}
     for name in variants:
         if name not in every:
@@ -592,7 +612,7 @@ def equalized(config, target):
     config = replace(config, n_layer=max(1, round(1 + (target - one) / (two - one))))
     C, a = config.n_embd, count()
     per_ratio = (count(mlp_ratio=config.mlp_ratio + 4) - a) / 4
-    hidden = max(1, round((config.mlp_ratio + (target - a) / per_ratio) * C / 64)) * 64 # a multiple of 64 multiplies fast
+    hidden = max(1, round((config.mlp_ratio + (target - a) / per_ratio) * C / 64)) * 64 # multiples of 64 are fast
     return replace(config, mlp_ratio=(hidden + 0.01) / C) if abs(target - a) > 0.01 * target else config
 
 
@@ -609,17 +629,20 @@ def mixers(title='mixers', default='baby', chosen=None, equal=None, curves=True)
         notes[name] = too_large(config, batch)
         if notes[name] is None:
             jobs[name] = job_of('train', config, batch_size=batch, steps=steps)
-            jobs[f'{name}, decoding'] = job_of('sample', config, shapes=[(1, max(1, config.block_size // 2))], seconds=seconds,
-                                               new_tokens=max(2, min(new_tokens, config.block_size // 2)))
+            half = config.block_size // 2
+            jobs[f'{name}, decoding'] = job_of('sample', config, shapes=[(1, max(1, half))], seconds=seconds,
+                                               new_tokens=max(2, min(new_tokens, half)))
     runs, rows, ratios = in_turn(title, jobs), [], {}
     for name, config in configs.items():
         r, decoding = runs.get(name, []), [run['shapes'][0] for run in runs.get(f'{name}, decoding', [])]
         params, flops, _ = facts(config)
         ratios[name] = over(runs.get('attention', []), r)
-        rows.append({'mixer': name, 'n_layer': config.n_layer, 'mlp_ratio': config.mlp_ratio, 'M parameters': params / 1e6,
-                     'MFLOP/token': flops / 1e6, 'train tokens/s': divide(batch * config.block_size, med(r, 'step')),
+        rows.append({'mixer': name, 'n_layer': config.n_layer, 'mlp_ratio': config.mlp_ratio,
+                     'M parameters': params / 1e6, 'MFLOP/token': flops / 1e6,
+                     'train tokens/s': divide(batch * config.block_size, med(r, 'step')),
                      'to attention': ratios[name], 'decode tokens/s': divide(1, med(decoding, 'decode')),
-                     'GB': divide(med(r, 'memory'), 1e9), 'note': notes[name] or errors.get(f'{title}: {name}', ''), 'raw': [r, decoding]})
+                     'GB': med(r, 'memory', 1e9), 'note': notes[name] or errors.get(f'{title}: {name}', ''),
+                     'raw': [r, decoding]})
     show(f'{title}: width {base.n_embd}, batch {batch} x {base.block_size}', rows)
     if curves:
         rows = sweep(title, {(name, T): (replace(config, block_size=T), max(1, max(lengths) // T))
@@ -639,9 +662,10 @@ def sweep(title, cases, rounds=None, **more):
     rows = []
     for key, (config, batch) in cases.items():
         r, (params, flops, _) = runs.get(name(key), []), facts(config)
-        rows.append({'what': key[0], 'value': key[1], 'batch': batch, 'M parameters': params / 1e6, 'MFLOP/token': flops / 1e6,
-                     'tokens/s': divide(batch * config.block_size, med(r, 'step')), 'GB': divide(med(r, 'memory'), 1e9),
-                     'note': notes[key] or errors.get(f'{title}: {name(key)}', ''), 'raw': r})
+        rows.append({'what': key[0], 'value': key[1], 'batch': batch, 'M parameters': params / 1e6,
+                     'MFLOP/token': flops / 1e6, 'tokens/s': divide(batch * config.block_size, med(r, 'step')),
+                     'GB': med(r, 'memory', 1e9), 'note': notes[key] or errors.get(f'{title}: {name(key)}', ''),
+                     'raw': r})
     return rows
 
 
@@ -655,34 +679,32 @@ def scale():
     show('scale: training', rows)
     fetched = in_turn('scale, dataset size', {n: dict(kind='fetch', tokens=n) for n in sizes})
     show('scale: a batch of 12 x 1024 from a dataset', [
-        {'tokens': n, 'open ms': divide(med(r, 'open'), 1e-3), 'batch ms': divide(med(r, 'fetch'), 1e-3),
-         'process GB': divide(med(r, 'memory'), 1e9), 'raw': r} for n, r in fetched.items()])
+        {'tokens': n, 'open ms': med(r, 'open', 1e-3), 'batch ms': med(r, 'fetch', 1e-3),
+         'process GB': med(r, 'memory', 1e9), 'raw': r} for n, r in fetched.items()])
     ranked = in_turn('scale, ranks', {n: lambda n=n: run_ranks(n, base, batch) for n in ranks})
-    show('scale: processes (gloo) on one CPU, same batch', [{'ranks': n, 'tokens/s': med(r, 'speed'), 'raw': r} for n, r in ranked.items()])
+    show('scale: processes (gloo) on one CPU, same batch',
+         [{'ranks': n, 'tokens/s': med(r, 'speed'), 'raw': r} for n, r in ranked.items()])
     curve = lambda what, x='value': {'': [(row[x], row['tokens/s']) for row in rows if row['what'] == what]}
-    picture([('sequence length', 'T', 'tokens/s', curve('T')), ('width', 'parameters, M', 'tokens/s', curve('width', 'M parameters')),
+    picture([('sequence length', 'T', 'tokens/s', curve('T')),
+             ('width', 'parameters, M', 'tokens/s', curve('width', 'M parameters')),
              ('depth', 'parameters, M', 'tokens/s', curve('depth', 'M parameters')),
-             ('dataset', 'tokens', 'ms a batch', {'': [(n, divide(med(r, 'fetch'), 1e-3)) for n, r in fetched.items()]}),
+             ('dataset', 'tokens', 'ms a batch', {'': [(n, med(r, 'fetch', 1e-3)) for n, r in fetched.items()]}),
              ('processes', 'ranks', 'tokens/s', {'': [(n, med(r, 'speed')) for n, r in ranked.items()]})])
 
 
-def small_run(title, key, until_first_step):
+def small_run(until_first_step):
     """-> (our seconds, ratio to the peer)"""
+    title, key = ('startup: seconds from the command to the first step', 'first_step') if until_first_step else \
+        ('process: seconds of the whole small CPU run', 'seconds')
     sides = {'ours': PROJECT} | ({'peer': Path(peer)} if peer else {})
-    runs = in_turn(title, {name: lambda folder=folder: run_script(folder, until_first_step) for name, folder in sides.items()})
+    runs = in_turn(title, {name: lambda folder=folder: run_script(folder, until_first_step)
+                           for name, folder in sides.items()})
     rows = [{'who': name, 'seconds': med(r, key), 'fastest': min((x[key] for x in r), default=None),
-             'slowest': max((x[key] for x in r), default=None), 'val loss': med(r, 'val_loss'), 'raw': r} for name, r in runs.items()]
+             'slowest': max((x[key] for x in r), default=None), 'val loss': med(r, 'val_loss'), 'raw': r}
+            for name, r in runs.items()]
     ratio = over(runs.get('peer', []), runs['ours'], key)
     show(title, rows + [{'who': 'peer/ours', 'seconds': ratio}] * bool(peer))
     return rows[0]['seconds'], ratio
-
-
-def startup():
-    return small_run('startup: seconds from the command to the first step', 'first_step', True)
-
-
-def process():
-    return small_run('process: seconds of the whole small CPU run', 'seconds', False)
 
 
 def loss():
@@ -700,10 +722,11 @@ def loss():
     for name, r in runs.items():
         dtype = name.split(', ')[1]
         other = runs.get(f'peer, {dtype}', next(iter(runs.values()))) # on a CPU the peer has float32 only
-        row = {'who': name, 'train loss': recent(r[0]['losses'])[-1] if r else None, 'val loss': med(r, 'val_loss'), 'raw': r}
+        row = {'who': name, 'train loss': recent(r[0]['losses'])[-1] if r else None, 'val loss': med(r, 'val_loss'),
+               'raw': r}
         if r and other and r is not other:
             row['val difference'] = r[0]['val_loss'] - other[0]['val_loss']
-            row['largest of the curve'] = max(abs(a - b) for a, b in zip(*(recent(x[0]['losses']) for x in (r, other))))
+            row['train, largest'] = max(abs(a - b) for a, b in zip(*(recent(x[0]['losses']) for x in (r, other))))
             differences[dtype] = abs(row['val difference'])
         rows.append(row)
     show(f'loss after {loss_steps} steps, batch {batch} x {config.block_size}; train loss: mean of 20 steps', rows)
@@ -715,8 +738,9 @@ def everything():
     rows = []
     def goal(figure, wanted, value):
         measured = value[0] if isinstance(value, tuple) else value
-        sign, limit = wanted.split()
-        met = '-' if measured is None else 'yes' if (measured >= float(limit)) == (sign == '>=') else 'no'
+        sign, _, limit = wanted.partition(' ')
+        met = 'yes' if measured is not None and limit and (measured >= float(limit)) == (sign == '>=') else 'no'
+        met = met if measured is not None and limit else 'unmeasured' if limit else '-'
         rows.append({'goal': figure, 'wanted': wanted, 'measured': value, 'met': met})
 
     if goals == 'cpu' or goals == 'auto' and torch.device(device).type == 'cpu':
@@ -725,13 +749,14 @@ def everything():
                  train(f'train, baby GPT, dropout {dropout}', 'baby', dropout=dropout).get('speed'))
         train('train, README run', 'readme')
         gpt2 = sample('sample, GPT-2 124M', 'gpt2', [(1, 1), (1, 900), (32, 1), (32, 900)], ('float32', 'bfloat16'))
-        goal('GPT-2 124M, 900 tokens of context: decoding, ours/peer', '>= 25', gpt2.get(1, {}).get('decode, ours/peer'))
-        goal('the same as a share of the bandwidth limit', '>= 0', gpt2.get(1, {}).get('of bandwidth'))
-        goal('GPT-2 124M, prefill as a share of the matmul peak', '>= 0.3', gpt2.get(1, {}).get('of matmul peak'))
+        long = gpt2.get(1, {})
+        goal('GPT-2 124M, 900 tokens of context: decoding, ours/peer', '>= 25', long.get('decode, ours/peer'))
+        goal('the same as a share of the bandwidth limit', '', long.get('of bandwidth'))
+        goal('GPT-2 124M, prefill as a share of the matmul peak', '>= 0.3', long.get('of matmul peak'))
         baby = sample('sample, baby GPT', 'baby', [(1, 1)], n=255)
         goal('baby GPT, 256 tokens: decoding, ours/peer', '>= 6', baby.get(0, {}).get('decode, ours/peer'))
         mixers(default='baby')
-        goal("README's small run: whole process, peer/ours", '>= 2', process()[1])
+        goal("README's small run: whole process, peer/ours", '>= 2', small_run(False)[1])
     else:
         for name, default in (('GPT-2 124M', 'gpt2'), ('GPT-2 350M', 'gpt2-medium')):
             measured = train(f'train, {name}', default)
@@ -753,12 +778,13 @@ def everything():
         mixers('mixers', 'gpt2')
     for name, difference in loss().items():
         goal(f'{name}: validation loss after {loss_steps} steps, difference to the peer', '<= 0.01', difference)
-    goal('seconds to the first step, small CPU run', '<= 5', startup()[0])
+    goal('seconds to the first step, small CPU run', '<= 5', small_run(True)[0])
     scale()
     show('goals', rows)
 
 
-COMMANDS = dict(train=train, sample=sample, mixers=mixers, scale=scale, startup=startup, process=process, loss=loss, all=everything)
+COMMANDS = dict(train=train, sample=sample, mixers=mixers, scale=scale, startup=lambda: small_run(True),
+                process=lambda: small_run(False), loss=loss, all=everything)
 
 
 def main(argv):
@@ -767,10 +793,10 @@ def main(argv):
         result = WORK[json.loads(argv[1])['kind']](json.loads(argv[1]))
         Path(argv[2]).write_text(json.dumps(result), encoding='utf-8')
         return
-    command = argv.pop(0) if argv and argv[0] in COMMANDS else None
-    given = configure(globals(), GPTConfig, argv)[1]
-    if command is None:
-        fail(f"the first argument must be a command: {', '.join(COMMANDS)}; --help explains them")
+    command, *flags = argv or ['']
+    if command not in COMMANDS and not {'-h', '--help'} & set(argv):
+        fail(f"the first argument must be a command, not {command!r}: {', '.join(COMMANDS)}; --help explains them")
+    given = configure(globals(), GPTConfig, flags if command in COMMANDS else argv)[1]
     with exit_on_error(), tempfile.TemporaryDirectory() as folder:
         device, temporary = resolve(device, 'float32')[0], Path(folder)
         if peer and not (Path(peer) / 'model.py').is_file():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -865,6 +865,7 @@ def text_script(chunk):
 
 
 @settings(deadline=None)
+@example('a\n' + EOT + 'b', 1)
 @given(st.lists(st.sampled_from(['a', ' ', '\n', 'é', '東京', '<|', EOT, 'word\nword'])).map(''.join),
        st.integers(1, 9))
 def test_text_is_read_in_pieces(tmp_path_factory, text, chunk):

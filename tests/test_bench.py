@@ -1,0 +1,118 @@
+"""tests/bench.py runs: each command at a tiny size, on the CPU, this project in the peer's role. No timing is checked."""
+import importlib.util
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parent.parent
+TINY = ['--device=cpu', '--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=32', '--vocab_size=11', '--batch_size=2',
+        '--repeats=1', '--steps=1', '--new_tokens=3', '--contexts=1,8', '--batches=1,2', '--variants=gmlp,unet',
+        '--lengths=16,32', '--widths=16', '--depths=1', '--sizes=10000,1000000', '--ranks=2', '--iterations=4',
+        '--loss_steps=3', '--seconds=0.2']
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    """bench(arguments) runs the script in this process, but for the commands that are runs of train.py, -> its tables."""
+    spec = importlib.util.spec_from_file_location('bench', PROJECT / 'tests' / 'bench.py')
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    script.run_worker_afresh = script.run_worker
+    script.run_worker = lambda job: script.WORK[job['kind']](json.loads(json.dumps(job))) # no second import of torch
+
+    def run(*arguments):
+        script.main([arguments[0], *TINY, *arguments[1:], f'--out={tmp_path / "result.json"}'])
+        result = json.loads((tmp_path / 'result.json').read_text(encoding='utf-8'))
+        assert result['errors'] == {}
+        assert result['about']['torch'] and result['about']['python'] and result['about']['cores'] > 0
+        return list(result['tables'].values())
+    run.script = script
+    return run
+
+
+@pytest.fixture
+def peer(tmp_path):
+    """A checkout with nanoGPT's interface."""
+    for path in ('model.py', 'train.py', 'configurator.py', 'data/tokens.py', 'config/train_shakespeare_char.py'):
+        (tmp_path / 'peer' / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(PROJECT / path, tmp_path / 'peer' / path)
+    return f"--peer={tmp_path / 'peer'}"
+
+
+def positive(x):
+    return isinstance(x, float) and x > 0 and math.isfinite(x)
+
+
+def test_train_in_fresh_processes(bench, peer):
+    bench.script.run_worker = lambda job: bench.script.run_worker_afresh(job) if job['kind'] == 'train' else dict(flops=1e12)
+    (ours, theirs, ratio), = bench('train', peer, '--peer_compile=False', '--dropout=0.1')
+    for row in ours, theirs:
+        parts = [row[f'{part} ms'] for part in ('data', 'forward', 'backward', 'optimizer')]
+        assert all(map(positive, [row['tokens/s'], row['MFU'], row['GB'], row['ms/step'], *parts]))
+    assert (theirs['who'], theirs['how']) == ('peer', 'float32, eager')
+    assert len(ratio['tokens/s']) == 3
+
+
+def test_sample(bench, peer):
+    rows, = bench('sample', peer)
+    assert [(row['batch'], row['context'], row['who']) for row in rows] == [
+        (b, c, who) for b in (1, 2) for c in (1, 8) for who in ('ours, float32', 'peer')]
+    assert all(positive(row['decode tokens/s']) and 0 < row['of bandwidth'] for row in rows)
+    assert all(positive(row['prefill tokens/s']) for row in rows if row['context'] > 1)
+
+
+def test_mixers(bench, tmp_path):
+    compared, curve = bench('mixers', '--equal_params')
+    assert [row['mixer'] for row in compared] == ['attention', 'gmlp', 'unet']
+    assert all(positive(row['train tokens/s']) and positive(row['decode tokens/s']) for row in compared)
+    assert [(row['what'], row['value']) for row in curve] == [
+        (name, T) for name in ('attention', 'gmlp', 'unet') for T in (16, 32)]
+    assert (tmp_path / 'result.png').stat().st_size > 1000
+
+
+def test_too_large_is_skipped(bench, monkeypatch):
+    monkeypatch.setattr(bench.script, 'too_large', lambda config, batch: 'skipped' if config.block_size > 16 else None)
+    _, curve = bench('mixers', '--variants=attention')
+    assert [(row['note'], row['tokens/s'] is None) for row in curve] == [('', False), ('skipped', True)]
+
+
+def test_scale(bench, tmp_path):
+    training, fetching, ranks = bench('scale')
+    assert [(row['what'], row['value']) for row in training] == [('T', 16), ('T', 32), ('width', 16), ('depth', 1)]
+    assert [row['tokens'] for row in fetching] == [10 ** 4, 10 ** 6]
+    assert [row['ranks'] for row in ranks] == [2]
+    assert all(row['tokens/s'] > 0 for row in training + ranks) and all(row['batch ms'] > 0 for row in fetching)
+    assert (tmp_path / 'result.png').stat().st_size > 1000
+
+
+def test_startup(bench):
+    (ours,), = bench('startup')
+    assert positive(ours['seconds'])
+    assert ours['raw'][0]['first_step'] < ours['raw'][0]['seconds']
+
+
+def test_process(bench, peer):
+    (ours, theirs, ratio), = bench('process', peer)
+    assert positive(ours['seconds']) and len(ratio['seconds']) == 3
+    assert 0 < ours['val loss'] == theirs['val loss'] < 4
+
+
+def test_loss(bench, peer):
+    rows, = bench('loss', peer)
+    assert [row['who'] for row in rows] == ['peer, float32', 'ours, float32', 'ours, bfloat16']
+    assert rows[1]['val difference'] == rows[1]['train, largest'] == 0 # the same model, weights, batches
+    assert 0 < abs(rows[2]['val difference']) < 0.01
+
+
+@pytest.mark.parametrize('arguments, words', [
+    ([], 'must be a command'), (['trian'], 'must be a command'), (['train', '--peer=/nowhere'], 'no model.py'),
+    (['train', '--repeat=3'], 'did you mean --repeats'), (['mixers', '--device=cpu', '--variants=gpml'], 'not one of')])
+def test_mistakes(bench, capsys, arguments, words):
+    with pytest.raises(SystemExit) as end:
+        bench.script.main(arguments)
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert words in error and error.startswith('error: ')

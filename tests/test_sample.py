@@ -1,0 +1,318 @@
+"""The real sample.py as a process of its own, on checkpoints with known answers."""
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from data.tokens import ByteTokenizer, CharTokenizer, load_tokenizer
+from model import GPT, GPTConfig
+from test_train import (ENV, JOBS, PROJECT, V, WORDS, flags, job, jobs, random_model, run, tree, well,  # noqa: F401
+                        write_checkpoint, write_malicious, write_nano, write_nano_data)
+
+# After each byte comes the next one of this cycle: no byte is in it twice, é and 日 have two and three.
+CYCLE = b'ab' + 'é'.encode() + b'c' + '日'.encode() + b'dEND. '
+CHARACTERS = ''.join(sorted(set(''.join(WORDS) + 'YouGPT:\n')))
+RULE = '\n---------------\n'
+
+
+def cyclic_model(after_space=CYCLE[0]):
+    """A model of bytes that knows which byte follows CYCLE's, and nothing else: a one-hot embedding, then a permutation."""
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=257, block_size=32, vocab_size=257, bias=False, tie_weights=False,
+                          pos_emb='none', mlp='none'))
+    following = dict(zip(CYCLE, CYCLE[1:])) | {ord(' '): after_space, 256: ord('d')}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+        model.transformer.wte.weight.copy_(torch.eye(257))
+        model.transformer.ln_f.weight.fill_(1)
+        for i in range(257):
+            model.lm_head.weight[following.get(i, ord('?')), i] = 10
+    return model
+
+
+def follow(text, n, after_space=CYCLE[0]):
+    """The n bytes that cyclic_model makes of text's last one."""
+    following = dict(zip(CYCLE, CYCLE[1:])) | {ord(' '): after_space, 256: ord('d')}
+    out = [text.encode()[-1]]
+    for _ in range(n):
+        out.append(following.get(out[-1], ord('?')))
+    return bytes(out[1:])
+
+
+def write_cycle(folder, **more):
+    write_checkpoint(folder / 'out/ckpt.pt', cyclic_model(**more), meta=ByteTokenizer().meta())
+
+
+def write_chars(folder, name='ckpt.pt', seed=0):
+    tokenizer = CharTokenizer(CHARACTERS)
+    model = random_model(tokenizer.vocab_size, seed)
+    write_checkpoint(folder / 'out' / name, model, meta=tokenizer.meta())
+    return model, tokenizer
+
+
+def sample(folder, text='', **settings):
+    """sample.py on the run in folder/out -> (stdout, stderr); it must end well."""
+    process = run('sample.py', flags(**dict(out_dir=folder / 'out', device='cpu', num_samples=1, temperature=0) | settings),
+                  cwd=folder, text=text)
+    return well(process), process.stderr.decode()
+
+
+def greedy(model, tokenizer, prompt, n):
+    """The n characters after prompt, every one from a forward pass of the whole window."""
+    ids = torch.tensor([prompt])
+    return tokenizer.decode(model.generate(ids, n, temperature=0, use_cache=False)[0, len(prompt):].tolist())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is generated
+
+@job
+def cycle(folder):
+    """Two samples; multi-byte characters, streamed byte by byte; special tokens are not in the cycle yet."""
+    write_cycle(folder)
+    return folder, sample(folder, start='xa', num_samples=2, max_new_tokens=3 * len(CYCLE))
+
+
+def test_text_of_bytes(cycle):
+    """é and 日 come whole, though their bytes are generated one at a time; both samples are the whole of stdout."""
+    expected = follow('xa', 3 * len(CYCLE)).decode()
+    assert 'é' in expected and '日' in expected
+    assert cycle[1][0] == ('xa' + expected + RULE) * 2
+
+
+def test_says_where_it_speaks_from(cycle):
+    folder, (_, said) = cycle
+    assert str(folder / 'out' / 'ckpt.pt') in said and 'step 7' in said and '1.5000' in said and said.count('\n') == 1
+
+
+@job
+def stops(folder):
+    """A stop string of three tokens, one of two in the middle of others, and beginnings of stop strings that are none."""
+    write_cycle(folder)
+    return sample(folder, start='a', stop='ENDE,END.', max_new_tokens=40), sample(folder, start='a', stop='日dX,é!', max_new_tokens=len(CYCLE))
+
+
+def test_stop_strings(stops):
+    (stopped, _), (whole, _) = stops
+    assert stopped == 'abéc日d' + RULE # nothing of the stop string
+    assert whole == 'a' + follow('a', len(CYCLE)).decode() + RULE # what only began like one is printed
+
+
+@job
+def special(folder):
+    """<|endoftext|> after the space, and d after it."""
+    write_cycle(folder, after_space=256)
+    settings = dict(start='N', max_new_tokens=8)
+    return sample(folder, **settings), sample(folder, special=True, **settings), sample(folder, start='', max_new_tokens=4)
+
+
+def test_special_tokens(special):
+    """They end the text, and are printed if asked for; an empty prompt starts a new text."""
+    (hidden, _), (shown, _), (empty, _) = special
+    assert hidden == 'ND. ' + RULE
+    assert shown == 'ND. <|endoftext|>dEND' + RULE
+    assert empty == 'dEND' + RULE
+
+
+@job
+def prompts(folder):
+    """From a file, longer than the block, and from standard input; tokens and text of a random model."""
+    model, tokenizer = write_chars(folder)
+    long = 'the cat sat. ' * 3 + '\na dog'
+    (folder / 'prompt.txt').write_text(long, encoding='utf-8')
+    return (model, tokenizer, long, sample(folder, start='FILE:prompt.txt', max_new_tokens=40),
+            sample(folder, start='-', text='où? ', max_new_tokens=40))
+
+
+def test_prompts_and_greedy(prompts):
+    """The same text with a cache as by computing everything anew, beyond the end of the block."""
+    model, tokenizer, long, (from_file, _), (from_input, _) = prompts
+    assert model.config.block_size == 16
+    for prompt, text in (long, from_file), ('où? ', from_input):
+        expected = greedy(model, tokenizer, tokenizer.encode(prompt), 40)
+        assert len(set(expected)) > 2 # not one character again and again
+        assert text == prompt + expected + RULE
+
+
+@job
+def sampled(folder):
+    model, tokenizer = write_chars(folder, 'best.pt')
+    write_chars(folder, seed=3)
+    settings = dict(start='one', max_new_tokens=50, num_samples=2, temperature=1.2)
+    kinds = dict(
+        one=dict(), same=dict(), seeded=dict(seed=2), top_k=dict(top_k=1), top_p=dict(top_p=1e-6, top_k=None),
+        all=dict(top_k=5, top_p=0.9, repetition_penalty=1.3, dtype='bfloat16'), repetition=dict(temperature=0, repetition_penalty=100.0),
+        latest=dict(checkpoint='latest', temperature=0))
+    return model, tokenizer, {name: sample(folder, **settings | kind) for name, kind in kinds.items()}
+
+
+def test_sampling(sampled):
+    model, tokenizer, texts = sampled
+    text = {name: said[0] for name, said in texts.items()}
+    one, two, rest = text['one'].split(RULE)
+    assert one != two and rest == '' and len(one) == len(two) == 53 and one.startswith('one') and set(one) <= set(CHARACTERS)
+    assert text['same'] == text['one'] != text['seeded']
+    expected = ('one' + greedy(model, tokenizer, tokenizer.encode('one'), 50) + RULE) * 2
+    assert text['top_k'] == text['top_p'] == expected # one token is left to choose from
+    assert len(text['all']) == len(text['one']) and text['all'] != text['one']
+    # so large a penalty leaves no token that is in the window, as long as there are others
+    start = text['repetition'][:8]
+    assert len(set(start)) == 8
+
+
+def test_best_or_latest(sampled):
+    _, _, texts = sampled
+    assert 'best.pt' in texts['one'][1] and 'ckpt.pt' in texts['latest'][1]
+    assert texts['latest'][0] != texts['top_k'][0]
+
+
+@job
+def nanogpt(folder):
+    """nanoGPT's checkpoint, which names its dataset, where meta.pkl has the characters."""
+    characters, _ = write_nano_data(folder / 'data')
+    model = write_nano(folder / 'out/ckpt.pt', folder / 'data', len(characters))
+    return model, CharTokenizer(''.join(characters)), sample(folder, start='one', max_new_tokens=20)
+
+
+def test_nanogpt(nanogpt):
+    model, tokenizer, (text, said) = nanogpt
+    assert text == 'one' + greedy(model.eval(), tokenizer, tokenizer.encode('one'), 20) + RULE
+    assert 'step 40' in said and '2.5000' in said
+
+
+@job
+def tiktoken(folder):
+    model = random_model(50304, n_layer=1, n_embd=8, n_head=1)
+    write_checkpoint(folder / 'out/ckpt.pt', model, meta=dict(tokenizer='tiktoken', encoding='gpt2', vocab_size=50257))
+    model.save_pretrained(folder / 'weights')
+    settings = dict(start='Tokyo is 東京', max_new_tokens=12)
+    return model, sample(folder, **settings), sample(folder, init_from=folder / 'weights', **settings)
+
+
+@pytest.mark.skipif('TIKTOKEN_CACHE_DIR' not in os.environ, reason='needs a vocabulary that is downloaded')
+def test_tiktoken(request):
+    model, (text, _), (same, said) = request.getfixturevalue('tiktoken')
+    tokenizer = load_tokenizer(dict(tokenizer='tiktoken', encoding='gpt2'))
+    prompt = tokenizer.encode('Tokyo is 東京')
+    ids = model.generate(torch.tensor([prompt]), 12, temperature=0, use_cache=False, vocab_size=50257)[0].tolist()
+    ids = ids[:ids.index(50256)] if 50256 in ids else ids
+    assert text == tokenizer.decode(ids) + RULE
+    assert same == text and 'weights' in said
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# streaming
+
+def test_streams(tmp_path):
+    """The text comes while it is generated: a few of very many tokens are read. Ctrl-C then ends it quietly."""
+    write_cycle(tmp_path)
+    args = flags(out_dir=tmp_path / 'out', device='cpu', start='a', temperature=0, max_new_tokens=10 ** 6)
+    with subprocess.Popen([sys.executable, str(PROJECT / 'sample.py'), *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          env=ENV) as process:
+        text = process.stdout.read(200)
+        process.send_signal(signal.SIGINT) if os.name == 'posix' else process.kill()
+        process.stdout.read()
+        said = process.stderr.read().decode()
+    assert text == (b'a' + follow('a', 300))[:200]
+    if os.name == 'posix':
+        assert process.returncode == 130 and 'Traceback' not in said
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# chat
+
+LINES = ['the cat', 'a dog ran', '/reset', 'a dog ran', 'one two §', 'is one two. is one two. is one two?', 'sat']
+
+
+@job
+def chat(folder):
+    model, tokenizer = write_chars(folder)
+    text = '\n'.join(LINES) + '\n'
+    return model, tokenizer, sample(folder, interactive=True, text=text, max_new_tokens=12, user_prefix='\nYou: ', bot_prefix='\nGPT: ')
+
+
+def test_chat(chat):
+    """Against a history that is kept here: the end of it that leaves room for the answer is the prompt."""
+    model, tokenizer, (text, said) = chat
+    expected, history, longest = '', '', 0
+    for line in LINES:
+        if line == '/reset':
+            expected, history = expected + '(forgotten)\n', ''
+        elif '§' not in line:
+            history += '\nYou: ' + line + '\nGPT: '
+            longest = max(longest, len(history))
+            # 8 of the block's 16: no more than half of it is kept free
+            answer = greedy(model, tokenizer, tokenizer.encode(history)[-8:], 12).split('You:')[0].lstrip()
+            expected += 'GPT: ' + answer + '\n'
+            history += answer.rstrip()
+    assert longest > 3 * model.config.block_size
+    assert text == expected + '\n'
+    assert "'§'" in said and said.count('error: ') == 1 # of that line, and the others went on
+
+
+@job
+def prefixes(folder):
+    """The cycle: the answer ends where the user's prefix would begin; prefixes and stop strings are settable."""
+    write_cycle(folder)
+    return sample(folder, interactive=True, user_prefix=' END', bot_prefix='a', max_new_tokens=40, text='x\ny\n'), \
+        sample(folder, interactive=True, user_prefix='Q', bot_prefix='a', stop='日', max_new_tokens=40, text='x\n')
+
+
+def test_chat_prefixes(prefixes):
+    (one, _), (two, _) = prefixes
+    assert one == 'abéc日d\n' * 2 + '\n'
+    assert two == 'abéc\n\n'
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# mistakes
+
+# name -> (settings, what the message must say)
+MISTAKES = {
+    'sample: unknown setting': (dict(temprature=1), ['--temprature', 'did you mean --temperature?']),
+    'sample: temperature': (dict(temperature=-1), ['temperature=-1', 'at least 0']),
+    'sample: device': (dict(device='cuda:7'), ['cuda:7', '--device=auto']),
+    'sample: which checkpoint': (dict(checkpoint='newest'), ["'newest'", 'best', 'latest']),
+    'sample: missing': (dict(out_dir='/nowhere/out'), ['nowhere', 'no checkpoint']),
+    'sample: missing file': (dict(init_from='nowhere.pt'), ['nowhere.pt', 'no checkpoint']),
+    'sample: truncated': (dict(init_from='truncated.pt'), ['truncated.pt', 'damaged']),
+    'sample: malicious': (dict(init_from='malicious.pt'), ['malicious.pt', 'not a checkpoint']),
+    'sample: tokenizer of another vocabulary': (dict(init_from='vocabulary.pt'), ['vocab']),
+    'sample: no prompt file': (dict(start='FILE:nowhere.txt'), ['nowhere.txt']),
+    'sample: unknown characters': (dict(start='the § cat Ж'), ["'§', 'Ж'", 'bytes']),
+    'sample: empty prompt': (dict(start=''), ['empty', '--start']),
+}
+WRONG = {'sample: tokenizer of another vocabulary': 'a traceback'}
+
+
+def mistake(name):
+    def work(folder):
+        write_chars(folder)
+        good = (folder / 'out/ckpt.pt').read_bytes()
+        (folder / 'truncated.pt').write_bytes(good[:-700])
+        write_malicious(folder / 'malicious.pt')
+        write_checkpoint(folder / 'vocabulary.pt', random_model(V), meta=ByteTokenizer().meta())
+        before = tree(folder)
+        process = run('sample.py', flags(**dict(out_dir=folder / 'out', device='cpu', start='the cat', num_samples=1) |
+                                         MISTAKES[name][0]), cwd=folder)
+        return process, before, tree(folder), (folder / 'executed').exists()
+    return work
+
+
+JOBS |= {name: mistake(name) for name in MISTAKES}
+
+
+@pytest.mark.parametrize('name', [pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=WRONG[name]))
+                                  if name in WRONG else name for name in MISTAKES])
+def test_mistake(name, jobs):  # noqa: F811
+    """Status 2, and one line on stderr, after the one that says which checkpoint it is, if it came to that."""
+    process, before, after, executed = jobs[name].result()
+    said = process.stderr.decode().splitlines()
+    assert process.returncode == 2, said
+    assert said[-1].startswith('error: ') and all('best validation loss' in line for line in said[:-1]), said
+    for word in MISTAKES[name][1]:
+        assert word in said[-1]
+    assert process.stdout == b'' and before == after and not executed
