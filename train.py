@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import fields
 from pathlib import Path
 
@@ -82,7 +82,8 @@ beta2 = 0.95
 grad_clip = 1.0 # norm to which gradients are clipped; 0.0: not
 # learning rate schedule
 decay_lr = True # False: constant after the warmup
-schedule = 'cosine' # cosine | wsd (warmup, stable, linear decay over the last wsd_decay_iters)
+schedule = 'cosine' # cosine | cosine_floor (minGPT's: to zero, but never below min_lr) | wsd (warmup, stable, linear
+    # decay over the last wsd_decay_iters)
 warmup_iters = 2000 # steps of linear warmup
 lr_decay_iters = 600000 # the step at which min_lr is reached
 wsd_decay_iters = 60000 # length of wsd's decay
@@ -113,7 +114,14 @@ with exit_on_error():
         raise ValueError(f"out_dir={out_dir!r} already holds a run: go on with it by --init_from=resume, choose another "
                          "--out_dir, or replace it by --overwrite=True")
     if resuming:
-        checkpoint = load_checkpoint(best if best.exists() and not latest.exists() else latest)
+        try:
+            checkpoint = load_checkpoint(latest if latest.exists() or not best.exists() else best)
+        except ValueError as e:
+            good = []
+            for path in (best, *out.glob('step-*.pt')):
+                with suppress(ValueError, OSError):
+                    good.append(f"{path} (step {load_checkpoint(path)['iter_num']})")
+            raise ValueError(f"{e}; {'good: ' + ', '.join(good) + ': copy one to ckpt.pt' if good else 'there is no other'}") from None
     elif not scratch and not pretrained:
         path = next((p for p in (Path(init_from) / 'best.pt', Path(init_from) / 'ckpt.pt') if p.exists()), Path(init_from))
         checkpoint = load_checkpoint(path)
@@ -129,13 +137,13 @@ with exit_on_error():
 
     # checks that cost neither memory nor time
     for name, right, rule in [
-            ('sampling', sampling in ('random', 'epoch'), 'random or epoch'), ('schedule', schedule in ('cosine', 'wsd'), 'cosine or wsd'),
+            ('sampling', sampling in ('random', 'epoch'), 'random or epoch'), ('schedule', schedule in ('cosine', 'cosine_floor', 'wsd'), 'cosine, cosine_floor or wsd'),
             ('compile', compile in (True, False, 'auto'), 'True, False or auto'), ('batch_size', batch_size > 0, 'at least 1'),
             ('gradient_accumulation_steps', gradient_accumulation_steps > 0, 'at least 1'), ('eval_iters', eval_iters > 0, 'at least 1'),
             ('parallel', parallel in ('ddp', 'fsdp'), 'ddp or fsdp'), ('min_block_size', 0 <= min_block_size <= block_size,
              f'0 (off) to block_size={block_size}'), ('eval_interval', eval_interval > 0, 'at least 1'), ('log_interval', log_interval > 0, 'at least 1'),
             ('warmup_iters', not decay_lr or warmup_iters <= lr_decay_iters, f'at most lr_decay_iters={lr_decay_iters}'),
-            ('wsd_decay_iters', not decay_lr or schedule == 'cosine' or warmup_iters + wsd_decay_iters <= lr_decay_iters,
+            ('wsd_decay_iters', not decay_lr or schedule != 'wsd' or warmup_iters + wsd_decay_iters <= lr_decay_iters,
              f'at most lr_decay_iters - warmup_iters = {lr_decay_iters - warmup_iters}')]:
         if not right:
             raise ValueError(f"{name}={globals()[name]!r} must be {rule}")
@@ -259,6 +267,8 @@ def get_lr(step):
     if schedule == 'wsd':
         return min_lr + (learning_rate - min_lr) * min(1.0, (lr_decay_iters - step) / max(1, wsd_decay_iters))
     ratio = (step - warmup_iters) / (lr_decay_iters - warmup_iters)
+    if schedule == 'cosine_floor':
+        return max(min_lr, learning_rate * 0.5 * (1.0 + math.cos(math.pi * ratio)))
     return min_lr + (learning_rate - min_lr) * 0.5 * (1.0 + math.cos(math.pi * ratio))
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ With the default settings all 39,900 problems on numbers of up to two digits (3,
 training tokens and 38,702 for validation, of 16 characters. How many a model solves:
 
     python data/calc/prepare.py
-    python train.py config/calc.py
+    python train.py config/train_calc.py
     python data/calc/evaluate.py
 """
 import random
@@ -69,4 +69,4 @@ with exit_on_error():
             writer.write(split, tokenizer.encode(''.join(lines[split])))
     print(f'{len(lines["train"]):,} problems to train on, {len(lines["val"]):,} held out, '
           f'such as {lines["val"][0].strip()}')
-    summarize(writer, 'python train.py config/calc.py')
+    summarize(writer, 'python train.py config/train_calc.py')

@@ -1,0 +1,5 @@
+# gMLP in its own block shape, causal. Use after config/shakespeare_small.py.
+out_dir = 'out-gmlp'
+mixer = 'gmlp'
+mlp = 'none'
+gmlp_ratio = 7.25

@@ -1,0 +1,24 @@
+# nanoGPT's README run for a CPU: tinyshakespeare characters, 0.80M parameters, 2000 steps of 12 x 64 characters.
+# Prepare: python data/shakespeare_char/prepare.py. A second config file chooses another mixer at as many parameters:
+#   python train.py config/shakespeare_small.py config/mixers/gmlp.py
+
+out_dir = 'out-shakespeare-small'
+dataset = 'shakespeare_char'
+eval_interval = 250
+eval_iters = 20
+log_interval = 10
+
+batch_size = 12
+gradient_accumulation_steps = 1
+block_size = 64
+n_layer = 4
+n_head = 4
+n_embd = 128
+
+learning_rate = 1e-3
+min_lr = 1e-4
+max_iters = 2000
+lr_decay_iters = 2000
+warmup_iters = 100
+beta2 = 0.99
+compile = False
