@@ -477,17 +477,36 @@ def test_dropout_and_dtype_matter(plain, epoch_bfloat16):
 
 @job
 def half_line(folder):
-    """A crash in the middle of a line of metrics.jsonl must not keep a run from going on."""
+    """A crash in the middle of a line of metrics.jsonl must not keep a run from going on, here with other settings."""
     write_data(folder / 'data')
     write_run(folder / 'out')
     with open(folder / 'out/metrics.jsonl', 'a', encoding='utf-8') as f:
         f.write('{"step": 8, "tok')
-    train(folder, init_from='resume', max_iters=9)
+    train(folder, init_from='resume', max_iters=9, weight_decay=0.5, beta1=0.8)
     return folder
 
 
 def test_half_a_line_in_metrics(half_line):
     assert losses(half_line / 'out').keys() == {7, 8, 9} and val_losses(half_line / 'out').keys() == {9}
+
+
+@pytest.mark.xfail(strict=True, reason="the optimizer's groups come from the checkpoint as they were")
+def test_resume_with_another_optimizer_setting(half_line):
+    decayed, rest = load_checkpoint(half_line / 'out/ckpt.pt')['optimizer']['param_groups']
+    assert (decayed['weight_decay'], rest['weight_decay'], decayed['betas'][0]) == (0.5, 0.0, 0.8)
+
+
+@job
+def large_seed(folder):
+    """A date and time, as people take them."""
+    write_data(folder / 'data')
+    return run('train.py', flags(**TINY | dict(dataset=folder / 'data', out_dir=folder / 'out', seed=20251231235959,
+                                               max_iters=1)))
+
+
+@pytest.mark.xfail(strict=True, reason='the seed of a step overflows 64 bits')
+def test_large_seed(large_seed):
+    well(large_seed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

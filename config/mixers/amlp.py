@@ -3,4 +3,4 @@ out_dir = 'out-amlp'
 mixer = 'gmlp'
 mlp = 'none'
 gmlp_attn = 32
-gmlp_ratio = 6.5
+gmlp_ratio = 6.25
