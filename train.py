@@ -303,8 +303,10 @@ def save(*paths):
             save_checkpoint(path, dict(
                 format=1, model=weights, optimizer=moments, scaler=scaler.state_dict(), model_args=model_args, iter_num=step,
                 samples=samples, tokens=tokens, seconds=seconds, best_val_loss=best_val_loss, stale=stale, config=config, meta=meta))
+            unwritten.discard(path)
         except (OSError, RuntimeError) as e: # torch's writer raises RuntimeError where Python's raises OSError
-            say(f"warning: {path} could not be written, training goes on: {str(e).splitlines()[0]}")
+            unwritten.add(path)
+            say(f"warning: {path} could not be written, the old one is kept: {str(e).splitlines()[0]}")
 
 def log(**values):
     """Appends to metrics.jsonl, and to wandb if it is on."""
@@ -434,6 +436,7 @@ batches = prefetch(load, step)
 bar = tqdm(total=max_iters, initial=step, unit='step', disable=not main or not sys.stderr.isatty(), dynamic_ncols=True)
 bad_steps = torch.zeros((), device=device) # steps in a row without a finite gradient
 stopping = torch.zeros((), device=device)
+unwritten = set() # checkpoints whose last save failed
 t0, tokens0, work, stop_now = time.perf_counter(), tokens, 0, 0
 model.train()
 while True:
@@ -550,4 +553,7 @@ if dry_run:
         f"evaluations; a checkpoint has {size / 1e9:.3g} GB; peak memory {(peak_memory() or 0) / 1e9:.3g} GB")
 if world > 1:
     dist.destroy_process_group()
+if latest in unwritten:
+    say(f"error: the state of step {step} is not on disk: free some space and resume from the checkpoint that is left")
+    sys.exit(1)
 sys.exit(128 + stop_now if stop_now else 0)

@@ -128,7 +128,9 @@ def trainer(job):
         scaler.scale(loss).backward()
         mark('backward')
         scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if not job['peer'] and not scaler.is_enabled(): # train.py skips steps that are not finite
+            optimizer.grad_scale, optimizer.found_inf = None, (~torch.isfinite(norm)).float()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)

@@ -468,11 +468,10 @@ def test_wsd(epoch_bfloat16):
             assert line['lr'] == pytest.approx(expected, rel=1e-9)
 
 
-def test_dropout_and_dtype_matter(plain, epoch_bfloat16):
-    """The settings above did something: same data, same seed, other losses."""
-    config = load_checkpoint(epoch_bfloat16[0] / 'whole/ckpt.pt')['model_args']
-    assert config['dropout'] == 0.2
-    assert losses(plain[0] / 'out')[1] != losses(epoch_bfloat16[0] / 'whole')[1]
+def test_dropout(plain, killed):
+    """On in the first step, which comes after an evaluation: the same weights and windows give another loss than without."""
+    one, other = losses(plain[0] / 'out'), losses(killed[0] / 'whole')
+    assert 1e-6 < abs(one[1] - other[1]) < 0.1
 
 
 @job
@@ -628,7 +627,7 @@ def test_patience(overfitted):
 @job
 def two_processes(folder):
     write_data(folder / 'data')
-    settings = dict(gradient_accumulation_steps=4, batch_size=2, max_iters=10)
+    settings = dict(gradient_accumulation_steps=4, batch_size=2, max_iters=10, eval_iters=3) # one process evaluates less
     train(folder, 'one', **settings)
     text = train(folder, 'two', command=['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2'], **settings)
     return folder, text

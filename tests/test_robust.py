@@ -1,0 +1,307 @@
+"""Runs survive what happens to long runs. KILLS=100 python -m pytest tests/test_robust.py -k kill is the long mode."""
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+from data.tokens import ByteTokenizer, CharTokenizer, Split, Writer
+from model import load_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ['--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_size=4', '--gradient_accumulation_steps=2',
+         '--dropout=0.1', '--eval_interval=40', '--eval_iters=2', '--warmup_iters=5', '--max_iters=120', '--lr_decay_iters=120',
+         '--learning_rate=1e-2', '--device=cpu', '--peak_flops=1e12']
+posix = pytest.mark.skipif(os.name != 'posix', reason='signals and limits of POSIX')
+
+
+@pytest.fixture(scope='module')
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('data') / 'words'
+    rng = random.Random(0)
+    with Writer(folder, ByteTokenizer()) as out:
+        for split, n in ('train', 4000), ('val', 400):
+            out.write(split, list(''.join(rng.choice(['to be ', 'or not ', 'that is ']) for _ in range(n)).encode()))
+    return folder
+
+
+def command(dataset, out, *more, script='train.py'):
+    return [sys.executable, str(ROOT / script), f'--dataset={dataset}', f'--out_dir={out}', *SMALL, *more]
+
+
+def run(dataset, out, *more, code=0, **kwargs):
+    done = subprocess.run(command(dataset, out, *more), capture_output=True, text=True, **kwargs)
+    assert done.returncode == code, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+def same(a, b):
+    """Two checkpoints hold the same weights and moments, to the last bit."""
+    a, b = load_checkpoint(a), load_checkpoint(b)
+    assert a['iter_num'] == b['iter_num'] and a['best_val_loss'] == b['best_val_loss'] and a['tokens'] == b['tokens']
+    assert a['model'].keys() == b['model'].keys() and all(torch.equal(v, b['model'][k]) for k, v in a['model'].items())
+    for i, state in a['optimizer']['state'].items():
+        assert all(torch.equal(v, b['optimizer']['state'][i][k]) for k, v in state.items())
+
+
+def losses(out):
+    lines = [json.loads(line) for line in open(out / 'metrics.jsonl')]
+    return [(line['step'], line.get('loss'), line.get('val_loss'), line.get('grad_norm')) for line in lines]
+
+
+@pytest.fixture(scope='module')
+def whole(dataset, tmp_path_factory):
+    """The run that nothing interrupted."""
+    out = tmp_path_factory.mktemp('whole') / 'out'
+    run(dataset, out)
+    return out
+
+
+@posix
+def test_kill_at_random_moments_loses_at_most_an_interval(dataset, whole, tmp_path):
+    out, interval, rng = tmp_path / 'out', 3, random.Random(1)
+    kills = int(os.environ.get('KILLS', 4))
+    steps = max(120, 12 * kills)
+    long = [f'--max_iters={steps}', f'--checkpoint_interval={interval}', '--init_from=auto']
+    done = 0
+    while done < kills:
+        process = subprocess.Popen(command(dataset, out, *long), stdout=subprocess.PIPE, text=True)
+        step, wanted = 0, rng.randint(1, 9) # kill somewhere after so many more lines
+        for line in process.stdout:
+            if line.startswith('iter'):
+                step, wanted = int(line.split()[1].rstrip(':')), wanted - 1
+                if wanted == 0:
+                    time.sleep(rng.random() * 0.05)
+                    process.kill()
+        if process.wait() == 0:
+            break # finished before its time: the rest of the kills has no run to hit
+        done += 1
+        if step >= interval:
+            assert load_checkpoint(out / 'ckpt.pt')['iter_num'] >= step - interval
+    run(dataset, out, *long)
+    print(f'{done} kills survived')
+    assert done == kills
+    if steps == 120:
+        same(out / 'ckpt.pt', whole / 'ckpt.pt')
+        same(out / 'best.pt', whole / 'best.pt')
+        assert losses(out) == losses(whole)
+
+
+@posix
+@pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT', 'SIGUSR1'])
+def test_signals_save_and_exit_with_the_customary_code(name, dataset, whole, tmp_path):
+    out = tmp_path / 'out'
+    process = subprocess.Popen(command(dataset, out, '--max_iters=100000', '--eval_interval=100000'), stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith('iter 7:'):
+            process.send_signal(getattr(signal, name))
+            break
+    rest = process.stdout.read()
+    assert process.wait() == 128 + getattr(signal, name)
+    step = load_checkpoint(out / 'ckpt.pt')['iter_num']
+    assert step >= 7 and f'{name}: saving step {step}' in rest
+    if name == 'SIGTERM': # and the run goes on as if nothing had been
+        run(dataset, out, '--init_from=resume')
+        same(out / 'ckpt.pt', whole / 'ckpt.pt')
+
+
+@posix
+def test_a_second_ctrl_c_leaves_at_once(dataset, tmp_path):
+    process = subprocess.Popen(command(dataset, tmp_path / 'out', '--max_iters=100000', '--gradient_accumulation_steps=4000'),
+                               stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith('step 0'):
+            break
+    time.sleep(0.5) # into the first step, which takes minutes
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) == -signal.SIGINT
+    assert not (tmp_path / 'out' / 'ckpt.pt').exists()
+
+
+@posix
+def test_a_full_disk_keeps_the_old_checkpoint_and_training_goes_on(dataset, whole, tmp_path):
+    import resource
+    out = tmp_path / 'out'
+    run(dataset, out, '--max_iters=40')
+    size = (out / 'ckpt.pt').stat().st_size
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2)) # as a disk without room for it
+    done = run(dataset, out, '--init_from=resume', '--checkpoint_interval=10', code=1, preexec_fn=limit)
+    assert done.stdout.count('ckpt.pt could not be written, the old one is kept') > 3
+    assert 'iter 120' in done.stdout and 'error: the state of step 120 is not on disk' in done.stdout
+    assert load_checkpoint(out / 'ckpt.pt')['iter_num'] == 40 and not list(out.glob('*.tmp'))
+    run(dataset, out, '--init_from=resume') # there is room again
+    same(out / 'ckpt.pt', whole / 'ckpt.pt')
+
+
+def test_a_damaged_checkpoint_is_refused_and_the_good_one_named(dataset, whole, tmp_path):
+    data = bytearray((whole / 'ckpt.pt').read_bytes())
+    data[len(data) // 2] ^= 4
+    (tmp_path / 'ckpt.pt').write_bytes(data)
+    (tmp_path / 'best.pt').write_bytes((whole / 'best.pt').read_bytes())
+    done = run(dataset, tmp_path, '--init_from=resume', code=2)
+    assert done.stderr.startswith('error: ') and 'damaged' in done.stderr and f"{tmp_path / 'best.pt'} (step" in done.stderr
+    assert done.stderr.count('\n') == 1
+    (tmp_path / 'ckpt.pt').write_bytes(data[:len(data) // 3])
+    (tmp_path / 'best.pt').unlink()
+    assert 'there is no other' in run(dataset, tmp_path, '--init_from=resume', code=2).stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['ckpt.pt']
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_changed_bytes_of_a_checkpoint_never_pass_unseen(data, whole, tmp_path):
+    """Either what was changed is padding, and everything is as it was, or the file is refused in one line."""
+    content = bytearray((whole / 'ckpt.pt').read_bytes())
+    kind = data.draw(st.sampled_from(['flip', 'cut', 'zero', 'insert']))
+    at = data.draw(st.integers(0, len(content) - 1))
+    if kind == 'flip':
+        content[at] ^= 1 << data.draw(st.integers(0, 7))
+    elif kind == 'cut':
+        del content[at:]
+    elif kind == 'zero':
+        content[at:at + 512] = bytes(len(content[at:at + 512]))
+    else:
+        content[at:at] = data.draw(st.binary(min_size=1, max_size=20))
+    path = tmp_path / 'ckpt.pt'
+    path.write_bytes(content)
+    try:
+        checkpoint = load_checkpoint(path)
+    except ValueError as e:
+        assert str(path) in str(e) and '\n' not in str(e)
+    else:
+        good = load_checkpoint(whole / 'ckpt.pt')
+        assert all(torch.equal(v, checkpoint['model'][k]) for k, v in good['model'].items())
+        assert checkpoint['config'] == good['config']
+    assert path.read_bytes() == bytes(content)
+
+
+def test_steps_that_blow_up_are_skipped_and_explained(dataset, tmp_path):
+    out = tmp_path / 'out'
+    done = run(dataset, out, '--learning_rate=1e30', '--warmup_iters=0', '--max_bad_steps=5', '--dtype=float32', code=1)
+    assert 'first output that is not finite: transformer.' in done.stdout
+    assert 'stopping after 5 such steps' in done.stdout and 'lower learning_rate (now 1e+30)' in done.stdout
+    checkpoint = load_checkpoint(out / 'ckpt.pt')
+    assert all(torch.isfinite(v).all() for v in checkpoint['model'].values())
+    # Adam's own count of steps: those that blew up are not in it
+    assert {int(s['step']) for s in checkpoint['optimizer']['state'].values()} == {checkpoint['iter_num'] - 5}
+    for line in open(out / 'metrics.jsonl'):
+        json.loads(line, parse_constant=lambda name: pytest.fail(f'{name} is not JSON'))
+
+
+def test_dry_run_writes_nothing_and_says_what_a_run_costs(dataset, tmp_path):
+    done = run(dataset, tmp_path / 'out', '--dry_run')
+    assert 'dry run passed: 120 steps take about' in done.stdout and not list(tmp_path.iterdir())
+    bad = tmp_path / 'bad'
+    bad.mkdir()
+    np.full(1000, 3, '<u2').tofile(bad / 'train.bin')
+    tokens = np.full(1000, 3, '<u2')
+    tokens[777] = 60000
+    tokens.tofile(bad / 'val.bin')
+    done = run(bad, tmp_path / 'out', '--dry_run', '--vocab_size=64', code=2)
+    assert 'val.bin' in done.stderr and '777' in done.stderr and '60000' in done.stderr and not (tmp_path / 'out').exists()
+
+
+def test_out_of_memory_says_what_to_change(dataset, tmp_path):
+    done = run(dataset, tmp_path / 'out', '--batch_size=2000000000000', '--eval_interval=1000', '--init_from=scratch', code=1)
+    assert done.stderr.splitlines()[-1].startswith('out of memory: halve batch_size=2000000000000')
+
+
+def test_resuming_lists_changes_and_refuses_those_that_make_no_sense(dataset, whole, tmp_path):
+    import shutil
+    out = tmp_path / 'out'
+    shutil.copytree(whole, out)
+    done = run(dataset, out, '--init_from=resume', '--learning_rate=5e-3', '--max_iters=121')
+    assert 'changed  learning_rate=0.005, was 0.01' in done.stdout
+    for change, words in [('--n_head=4', 'n_head=4 instead of 2'), ('--mlp=relu2', "mlp='relu2' instead of 'gelu'"),
+                          ('--n_layer=3', 'n_layer=3 instead of 2')]:
+        assert words in run(dataset, out, '--init_from=resume', change, code=2).stderr
+    other = tmp_path / 'other'
+    with Writer(other, CharTokenizer('ab')) as writer:
+        writer.write('train', [0, 1] * 200)
+        writer.write('val', [0, 1] * 50)
+    assert 'weights were trained with' in run(other, out, '--init_from=resume', code=2).stderr
+    run(other, out, '--init_from=resume', '--allow_changes', '--max_iters=123')
+    config = json.loads((out / 'config.json').read_text())
+    assert config['torch'] == torch.__version__ and len(config['data']) == 2 and config['resolved']['device'] == 'cpu'
+
+
+def torchrun(dataset, out, *more, **kwargs):
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--max_restarts=2']
+    return subprocess.Popen(launch + command(dataset, out, *more)[1:], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            **kwargs)
+
+
+@posix
+def test_sharded_and_plain_runs_continue_each_other(dataset, tmp_path):
+    """fsdp and ddp and one process give the same losses to rounding, and read each other's checkpoints."""
+    steps = ['--dropout=0.0', '--dtype=float32', '--learning_rate=1e-3', '--gradient_accumulation_steps=4']
+    run(dataset, tmp_path / 'one', *steps, '--max_iters=12')
+    for first, second, launch in [('fsdp', 'ddp', torchrun), ('ddp', 'fsdp', torchrun)]:
+        out = tmp_path / first
+        for parallel, more in (first, ['--max_iters=6']), (second, ['--max_iters=12', '--init_from=resume']):
+            process = launch(dataset, out, *steps, *more, f'--parallel={parallel}')
+            text = process.communicate()[0]
+            assert process.returncode == 0, text[-3000:]
+        expected = {step: loss for step, loss, _, _ in losses(tmp_path / 'one') if loss}
+        found = {step: loss for step, loss, _, _ in losses(out) if loss}
+        assert found.keys() == expected.keys() and max(abs(found[s] - expected[s]) for s in expected) < 2e-5
+    run(dataset, tmp_path / 'ddp', '--init_from=resume', '--parallel=ddp', '--max_iters=14', *steps) # written by fsdp
+
+
+@posix
+def test_a_lost_rank_is_replaced_and_the_run_goes_on(dataset, tmp_path):
+    out = tmp_path / 'out'
+    process = torchrun(dataset, out, '--init_from=auto', '--checkpoint_interval=5', '--max_iters=60', '--eval_interval=60')
+    killed, seen = False, []
+    for line in process.stdout:
+        seen.append(line)
+        if line.startswith('iter 12:') and not killed:
+            workers = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()
+            os.kill(int(workers[-1]), signal.SIGKILL)
+            killed = True
+    assert process.wait() == 0 and killed, ''.join(seen)[-3000:]
+    assert sum(line.startswith('machine') for line in seen) == 2 # started twice
+    steps = [step for step, loss, _, _ in losses(out) if loss]
+    assert steps == list(range(1, 61))
+
+
+@posix
+def test_memory_stays_flat_over_many_batches_of_a_huge_dataset(tmp_path):
+    """10^11 tokens in 100 sparse shards: opens at once, and reading does not pile up in memory."""
+    for i in range(100):
+        with open(tmp_path / f'train_{i:03d}.bin', 'wb') as f:
+            f.truncate(2 * 10 ** 9)
+    rss = lambda: int(re.search(r'VmRSS:\s+(\d+)', Path('/proc/self/status').read_text())[1]) * 1024
+    if not Path('/proc/self/status').exists():
+        pytest.skip('needs /proc')
+    split = Split(tmp_path, 'train')
+    assert split.n_tokens == 10 ** 11
+    batches = int(os.environ.get('BATCHES', 1000))
+    for sampling in 'random', 'epoch':
+        for i in range(batches // 2 + 50):
+            split.batch(i * 12, 12, 1024, sampling)
+            if i == 49:
+                start = rss()
+        grown = rss() - start
+        print(f'{sampling}: {batches // 2} batches, resident memory grew by {grown / 1e6:.2f} MB')
+        assert grown < 8e6
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.text(max_size=40))
+def test_any_prompt_survives_the_round_trip(text):
+    tokenizer = ByteTokenizer()
+    text = text.encode('utf-8', 'replace').decode('utf-8')
+    assert tokenizer.decode(tokenizer.encode(text, allow_special=False)) == text
