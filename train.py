@@ -27,9 +27,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from configurator import configure, exit_on_error
@@ -209,7 +206,9 @@ costs = {T: model.cost(T, getattr(torch, dtype)) for T in lengths} # (FLOPs, byt
 
 raw_model = model # without the wrappers of compile and DDP
 sharded = parallel == 'fsdp' and world > 1
-if sharded:
+if sharded: # imported here: it takes a second
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
     mesh = init_device_mesh(device_type, (world,))
     for module in [m for m in model.modules() if isinstance(m, Block)] + [model]:
         fully_shard(module, mesh=mesh)
@@ -226,7 +225,7 @@ if compile:
     model = torch.compile(model)
 fast_model = model # without DDP, for evaluations
 if world > 1 and not sharded:
-    model = DistributedDataParallel(model, device_ids=[device] if device_type == 'cuda' else None)
+    model = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device] if device_type == 'cuda' else None)
 
 # the loop's state, all of which a checkpoint holds. stale: evaluations since the best one
 step, samples, tokens, seconds, best_val_loss, stale = 0, 0, 0, 0.0, math.inf, 0
