@@ -604,6 +604,41 @@ class UNet(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------------------
 
+class LinearCrossEntropy(torch.autograd.Function):
+    """
+    Mean cross-entropy of the logits x @ weight.T without ever holding them all: x (N, C), weight (V, C), targets (N,) with -1
+    for none. Rows are done in chunks, and each chunk's gradient at once, while its logits are there.
+    """
+    @staticmethod
+    def forward(ctx, x, weight, targets, with_grad):
+        w = weight.to(x.dtype)
+        if x.device.type != 'meta' and torch.is_autocast_enabled(x.device.type): # the matrix products in 16 bits, as autocast does them
+            x, w = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, weight))
+        n, rows = (targets >= 0).sum(), max(1, 2 ** 25 // weight.size(0)) # 128 MB of float32 logits at a time
+        loss = x.new_zeros((), dtype=torch.float32 if x.dtype != torch.float64 else x.dtype)
+        grad_x, grad_w = (torch.empty_like(x), torch.zeros_like(weight)) if with_grad else (None, None)
+        for i in range(0, x.size(0), rows):
+            part, target = x[i:i + rows], targets[i:i + rows, None]
+            logits = (part @ w.t()).to(loss.dtype) # (rows, V)
+            normalizer = logits.logsumexp(dim=1, keepdim=True)
+            valid = target >= 0
+            target = target.clamp(min=0)
+            loss += ((normalizer - logits.gather(1, target)) * valid).sum()
+            if with_grad:
+                probs = logits.sub_(normalizer).exp_()
+                probs.scatter_add_(1, target, probs.new_full((), -1.0).expand_as(target))
+                probs = (probs * (valid.to(loss.dtype) / n)).to(x.dtype)
+                torch.mm(probs, w, out=grad_x[i:i + rows])
+                grad_w += probs.t() @ part
+        ctx.save_for_backward(grad_x, grad_w)
+        return loss / n
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_x, grad_w = ctx.saved_tensors
+        return grad_x * grad, grad_w * grad, None, None
+
+
 class GPT(nn.Module):
     """
     A language model: forward(idx, targets=None) -> (logits, loss). Without targets, logits are (B, T, V) for every
@@ -650,10 +685,9 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None, cache=None):
         x = self.hidden(idx, cache)
-        logits = self.lm_head(x)
         if targets is None:
-            return logits, None
-        return None, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+            return self.lm_head(x), None
+        return None, LinearCrossEntropy.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), torch.is_grad_enabled())
 
     # -- generation
 
@@ -738,7 +772,9 @@ class GPT(nn.Module):
         def keep(t):
             kept[t.untyped_storage()._cdata] = t.untyped_storage()
             return t
-        with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(idx)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             model(idx, idx)
         return 3 * counter.get_total_flops() / T, (sum(s.nbytes() for s in kept.values()) - weights) / T
 

@@ -208,10 +208,11 @@ raw_model = model # without the wrappers of compile and DDP
 sharded = parallel == 'fsdp' and world > 1
 if sharded: # imported here: it takes a second
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     mesh = init_device_mesh(device_type, (world,))
     for module in [m for m in model.modules() if isinstance(m, Block)] + [model]:
         fully_shard(module, mesh=mesh)
+    register_fsdp_forward_method(model, 'hidden') # which generation calls
 optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 if compile == 'auto':
