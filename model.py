@@ -895,7 +895,7 @@ class GPT(nn.Module):
         folder in Hugging Face's layout. override_args are changes as in from_weights, and what they add is printed.
         """
         from safetensors.torch import load_file # here: only those who load it need it
-        if name in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'):
+        if str(name) in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'):
             from huggingface_hub import hf_hub_download
             try:
                 for file in ('config.json', 'model.safetensors'):

@@ -23,6 +23,7 @@ from model import GPT, resolve
 out_dir = 'out' # a run's folder; read if init_from is 'resume'
 init_from = 'resume' # resume | gpt2, gpt2-medium, gpt2-large, gpt2-xl | a checkpoint | a folder in Hugging Face's layout
 checkpoint = 'best' # best (best.pt, or ckpt.pt where there is none) | latest (ckpt.pt)
+dataset = '' # whose tokenizer a checkpoint of nanoGPT's needs; '': the one in data/ that it names, or GPT-2's
 # what is generated
 start = '\n' # the prompt; FILE:path reads it from a file, - from standard input
 num_samples = 10
@@ -48,11 +49,10 @@ configure(globals())
 def load():
     """-> (model, tokenizer), and says where they are from."""
     project = Path(__file__).resolve().parent
-    if init_from in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl') or (Path(init_from) / 'config.json').is_file() and \
-            (Path(init_from) / 'model.safetensors').is_file():
+    path = next((p for p in (Path(init_from).expanduser(), project / init_from) if p.exists()), Path(init_from))
+    if init_from in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl') or (path / 'model.safetensors').is_file():
         print(f"{init_from}, pretrained", file=sys.stderr)
-        return GPT.from_pretrained(init_from, dict(dropout=0.0)).eval(), load_tokenizer(dict(tokenizer='tiktoken', encoding='gpt2'))
-    path = Path(init_from)
+        return GPT.from_pretrained(path, dict(dropout=0.0)).eval(), load_tokenizer(dict(tokenizer='tiktoken', encoding='gpt2'))
     if init_from == 'resume':
         if checkpoint not in ('best', 'latest'):
             raise ValueError(f"checkpoint={checkpoint!r} is neither 'best' nor 'latest'; for a file use --init_from=PATH")
@@ -62,11 +62,16 @@ def load():
     model, ckpt = GPT.load(path)
     meta = ckpt.get('meta')
     if meta is None: # nanoGPT's checkpoint: its dataset has the tokenizer, or it is GPT-2's
-        meta = load_meta(dataset_folder(ckpt.get('config', {}).get('dataset', '')))
+        named = Path(str(ckpt.get('config', {}).get('dataset', ''))).name # a name in data/, never a path out of it
+        meta = load_meta(dataset_folder(dataset or named))
         meta = meta if 'tokenizer' in meta else dict(tokenizer='tiktoken', encoding='gpt2')
     print(f"{path}: step {ckpt.get('iter_num', '?')}, best validation loss {float(ckpt.get('best_val_loss', 'nan')):.4f}",
           file=sys.stderr)
-    return model, load_tokenizer(meta)
+    tokenizer = load_tokenizer(meta)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(f"the tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} ids, and the weights in {path} know "
+                         f"{model.config.vocab_size}: this checkpoint belongs to another dataset")
+    return model, tokenizer
 
 def pieces(prompt, stops):
     """
@@ -140,7 +145,10 @@ with exit_on_error():
     if start == '-':
         start = sys.stdin.read()
     elif start.startswith('FILE:'):
-        start = Path(os.path.expanduser(start[5:])).read_text(encoding='utf-8')
+        try:
+            start = Path(os.path.expanduser(start[5:])).read_text(encoding='utf-8')
+        except UnicodeDecodeError as e:
+            raise ValueError(f"{start[5:]} is not UTF-8 at byte {e.start}: save it as UTF-8") from None
     model, tokenizer = load()
     model.to(device, getattr(torch, dtype))
     if compile:

@@ -97,14 +97,18 @@ backend = 'auto' # torch.distributed's: auto | nccl | gloo
 config, given = configure(globals(), GPTConfig)
 
 with exit_on_error():
-    out = Path(__file__).resolve().parent / os.path.expanduser(out_dir) # an absolute path stays absolute
+    project = Path(__file__).resolve().parent
+    out = project / os.path.expanduser(out_dir) # an absolute path stays absolute
     latest, best, metrics = out / 'ckpt.pt', out / 'best.pt', out / 'metrics.jsonl'
+
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out_dir={out_dir!r} is a file: choose another --out_dir")
 
     # where the weights come from
     resuming = init_from == 'resume' or init_from == 'auto' and (latest.exists() or best.exists())
     scratch = init_from == 'scratch' or init_from == 'auto' and not resuming
-    pretrained = init_from in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl') or (Path(init_from) / 'config.json').is_file() \
-        and (Path(init_from) / 'model.safetensors').is_file()
+    start = next((p for p in (Path(init_from).expanduser(), project / init_from) if p.exists()), Path(init_from))
+    pretrained = init_from in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl') or (start / 'model.safetensors').is_file()
     checkpoint = None
     if not (resuming or eval_only or dry_run or overwrite) and (
             latest.exists() or best.exists() or metrics.exists() and metrics.stat().st_size):
@@ -120,15 +124,15 @@ with exit_on_error():
                     good.append(f"{path} (step {load_checkpoint(path)['iter_num']})")
             raise ValueError(f"{e}; {'good: ' + ', '.join(good) + ': copy one to ckpt.pt' if good else 'there is no other'}") from None
     elif not scratch and not pretrained:
-        path = next((p for p in (Path(init_from) / 'best.pt', Path(init_from) / 'ckpt.pt') if p.exists()), Path(init_from))
-        checkpoint = load_checkpoint(path)
+        checkpoint = load_checkpoint(next((p for p in (start / 'best.pt', start / 'ckpt.pt') if p.exists()), start))
     changed = {}
     if resuming: # the run's settings hold where nothing else was asked for
         mine = 'format' in checkpoint # nanoGPT's checkpoint names the device of another machine, perhaps
         kept = {k: tuple(v) if isinstance(v, list) else v for k, v in checkpoint.get('config', {}).items()
                 if k in config and k not in given and k not in ('out_dir', 'init_from', 'overwrite', 'eval_only', 'dry_run', 'allow_changes')
                 and (mine or k not in ('device', 'dtype', 'compile', 'backend'))}
-        changed = {k: (checkpoint['config'][k], v) for k, v in given.items() if checkpoint.get('config', {}).get(k, v) != v}
+        changed = {k: (checkpoint['config'][k], v) for k, v in given.items()
+                   if checkpoint.get('config', {}).get(k, v) != v and k not in ('out_dir', 'init_from')}
         config |= kept
         globals().update({k: v for k, v in kept.items() if k in globals()})
 
@@ -139,6 +143,9 @@ with exit_on_error():
             ('gradient_accumulation_steps', gradient_accumulation_steps > 0, 'at least 1'), ('eval_iters', eval_iters > 0, 'at least 1'),
             ('parallel', parallel in ('ddp', 'fsdp'), 'ddp or fsdp'), ('min_block_size', 0 <= min_block_size <= block_size,
              f'0 (off) to block_size={block_size}'), ('eval_interval', eval_interval > 0, 'at least 1'), ('log_interval', log_interval > 0, 'at least 1'),
+            *((name, 0 <= globals()[name], 'at least 0') for name in ('learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'max_iters',
+              'warmup_iters', 'patience', 'checkpoint_interval', 'snapshot_interval', 'sample_tokens')),
+            *((name, 0 <= globals()[name] < 1, 'at least 0 and below 1') for name in ('beta1', 'beta2')),
             ('warmup_iters', not decay_lr or warmup_iters <= lr_decay_iters, f'at most lr_decay_iters={lr_decay_iters}'),
             ('wsd_decay_iters', not decay_lr or schedule != 'wsd' or warmup_iters + wsd_decay_iters <= lr_decay_iters,
              f'at most lr_decay_iters - warmup_iters = {lr_decay_iters - warmup_iters}')]:
@@ -179,7 +186,7 @@ with exit_on_error():
             args['vocab_size'] = size if size < 1024 else math.ceil(size / 64) * 64
         model = GPT(GPTConfig(**args))
     elif pretrained:
-        model = GPT.from_pretrained(init_from, dict(dropout=dropout) | asked)
+        model = GPT.from_pretrained(start, dict(dropout=dropout) | asked)
     else:
         model, added = GPT.from_weights(checkpoint['model_args'], checkpoint['model'], allow_changes,
                                         **dict(dropout=dropout) | asked)
@@ -190,6 +197,8 @@ with exit_on_error():
         split.vocab_size = model.config.vocab_size # every batch is checked against it,
         if split.n_tokens <= 1e8: # and a dataset that is read in a moment as a whole, before anything is written
             split.scan(split.vocab_size)
+    splits['train'].batch(0, 1, block_size, sampling) # long enough for a window?
+    next(splits['val'].fixed_batches(1, 1, block_size))
 
 if world > 1:
     if device_type == 'cuda':
@@ -234,7 +243,10 @@ if resuming:
     step, best_val_loss = checkpoint['iter_num'], float(checkpoint['best_val_loss'])
     samples = checkpoint.get('samples', step * gradient_accumulation_steps * batch_size)
     tokens, seconds, stale = checkpoint.get('tokens', samples * block_size), checkpoint.get('seconds', 0.0), checkpoint.get('stale', 0)
+    settings = [{k: v for k, v in group.items() if k != 'params'} for group in optimizer.param_groups]
     load_optimizer(raw_model, optimizer, checkpoint['optimizer'])
+    for group, now in zip(optimizer.param_groups, settings): # of now, not of the checkpoint
+        group.update(now)
     scaler.load_state_dict(checkpoint.get('scaler') or scaler.state_dict())
 checkpoint = None # frees its memory
 
@@ -360,7 +372,7 @@ def peak_memory():
 def git_commit():
     """The project's commit, with a + if files differ from it; None outside of git."""
     try:
-        git = lambda *args: subprocess.run(['git', '-C', Path(__file__).resolve().parent, *args], capture_output=True,
+        git = lambda *args: subprocess.run(['git', '-C', project, *args], capture_output=True,
                                            text=True, check=True).stdout.strip()
         return git('rev-parse', 'HEAD') + '+' * bool(git('status', '--porcelain'))
     except (OSError, subprocess.CalledProcessError):
@@ -445,7 +457,7 @@ while True:
         if step > step_before and (always_save_checkpoint or step >= max_iters): # first: an evaluation can fail, too
             save(latest)
         train_loss, val_loss = evaluate()
-        better = val_loss <= best_val_loss
+        better = val_loss < best_val_loss or resuming and step == step_before and val_loss == best_val_loss # best.pt's own
         best_val_loss, stale = (val_loss, 0) if better else (best_val_loss, stale + 1)
         say(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}{' *' * better}")
         log(train_loss=train_loss, val_loss=val_loss)
@@ -470,7 +482,7 @@ while True:
         break
 
     # dropout is a function of seed, step and rank, so that a resumed run draws the same masks
-    torch.manual_seed((seed * 1_000_003 + step) * 4096 + rank)
+    torch.manual_seed(((seed * 1_000_003 + step) * 4096 + rank) % 2 ** 63)
     lr = get_lr(step)
     for group in optimizer.param_groups:
         group['lr'] = lr

@@ -6,6 +6,8 @@ import pickle
 import re
 import subprocess
 import sys
+import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -35,10 +37,46 @@ def flags(**settings):
     return [f'--{name}={value}' for name, value in settings.items()]
 
 
-def run(script, args, cwd=None, text='', command=(), **env):
-    """The script in a process -> CompletedProcess with stdout and stderr as str. text: its standard input."""
-    return subprocess.run([sys.executable, *command, str(PROJECT / script), *args], cwd=cwd, env={**ENV, **env},
-                          input=text.encode(), capture_output=True, timeout=240, check=False)
+# Importing torch takes longer than most of the runs. So they are forks of a process that has done it: each runs the script
+# as `python script` would, and ends as that would. The server answers with the exit status.
+SERVER = """
+import json, os, runpy, signal, sys
+import matplotlib.pyplot, torch.distributed.fsdp, tqdm
+for line in sys.stdin:
+    script, args, cwd, files = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+else:
+    sys.exit()
+signal.alarm(240) # ends it if it hangs
+for i, path in enumerate(files):
+    os.dup2(os.open(path, os.O_RDWR), i)
+sys.stdin = open(0, encoding='utf-8')
+os.chdir(cwd)
+sys.argv, sys.path[0] = [script, *args], os.path.dirname(script)
+runpy.run_path(script, run_name='__main__')
+"""
+SERVERS = threading.local() # one for each thread
+
+
+def run(script, args, cwd=None, text='', command=()):
+    """The script in a process -> CompletedProcess with stdout and stderr as bytes. text: its standard input."""
+    argv = [sys.executable, *command, str(PROJECT / script), *args]
+    if command or not hasattr(os, 'fork'):
+        return subprocess.run(argv, cwd=cwd, env=ENV, input=text.encode(), capture_output=True, timeout=240, check=False)
+    if not hasattr(SERVERS, 'process'):
+        SERVERS.process = subprocess.Popen([sys.executable, '-c', SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENV)
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / name for name in ('stdin', 'stdout', 'stderr')]
+        for path in files:
+            path.write_bytes(text.encode() if path.name == 'stdin' else b'')
+        job = [str(PROJECT / script), args, str(cwd or os.getcwd()), [str(path) for path in files]]
+        SERVERS.process.stdin.write(json.dumps(job).encode() + b'\n')
+        SERVERS.process.stdin.flush()
+        status = int(SERVERS.process.stdout.readline())
+        return subprocess.CompletedProcess(argv, status, *[path.read_bytes() for path in files[1:]])
 
 
 def train(folder, out='out', command=(), cwd=None, **settings):
@@ -483,7 +521,6 @@ def test_half_a_line_in_metrics(half_line):
     assert losses(half_line / 'out').keys() == {7, 8, 9} and val_losses(half_line / 'out').keys() == {9}
 
 
-@pytest.mark.xfail(strict=True, reason="the optimizer's groups come from the checkpoint as they were")
 def test_resume_with_another_optimizer_setting(half_line):
     decayed, rest = load_checkpoint(half_line / 'out/ckpt.pt')['optimizer']['param_groups']
     assert (decayed['weight_decay'], rest['weight_decay'], decayed['betas'][0]) == (0.5, 0.0, 0.8)
@@ -497,7 +534,6 @@ def large_seed(folder):
                                                max_iters=1)))
 
 
-@pytest.mark.xfail(strict=True, reason='the seed of a step overflows 64 bits')
 def test_large_seed(large_seed):
     well(large_seed)
 
@@ -778,10 +814,6 @@ MISTAKES = {
 # those that find a run in out_dir
 HOLDING = ('truncated checkpoint', 'flipped bit', 'not a checkpoint', 'malicious checkpoint', 'another width asked',
            'another depth asked', 'longer blocks than the checkpoint', 'shorter than a block', 'the folder holds a run')
-WRONG = {
-    'shorter than a block': 'found only when the run that is overwritten has been deleted',
-    'the folder is a file': 'a traceback', 'beta above 1': 'a traceback', 'learning rate below 0': 'a traceback',
-}
 
 
 def mistake(name):
@@ -801,8 +833,7 @@ def mistake(name):
 JOBS |= {name: mistake(name) for name in MISTAKES}
 
 
-@pytest.mark.parametrize('name', [pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=WRONG[name]))
-                                  if name in WRONG else name for name in MISTAKES])
+@pytest.mark.parametrize('name', MISTAKES)
 def test_mistake(name, jobs):
     """Status 2, one line that names the value and the way out; nothing written, nothing overwritten, nothing executed."""
     process, before, after, names = jobs[name].result()
