@@ -308,7 +308,7 @@ class Synthesizer(CausalSelfAttention):
 
 class TimeLinear(nn.Module):
     """A linear layer along time: y_t = sum_{s<=t} W_ts x_s + b_t, W (H, T, T). Maps (B, H, T, D) to (B, H, T, D)."""
-    def __init__(self, n_head, block_size, std=None):
+    def __init__(self, n_head, block_size, std=0.02):
         super().__init__()
         self.weight = nn.Parameter(causal_init(n_head, block_size, std))
         self.bias = nn.Parameter(torch.zeros(n_head, block_size))
@@ -443,10 +443,9 @@ def past_length(cache, name):
     return cache[name][1] if cache and name in cache else 0
 
 
-def causal_init(n_head, block_size, std=None):
-    """A lower-triangular (H, T, T) table; by default row t has standard deviation 1/sqrt(t + 1), which keeps the scale."""
-    scale = std if std is not None else torch.arange(1, block_size + 1).rsqrt()[:, None]
-    return (torch.randn(n_head, block_size, block_size) * scale).tril()
+def causal_init(n_head, block_size, std=0.02):
+    """A lower-triangular (H, T, T) table. Small: at a scale of 1/sqrt(t) MLP-Mixer ends at a loss 0.6 higher."""
+    return (torch.randn(n_head, block_size, block_size) * std).tril()
 
 
 def row_blocks(T, size=256):

@@ -231,8 +231,8 @@ if compile == 'auto':
         print(f"not compiling, since torch.compile fails here: {str(e).strip().splitlines()[0]}")
         compile = False
 if compile:
-    torch._dynamo.config.recompile_limit = 2 * len(lengths) + 8
-    model = torch.compile(model)
+    torch._dynamo.config.recompile_limit = 2 * len(lengths) + 8 # for training and for evaluations
+    model = torch.compile(model, dynamic=False) # each length once: symbolic lengths are compiled three times as often
 fast_model = model # without DDP, for evaluations
 if world > 1 and not sharded:
     model = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device] if device_type == 'cuda' else None)

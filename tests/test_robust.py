@@ -305,3 +305,36 @@ def test_any_prompt_survives_the_round_trip(text):
     tokenizer = ByteTokenizer()
     text = text.encode('utf-8', 'replace').decode('utf-8')
     assert tokenizer.decode(tokenizer.encode(text, allow_special=False)) == text
+
+
+@pytest.mark.parametrize('mixer', ['attention', 'gmlp', 'unet'])
+def test_random_window_lengths(mixer, dataset, tmp_path):
+    """Each step draws a length, a function of seed and step: a resumed run draws the same."""
+    model = ['--unet_layers=1,1', '--mixer=mlp_mixer'] if mixer == 'unet' else [f'--mixer={mixer}']
+    args = [*model, '--min_block_size=3', '--max_iters=24', '--eval_interval=12']
+    run(dataset, tmp_path / 'a', *args)
+    tokens = [json.loads(line)['tokens'] for line in open(tmp_path / 'a' / 'metrics.jsonl') if '"loss"' in line]
+    lengths = [(b - a) // 8 for a, b in zip([0, *tokens], tokens)] # 2 micro-batches of 4 sequences
+    assert set(lengths) <= {3, 5, 7, 9, 10, 12, 14, 16} and len(set(lengths)) > 4
+    run(dataset, tmp_path / 'b', *args[:-2], '--eval_interval=12', '--max_iters=12')
+    run(dataset, tmp_path / 'b', '--init_from=resume', '--max_iters=24', '--eval_interval=12')
+    same(tmp_path / 'a' / 'ckpt.pt', tmp_path / 'b' / 'ckpt.pt')
+
+
+def test_window_lengths_are_compiled_at_most_once_each():
+    from model import GPT, GPTConfig, MIXERS
+    for mixer in MIXERS:
+        torch._dynamo.reset()
+        torch._dynamo.config.recompile_limit = 24 # as train.py
+        compiled = []
+        backend = lambda graph, inputs: compiled.append(1) or graph.forward
+        model = GPT(GPTConfig(block_size=32, vocab_size=11, n_layer=1, n_head=2, n_embd=8, mixer=mixer))
+        fast = torch.compile(model, backend=backend, dynamic=False)
+        lengths = [4, 8, 12, 16, 20, 24, 28, 32]
+        graphs = []
+        for _ in range(3):
+            for T in lengths:
+                idx = torch.zeros(2, T, dtype=torch.long)
+                fast(idx, idx)
+            graphs.append(len(compiled))
+        assert graphs == [8, 8, 8], mixer
