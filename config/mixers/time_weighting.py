@@ -1,4 +1,5 @@
-# minGPT-tuned's claim: attention without position embedding, but with time-weighting. Use after config/shakespeare_small.py.
+# minGPT-tuned's claim: attention without position embedding, but with time-weighting.
+# Use after config/shakespeare_small.py; reaches 2.032 over the whole validation split (one seed).
 out_dir = 'out-time-weighting'
 pos_emb = 'none'
 time_weighting = 'full'
