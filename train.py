@@ -89,6 +89,7 @@ min_lr = 6e-5 # about learning_rate / 10
 seed = 1337
 device = 'auto' # auto | cpu | cuda | cuda:1 | mps
 dtype = 'auto' # auto | float32 | bfloat16 | float16
+deterministic = False # on a GPU: slower kernels that give a resumed run the same bits; a CPU's always do
 compile: bool | str = 'auto' # torch.compile: True | False | auto (on a GPU)
 peak_flops: float | str = 'auto' # FLOP/s that MFU is a share of: a number | auto (table of GPUs) | measure
 parallel = 'ddp' # under torchrun: ddp (each process holds the model) | fsdp (they share it out)
@@ -203,7 +204,13 @@ with exit_on_error():
 if world > 1:
     if device_type == 'cuda':
         torch.cuda.set_device(device)
-    dist.init_process_group(backend if backend != 'auto' else 'nccl' if device_type == 'cuda' else 'gloo')
+    # torchrun keeps its store when it restarts lost processes: without a prefix they would read the addresses of the dead
+    store, _, _ = next(dist.rendezvous('env://'))
+    dist.init_process_group(backend if backend != 'auto' else 'nccl' if device_type == 'cuda' else 'gloo', rank=rank, world_size=world,
+                            store=dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store))
+if deterministic:
+    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+    torch.use_deterministic_algorithms(True)
 torch.set_float32_matmul_precision('high') # TF32 where float32 remains on a GPU
 amp = torch.autocast(device_type, getattr(torch, dtype)) if dtype != 'float32' else nullcontext()
 model.to(device)

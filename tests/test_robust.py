@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -264,6 +265,8 @@ def test_sharded_and_plain_runs_continue_each_other(dataset, tmp_path):
 def test_a_lost_rank_is_replaced_and_the_run_goes_on(dataset, tmp_path):
     out = tmp_path / 'out'
     process = torchrun(dataset, out, '--init_from=auto', '--checkpoint_interval=5', '--max_iters=60', '--eval_interval=60')
+    watchdog = threading.Timer(150, process.kill)
+    watchdog.start()
     killed, seen = False, []
     for line in process.stdout:
         seen.append(line)
@@ -271,6 +274,7 @@ def test_a_lost_rank_is_replaced_and_the_run_goes_on(dataset, tmp_path):
             workers = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()
             os.kill(int(workers[-1]), signal.SIGKILL)
             killed = True
+    watchdog.cancel()
     assert process.wait() == 0 and killed, ''.join(seen)[-3000:]
     assert sum(line.startswith('machine') for line in seen) == 2 # started twice
     steps = [step for step, loss, _, _ in losses(out) if loss]
