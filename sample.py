@@ -42,7 +42,7 @@ bot_prefix = '\nGPT: ' # stands before the answers
 # machine
 device = 'auto' # auto | cpu | cuda | cuda:1 | mps
 dtype = 'auto' # auto | float32 | bfloat16 | float16
-compile = False # torch.compile: worth its minute for long outputs
+compile = False # torch.compile; whether it pays here is not measured
 # ---------------------------------------------------------------------------------------------------------------------
 configure(globals())
 
