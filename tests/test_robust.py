@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from data.tokens import ByteTokenizer, CharTokenizer, Split, Writer
+from data.tokens import ByteTokenizer, CharTokenizer, DataError, Split, Writer
 from model import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,8 +63,14 @@ def losses(out):
 def whole(dataset, tmp_path_factory):
     """The run that nothing interrupted."""
     out = tmp_path_factory.mktemp('whole') / 'out'
-    run(dataset, out)
+    run(dataset, out, '--snapshot_interval=60')
     return out
+
+
+def test_snapshots_are_kept(whole):
+    assert sorted(p.name for p in whole.glob('step-*.pt')) == ['step-120.pt', 'step-60.pt']
+    assert load_checkpoint(whole / 'step-60.pt')['iter_num'] == 60
+    same(whole / 'step-120.pt', whole / 'ckpt.pt')
 
 
 @posix
@@ -301,6 +307,29 @@ def test_memory_stays_flat_over_many_batches_of_a_huge_dataset(tmp_path):
         grown = rss() - start
         print(f'{sampling}: {batches // 2} batches, resident memory grew by {grown / 1e6:.2f} MB')
         assert grown < 8e6
+
+
+@settings(max_examples=150, deadline=None)
+@given(words=st.lists(st.one_of(st.sampled_from([20240520, 20240801, 1, 7, 0, -1, 40, 2 ** 31 - 1]), st.integers(-2 ** 31, 2 ** 31 - 1)),
+                      max_size=5), tail=st.binary(max_size=300), whole_header=st.booleans(),
+       meta=st.one_of(st.none(), st.dictionaries(st.sampled_from(['dtype', 'vocab_size', 'tokens', 'tokenizer', 'characters']), st.one_of(
+           st.none(), st.integers(-5, 10 ** 9), st.sampled_from(['uint16', 'uint32', 'float64', 'char', '../x']),
+           st.dictionaries(st.sampled_from(['train', 'val']), st.integers(-3, 400))))))
+def test_any_shard_and_metadata_open_or_are_refused_in_one_line(words, tail, whole_header, meta, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('shard')
+    header = np.array(words + [0] * (256 - len(words)) * whole_header, '<i4').tobytes()
+    (folder / 'train.bin').write_bytes(header + tail)
+    if meta is not None:
+        (folder / 'meta.json').write_text(json.dumps(meta))
+    before = [p.read_bytes() for p in sorted(folder.iterdir())]
+    try:
+        split = Split(folder, 'train')
+        assert 0 < split.n_tokens <= len(header + tail) // 2
+        split.scan(2 ** 32)
+        split.batch(0, 2, 3)
+    except DataError as e:
+        assert str(e) and '\n' not in str(e)
+    assert [p.read_bytes() for p in sorted(folder.iterdir())] == before
 
 
 @settings(max_examples=40, deadline=None)
