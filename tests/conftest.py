@@ -1,4 +1,5 @@
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -8,6 +9,9 @@ os.environ['HF_HUB_OFFLINE'] = '1' # no test asks the network
 
 import pytest
 import torch
+
+# where the tests run in a shell's background Ctrl-C is ignored, and every process that they start would inherit that
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
