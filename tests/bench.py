@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 from contextlib import nullcontext
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
