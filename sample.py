@@ -31,7 +31,12 @@ max_new_tokens = 500 # in each sample or answer
 temperature = 0.8 # 0 takes the most likely token, below 1 is less random, above 1 more
 top_k: int | None = 200 # keep only the k most likely tokens; None: all
 top_p = 1.0 # keep only the most likely tokens that together have this probability
+min_p = 0.0 # keep only tokens with at least this share of the most likely one's probability
 repetition_penalty = 1.0 # above 1: tokens that are in the context already become less likely
+repetition_window: int | None = None # how many of the last tokens that looks at; None: block_size
+no_repeat_ngram = 0 # no n tokens in a row come twice within that window; 0: they may
+beams = 1 # above 1: the best text that a beam search finds, instead of drawing at random
+length_penalty = 1.0 # of a beam search: above 0 favours longer texts
 stop: tuple[str, ...] = () # strings that end a sample, separated by commas; they are not printed
 special = False # print special tokens such as <|endoftext|>, and go on after them
 seed = 1337
@@ -81,8 +86,13 @@ def pieces(prompt, stops):
     ids = torch.tensor([prompt], device=device)
     decoder = codecs.getincrementaldecoder('utf-8')('replace') # a character may be several tokens
     held = '' # text that may be the beginning of a stop string
-    for token in model.stream(ids, max_new_tokens, temperature, top_k, top_p, repetition_penalty,
-                              vocab_size=tokenizer.vocab_size, generator=generator):
+    control = dict(repetition_penalty=repetition_penalty, repetition_window=repetition_window, no_repeat_ngram=no_repeat_ngram,
+                   vocab_size=tokenizer.vocab_size)
+    if beams > 1:
+        tokens = model.beam_search(ids, max_new_tokens, beams, length_penalty, eot=None if special else tokenizer.eot, **control)[0, len(prompt):]
+    else:
+        tokens = model.stream(ids, max_new_tokens, temperature, top_k, top_p, min_p=min_p, generator=generator, **control)
+    for token in tokens:
         token = token.item()
         if token == tokenizer.eot and not special:
             break
@@ -135,13 +145,12 @@ def chat():
 with exit_on_error():
     for name, right, rule in [('temperature', temperature >= 0, 'at least 0'), ('top_k', top_k is None or top_k > 0, 'at least 1, or None'),
                               ('top_p', 0 < top_p <= 1, 'above 0 and at most 1'), ('num_samples', num_samples > 0, 'at least 1'),
-                              ('repetition_penalty', repetition_penalty > 0, 'above 0'),
+                              ('min_p', 0 <= min_p <= 1, 'from 0 to 1'), ('repetition_penalty', repetition_penalty > 0, 'above 0'),
+                              ('no_repeat_ngram', no_repeat_ngram >= 0, 'at least 0'), ('beams', beams > 0, 'at least 1'),
                               ('max_new_tokens', max_new_tokens > 0, 'at least 1')]:
         if not right:
             raise ValueError(f"{name}={globals()[name]!r} must be {rule}")
-    if dtype == 'auto' and torch.device(resolve(device, 'float32')[0]).type == 'cpu':
-        dtype = 'float32'
-    device, dtype = resolve(device, dtype)
+    automatic, (device, dtype) = dtype == 'auto', resolve(device, dtype)
     if start == '-':
         start = sys.stdin.read()
     elif start.startswith('FILE:'):
@@ -150,6 +159,10 @@ with exit_on_error():
         except UnicodeDecodeError as e:
             raise ValueError(f"{start[5:]} is not UTF-8 at byte {e.start}: save it as UTF-8") from None
     model, tokenizer = load()
+    if repetition_window is not None and not 1 <= repetition_window <= model.config.block_size:
+        raise ValueError(f"repetition_window={repetition_window} must be from 1 to this model's block_size={model.config.block_size}")
+    if automatic and torch.device(device).type == 'cpu' and model.get_num_params() < 5e7:
+        dtype = 'float32' # as fast: only large weights are worth halving
     model.to(device, getattr(torch, dtype))
     if compile:
         model.hidden = torch.compile(model.hidden, dynamic=True)

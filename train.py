@@ -348,6 +348,8 @@ def read_metrics():
 
 def plot():
     """loss.png: training and validation loss against tokens."""
+    global plotted
+    plotted = time.perf_counter()
     import matplotlib # takes a second, so not at start-up
     matplotlib.use('agg')
     from matplotlib import pyplot as plt
@@ -452,6 +454,7 @@ for name in ('SIGINT', 'SIGTERM', 'SIGUSR1'): # Ctrl-C, kill, a scheduler's warn
 
 step_before, samples_before = step, samples
 batches = prefetch(load, step)
+plotted = time.perf_counter() # when loss.png was drawn last
 bar = tqdm(total=max_iters, initial=step, unit='step', disable=not main or not sys.stderr.isatty(), dynamic_ncols=True)
 bad_steps = torch.zeros((), device=device) # steps in a row without a finite gradient
 stopping = torch.zeros((), device=device)
@@ -470,7 +473,7 @@ while True:
         log(train_loss=train_loss, val_loss=val_loss)
         if better and step > 0:
             save(best)
-        if main and step > 0:
+        if main and time.perf_counter() - plotted > 60: # each takes a fifth of a second, the first one a second
             plot()
         if sample_tokens:
             raw_model.eval()
@@ -563,6 +566,8 @@ while True:
         break
 bar.close()
 batches.close()
+if main and step > step_before and not dry_run:
+    plot()
 if dry_run:
     path = out / 'ckpt.pt'
     save(path)

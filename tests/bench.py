@@ -405,7 +405,7 @@ def model_of(default, **changes):
 def job_of(kind, config, theirs=False, **more):
     """What a worker needs to know, with the choices that train.py and sample.py make where nothing was asked for."""
     on_cpu, asked = torch.device(device).type == 'cpu', more.pop('dtype', dtype)
-    if on_cpu and (theirs or kind == 'sample' and asked == 'auto'): # nanoGPT has no autocast on a CPU
+    if on_cpu and (theirs or kind == 'sample' and asked == 'auto' and facts(config)[0] < 5e7): # nanoGPT has no autocast on a CPU
         asked = 'float32'
     compiled = (not on_cpu and kind != 'sample') if compile == 'auto' else compile
     return dict(kind=kind, config=vars(config), peer=peer if theirs else None, device=device, compile=compiled,

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model import GPT, GPTConfig, MIXERS, find_peak_flops, load_checkpoint, resolve, save_checkpoint
+from model import GPT, Decoder, GPTConfig, MIXERS, find_peak_flops, load_checkpoint, resolve, save_checkpoint
 
 SMALL = dict(block_size=12, vocab_size=61, n_layer=2, n_head=2, n_embd=16)
 PLACES = {mixer: dict(mixer=mixer) for mixer in MIXERS} # one architecture for each mixer, and then some
@@ -388,14 +388,14 @@ def test_cropping_keeps_the_tie_and_the_dtype():
 
 @torch.no_grad()
 def naive_generate(model, idx, n, choose):
-    """Recomputes everything for every token; choose(logits (V,), window as a list) -> the next token."""
+    """Recomputes everything for every token; choose(logits (V,), the last block_size tokens as a list) -> the next token."""
     block_size = model.config.block_size
     start = max(0, idx.size(1) - block_size)
     for _ in range(n):
         if idx.size(1) - start > block_size: # full: goes on from its last half
             start = idx.size(1) - max(1, block_size // 2)
         out = model(idx[:, start:])[0][:, -1]
-        new = [choose(out[b], idx[b, start:].tolist()) for b in range(idx.size(0))]
+        new = [choose(out[b], idx[b, -block_size:].tolist()) for b in range(idx.size(0))]
         idx = torch.cat([idx, torch.tensor(new)[:, None]], dim=1)
     return idx
 
@@ -438,30 +438,46 @@ def test_the_stream_is_lazy_and_sampling_is_repeatable():
     assert torch.equal(model.generate(idx, 0), idx)
 
 
-def naive_distribution(out, window, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0, vocab_size=None):
+def naive_distribution(out, window, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0, vocab_size=None,
+                       repetition_window=None, no_repeat_ngram=0, min_p=0.0, in_order=False):
+    """Probabilities of all tokens; in_order: -> (tokens, their probabilities), the likeliest first."""
     out = out[:vocab_size].tolist()
+    window = window[-(repetition_window or len(window)):] if window else []
     for token in set(window):
         out[token] = out[token] / repetition_penalty if out[token] > 0 else out[token] * repetition_penalty
+    n = no_repeat_ngram
+    for i in range(len(window) - n + 1) if n else ():
+        if window[i:i + n - 1] == window[len(window) - n + 1:]:
+            out[window[i + n - 1]] = -math.inf
     ranked = sorted(range(len(out)), key=lambda token: -out[token])[:top_k]
     weight = {token: math.exp((out[token] - max(out)) / temperature) for token in ranked}
     total, held, kept = sum(weight.values()), 0.0, {}
     for token in ranked:
         if top_p is not None and held >= top_p:
             break
+        if weight[token] < min_p * max(weight.values()):
+            break
         kept[token] = weight[token]
         held += weight[token] / total
+    if in_order:
+        return ranked, torch.tensor([kept.get(token, 0.0) / sum(kept.values()) for token in ranked])
     return torch.tensor([kept.get(token, 0.0) / sum(kept.values()) for token in range(len(out))])
 
 
 @pytest.mark.parametrize('options', [
     dict(), dict(temperature=0.7), dict(top_k=5), dict(top_k=1), dict(top_k=1000), dict(top_p=0.6), dict(top_p=0.01),
     dict(top_p=1.0), dict(repetition_penalty=1.7), dict(vocab_size=50),
-    dict(temperature=1.3, top_k=20, top_p=0.8, repetition_penalty=1.2, vocab_size=50),
+    dict(temperature=1.3, top_k=20, top_p=0.8, repetition_penalty=1.2, vocab_size=50), dict(min_p=0.3),
+    dict(repetition_penalty=1.5, repetition_window=3), dict(no_repeat_ngram=1, repetition_window=7), dict(no_repeat_ngram=2),
+    dict(no_repeat_ngram=3, top_k=2), dict(top_p=0.9, min_p=0.1, no_repeat_ngram=2, repetition_window=9),
 ], ids=str)
 def test_sampling(options):
     model, idx = network(), tokens(1, 3, 50)
     generator = torch.Generator().manual_seed(3)
     def choose(out, window):
+        if options.get('top_k', 61) < 61 or options.get('top_p', 1.0) < 1.0: # these draw from the candidates in order
+            ranked, p = naive_distribution(out, window, **options, in_order=True)
+            return ranked[int(torch.multinomial(p, 1, generator=generator))]
         return int(torch.multinomial(naive_distribution(out, window, **options), 1, generator=generator))
     expected = naive_generate(model, idx, 40, choose)
     assert torch.equal(model.generate(idx, 40, generator=torch.Generator().manual_seed(3), **options), expected)
@@ -488,6 +504,60 @@ def test_rows_of_a_batch_do_not_mix():
     model, idx = network(mixer='gmlp'), tokens(3, 4)
     together = model.generate(idx, 20, temperature=0.0)
     assert torch.equal(together, torch.cat([model.generate(row[None], 20, temperature=0.0) for row in idx]))
+
+
+@pytest.mark.parametrize('pos_emb', ['learned', 'rope', 'none'])
+def test_static_caches(pos_emb):
+    """A Decoder's text is that of growing caches, also past block_size; and it is compiled once, however long the context."""
+    model, idx = network(pos_emb=pos_emb), tokens(3, 5)
+    n = 2 * model.config.block_size
+    assert torch.equal(model.generate(idx, n, temperature=0.0, static=True), model.generate(idx, n, temperature=0.0))
+    import torch._dynamo.testing
+    torch._dynamo.reset()
+    counted = torch._dynamo.testing.CompileCounter()
+    decoder, cache = Decoder(model, 3), {}
+    with torch.no_grad():
+        model.hidden(idx, cache)
+        decoder.load(cache, 5)
+        step = torch.compile(decoder.step, backend=counted)
+        for i in range(8):
+            decoder.token.copy_(idx[:, i % 5:i % 5 + 1])
+            step()
+    assert counted.frame_count <= 2 # the first call may still see gradients
+
+
+@pytest.mark.parametrize('options', [dict(mixer='gmlp'), dict(time_mixing=0.5), dict(unet_layers=(1,)), dict(pos_emb='relative')], ids=str)
+def test_static_caches_are_for_plain_attention(options):
+    with pytest.raises(ValueError, match='static=False'):
+        network(**options).generate(tokens(1, 2), 2, static=True)
+
+
+@pytest.mark.parametrize('place', ['attention', 'gmlp', 'unet'])
+def test_beam_search(place):
+    """As many beams as there are sequences find the likeliest of all; one beam is greedy; eot ends a sequence."""
+    options = dict(attention={}, gmlp=dict(mixer='gmlp'), unet=dict(unet_layers=(1,)))[place]
+    model, idx = network(vocab_size=4, **options), tokens(1, 3, 4)
+    def total(row): # log-probability of what follows the prompt
+        return sum(logits(model, row[None, :i])[0, -1].log_softmax(0)[row[i]].item() for i in range(idx.size(1), len(row)))
+    every = [torch.cat([idx[0], torch.tensor(end)]) for end in itertools.product(range(4), repeat=3)]
+    found = model.beam_search(idx, 3, beams=64)[0]
+    assert total(found) == pytest.approx(max(map(total, every)), abs=1e-9)
+    long = model.config.block_size + 5 # the window restarts
+    assert torch.equal(model.beam_search(idx, long, beams=1), model.generate(idx, long, temperature=0.0))
+    for penalty in (0.0, 1.0, 3.0): # 0 ends some of them, so lengths compete
+        ending = [row for n in (1, 2, 3) for end in itertools.product(range(4), repeat=n)
+                  for row in [torch.cat([idx[0], torch.tensor(end)])] if 0 not in end[:-1] and (n == 3 or end[-1] == 0)]
+        score = lambda row: total(row) / (len(row) - idx.size(1)) ** penalty
+        found = model.beam_search(idx, 3, beams=64, length_penalty=penalty, eot=0)[0]
+        assert score(found) == pytest.approx(max(map(score, ending)), abs=1e-6)
+    assert len(set(model.beam_search(idx, 4, beams=3, no_repeat_ngram=1)[0].tolist())) == 4 # each once, then there is no other
+
+
+def test_a_repetition_window_beyond_block_size_is_refused():
+    model = network()
+    for call in (lambda **options: list(model.stream(tokens(1, 2), 2, **options)), lambda **options: model.beam_search(tokens(1, 2), 2, **options)):
+        with pytest.raises(ValueError, match=f'repetition_window=9999 .* block_size={model.config.block_size}'):
+            call(repetition_window=9999)
 
 
 def test_an_empty_prompt_is_refused():
