@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import fields
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from configurator import configure, exit_on_error
 from data.tokens import Split, dataset_folder, load_meta, load_tokenizer, prefetch
-from model import (GPT, Block, GPTConfig, find_peak_flops, full_state, load_checkpoint, load_optimizer, resolve,
+from model import (GPT, Block, GPTConfig, clip_adaptively, find_peak_flops, full_state, load_checkpoint, load_optimizer, resolve,
                    save_checkpoint)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -70,21 +70,34 @@ n_head = 12
 n_embd = 768
 dropout = 0.0 # for pretraining 0 is good, for finetuning try 0.1+
 bias = False # biases inside LayerNorm and Linear layers?
-# AdamW
+# optimizer
+optimizer = 'adamw' # adamw | muon (of the hidden matrices; AdamW for the rest) | sm3 (half of Adam's memory)
 learning_rate = 6e-4 # the highest
+hidden_lr: float | None = None # of Linear layers' matrices, where it is to differ from learning_rate
+embedding_lr: float | None = None # of the embeddings and the head
+other_lr: float | None = None # of biases, norms and tables along time
 max_iters = 600000 # steps
 weight_decay = 1e-1 # of Linear and Embedding matrices, nothing else
-beta1 = 0.9
+hidden_decay: float | None = None # of Linear layers' matrices, where it is to differ from weight_decay
+embedding_decay: float | None = None # of the embeddings and the head
+beta1 = 0.9 # AdamW's, also beside Muon
 beta2 = 0.95
+momentum = 0.95 # muon's and sm3's
+nesterov = True
 grad_clip = 1.0 # norm to which gradients are clipped; 0.0: not
+adaptive_clip = 0.0 # before that, the gradient of each row to this share of the row's norm, such as 0.003; 0.0: not
+ema = 0.0 # decay a step of an average of the weights, such as 0.99, which is evaluated and sampled from; 0.0: none
 # learning rate schedule
 decay_lr = True # False: constant after the warmup
-schedule = 'cosine' # cosine | cosine_floor (minGPT's: to zero, but never below min_lr) | wsd (warmup, stable, linear
-    # decay over the last wsd_decay_iters)
+schedule = 'cosine' # cosine | cosine_floor (minGPT's: to zero, but never below min_lr) | linear (to min_lr) | wsd (warmup,
+    # stable, linear decay over the last wsd_decay_iters)
 warmup_iters = 2000 # steps of linear warmup
 lr_decay_iters = 600000 # the step at which min_lr is reached
 wsd_decay_iters = 60000 # length of wsd's decay
 min_lr = 6e-5 # about learning_rate / 10
+batch_warmup_iters = 0 # steps in which batches grow from min_batch_size to batch_size, in up to 8 stages
+min_batch_size = 0
+block_warmup_iters = 0 # steps in which windows grow from min_block_size to block_size, instead of being drawn
 # machine
 seed = 1337
 device = 'auto' # auto | cpu | cuda | cuda:1 | mps
@@ -139,23 +152,37 @@ with exit_on_error():
 
     # checks that cost neither memory nor time
     for name, right, rule in [
-            ('sampling', sampling in ('random', 'epoch'), 'random or epoch'), ('schedule', schedule in ('cosine', 'cosine_floor', 'wsd'), 'cosine, cosine_floor or wsd'),
+            ('sampling', sampling in ('random', 'epoch'), 'random or epoch'), ('schedule', schedule in ('cosine', 'cosine_floor', 'linear', 'wsd'), 'cosine, cosine_floor, linear or wsd'),
+            ('optimizer', optimizer in ('adamw', 'muon', 'sm3'), 'adamw, muon or sm3'),
             ('compile', compile in (True, False, 'auto'), 'True, False or auto'), ('batch_size', batch_size > 0, 'at least 1'),
             ('gradient_accumulation_steps', gradient_accumulation_steps > 0, 'at least 1'), ('eval_iters', eval_iters > 0, 'at least 1'),
             ('parallel', parallel in ('ddp', 'fsdp'), 'ddp or fsdp'), ('min_block_size', 0 <= min_block_size <= block_size,
              f'0 (off) to block_size={block_size}'), ('eval_interval', eval_interval > 0, 'at least 1'), ('log_interval', log_interval > 0, 'at least 1'),
             *((name, 0 <= globals()[name], 'at least 0') for name in ('learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'max_iters',
-              'warmup_iters', 'patience', 'checkpoint_interval', 'snapshot_interval', 'sample_tokens')),
-            *((name, 0 <= globals()[name] < 1, 'at least 0 and below 1') for name in ('beta1', 'beta2')),
+              'warmup_iters', 'patience', 'checkpoint_interval', 'snapshot_interval', 'sample_tokens', 'adaptive_clip')),
+            *((name, globals()[name] is None or 0 <= globals()[name], 'at least 0') for name in ('hidden_lr', 'embedding_lr', 'other_lr', 'hidden_decay',
+              'embedding_decay')),
+            *((name, 0 <= globals()[name] < 1, 'at least 0 and below 1') for name in ('beta1', 'beta2', 'momentum', 'ema')),
             ('warmup_iters', not decay_lr or warmup_iters <= lr_decay_iters, f'at most lr_decay_iters={lr_decay_iters}'),
             ('wsd_decay_iters', not decay_lr or schedule != 'wsd' or warmup_iters + wsd_decay_iters <= lr_decay_iters,
-             f'at most lr_decay_iters - warmup_iters = {lr_decay_iters - warmup_iters}')]:
+             f'at most lr_decay_iters - warmup_iters = {lr_decay_iters - warmup_iters}'),
+            ('min_batch_size', 0 < min_batch_size <= batch_size if batch_warmup_iters else min_batch_size == 0,
+             f'from 1 to batch_size={batch_size} with batch_warmup_iters={batch_warmup_iters}, and 0 without'),
+            ('block_warmup_iters', 0 <= block_warmup_iters <= max_iters * (min_block_size > 0),
+             f'from 0 to max_iters={max_iters}, and needs min_block_size={min_block_size} above 0'),
+            ('batch_warmup_iters', 0 <= batch_warmup_iters <= max_iters, f'from 0 to max_iters={max_iters}')]:
         if not right:
             raise ValueError(f"{name}={globals()[name]!r} must be {rule}")
+    for name, default in dict(momentum=0.95, nesterov=True).items():
+        if optimizer == 'adamw' and globals()[name] != default:
+            raise ValueError(f"{name}={globals()[name]!r}: only optimizer='muon' and 'sm3' read it, and optimizer='adamw' is set (its momentum is beta1)")
 
     # processes: torchrun sets these variables
     rank, local_rank, world = (int(os.environ.get(k, v)) for k, v in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1).items())
     main = rank == 0 # writes files and speaks
+    for name, value, reason in (('optimizer', optimizer, 'works on whole matrices'), ('ema', ema, 'keeps whole weights')):
+        if world > 1 and parallel == 'fsdp' and value not in ('adamw', 0.0):
+            raise ValueError(f"{name}={value!r} {reason}, and parallel='fsdp' shares them out: use --parallel=ddp")
     if gradient_accumulation_steps % world:
         raise ValueError(f"gradient_accumulation_steps={gradient_accumulation_steps} is not divisible by the {world} processes")
     if world > 1 and device in ('auto', 'cuda') and torch.cuda.is_available():
@@ -189,7 +216,8 @@ with exit_on_error():
     elif pretrained:
         model = GPT.from_pretrained(start, dict(dropout=dropout) | asked)
     else:
-        model, added = GPT.from_weights(checkpoint['model_args'], checkpoint['model'], allow_changes,
+        weights = checkpoint['model'] if resuming else checkpoint.get('average') or checkpoint['model']
+        model, added = GPT.from_weights(checkpoint['model_args'], weights, allow_changes,
                                         **dict(dropout=dropout) | asked)
     model_args = vars(model.config)
     config |= model_args
@@ -214,9 +242,10 @@ if deterministic:
 torch.set_float32_matmul_precision('high') # TF32 where float32 remains on a GPU
 amp = torch.autocast(device_type, getattr(torch, dtype)) if dtype != 'float32' else nullcontext()
 model.to(device)
-n_params, n_decayed = model.get_num_params(False), sum(p.numel() for _, p in model.optimizer_groups()[0])
+n_params, n_decayed = model.get_num_params(False), sum(p.numel() for name, group in model.optimizer_groups().items() if name != 'rest' for _, p in group)
 n_embedding = sum(m.weight.numel() for m in (model.transformer.wte, model.transformer.wpe) if m is not None)
-# window lengths: few, since a compiler may compile each; their cost is exact FLOPs
+# batch sizes and window lengths: few, since a compiler may compile each; a length's cost is exact FLOPs
+sizes = sorted({round(min_batch_size + (batch_size - min_batch_size) * i / 7) for i in range(8)} if batch_warmup_iters else {batch_size})
 lengths = sorted({round(min_block_size + (block_size - min_block_size) * i / 7) for i in range(8)} if min_block_size else {block_size})
 costs = {T: model.cost(T, getattr(torch, dtype)) for T in lengths} # (FLOPs, bytes kept) a token
 
@@ -229,7 +258,10 @@ if sharded: # imported here: it takes a second
     for module in [m for m in model.modules() if isinstance(m, Block)] + [model]:
         fully_shard(module, mesh=mesh)
     register_fsdp_forward_method(model, 'hidden') # which generation calls
-optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
+groups = dict(hidden=(hidden_lr, hidden_decay), embeddings=(embedding_lr, embedding_decay), head=(embedding_lr, embedding_decay), rest=(other_lr, None))
+opt = raw_model.configure_optimizers(
+    weight_decay, learning_rate, (beta1, beta2), device_type, optimizer, momentum, nesterov,
+    lrs={name: lr for name, (lr, _) in groups.items() if lr is not None}, decays={name: decay for name, (_, decay) in groups.items() if decay is not None})
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 if compile == 'auto':
     try:
@@ -238,7 +270,7 @@ if compile == 'auto':
         print(f"not compiling, since torch.compile fails here: {str(e).strip().splitlines()[0]}")
         compile = False
 if compile:
-    torch._dynamo.config.recompile_limit = 2 * len(lengths) + 8 # for training and for evaluations
+    torch._dynamo.config.recompile_limit = 2 * len(lengths) * len(sizes) + 8 # for training and for evaluations
     model = torch.compile(model, dynamic=False) # each length once: symbolic lengths are compiled three times as often
 fast_model = model # without DDP, for evaluations
 if world > 1 and not sharded:
@@ -250,11 +282,16 @@ if resuming:
     step, best_val_loss = checkpoint['iter_num'], float(checkpoint['best_val_loss'])
     samples = checkpoint.get('samples', step * gradient_accumulation_steps * batch_size)
     tokens, seconds, stale = checkpoint.get('tokens', samples * block_size), checkpoint.get('seconds', 0.0), checkpoint.get('stale', 0)
-    settings = [{k: v for k, v in group.items() if k != 'params'} for group in optimizer.param_groups]
-    load_optimizer(raw_model, optimizer, checkpoint['optimizer'])
-    for group, now in zip(optimizer.param_groups, settings): # of now, not of the checkpoint
+    settings = [{k: v for k, v in group.items() if k != 'params'} for group in opt.param_groups]
+    load_optimizer(raw_model, opt, checkpoint['optimizer'])
+    for group, now in zip(opt.param_groups, settings): # of now, not of the checkpoint
         group.update(now)
     scaler.load_state_dict(checkpoint.get('scaler') or scaler.state_dict())
+params = list(raw_model.parameters())
+average = [p.detach().clone() for p in params] if ema else [] # of the weights
+if ema and resuming and 'average' in checkpoint:
+    for a, name in zip(average, dict(raw_model.named_parameters())):
+        a.copy_(checkpoint['average'][name])
 checkpoint = None # frees its memory
 
 def say(text):
@@ -262,13 +299,25 @@ def say(text):
         tqdm.write(text)
         sys.stdout.flush() # into a pipe or a file, too, when it happens
 
+def stage(i, warmup_iters, values):
+    """The value of step i in a warmup of equally long stages."""
+    return values[i * len(values) // warmup_iters] if i < warmup_iters else values[-1]
+
 def window_length(i):
+    if block_warmup_iters:
+        return stage(i, block_warmup_iters, lengths)
     return lengths[0] if len(lengths) == 1 else random.Random(f'{seed} {i}').choice(lengths)
+
+def samples_until(i):
+    """Sequences in all steps before step i."""
+    warmup = min(i, batch_warmup_iters)
+    return gradient_accumulation_steps * (warmed_up[warmup] + (i - warmup) * batch_size)
+warmed_up = [0, *itertools.accumulate(stage(i, batch_warmup_iters, sizes) for i in range(batch_warmup_iters))]
 
 def load(i):
     """The micro-batches of this process in step i: a function of seed and sample numbers, so that nothing is to be resumed."""
-    first = samples_before + (i - step_before) * gradient_accumulation_steps * batch_size
-    return [[to_device(array) for array in splits['train'].batch(first + micro * batch_size, batch_size, window_length(i),
+    first, size = samples_before + samples_until(i) - samples_until(step_before), stage(i, batch_warmup_iters, sizes)
+    return [[to_device(array) for array in splits['train'].batch(first + micro * size, size, window_length(i),
                                                                  sampling, seed, stride=block_size)]
             for micro in range(rank, gradient_accumulation_steps, world)]
 
@@ -283,6 +332,8 @@ def get_lr(step):
         return learning_rate
     if step >= lr_decay_iters:
         return min_lr
+    if schedule == 'linear':
+        return min_lr + (learning_rate - min_lr) * (lr_decay_iters - step) / (lr_decay_iters - warmup_iters)
     if schedule == 'wsd':
         return min_lr + (learning_rate - min_lr) * min(1.0, (lr_decay_iters - step) / max(1, wsd_decay_iters))
     ratio = (step - warmup_iters) / (lr_decay_iters - warmup_iters)
@@ -311,17 +362,30 @@ def mean_loss(batches):
         dist.all_reduce(total)
     return (total[0] / total[1]).item()
 
+@contextmanager
+def averaged():
+    """The average of the weights in their place, if there is one."""
+    current = [p.detach().clone() for p in params] if ema else []
+    with torch.no_grad():
+        for p, a in zip(params, average):
+            p.copy_(a)
+        yield
+        for p, c in zip(params, current):
+            p.copy_(c)
+
+@averaged()
 def evaluate():
     return [mean_loss(split.fixed_batches(eval_iters, batch_size, block_size)) for split in (splits['train'], splits['val'])]
 
 def save(*paths):
     """Writes checkpoints. A full disk or the like is no reason to stop: the old one is kept and the next save tries again."""
-    weights, moments = full_state(raw_model, optimizer) if sharded else (raw_model.state_dict(), optimizer.state_dict())
+    weights, moments = full_state(raw_model, opt) if sharded else (raw_model.state_dict(), opt.state_dict())
+    more = dict(average=dict(zip(dict(raw_model.named_parameters()), average))) if ema else {}
     for path in paths if main else ():
         try:
             save_checkpoint(path, dict(
                 format=1, model=weights, optimizer=moments, scaler=scaler.state_dict(), model_args=model_args, iter_num=step,
-                samples=samples, tokens=tokens, seconds=seconds, best_val_loss=best_val_loss, stale=stale, config=config, meta=meta))
+                samples=samples, tokens=tokens, seconds=seconds, best_val_loss=best_val_loss, stale=stale, config=config, meta=meta, **more))
             unwritten.discard(path)
         except (OSError, RuntimeError) as e: # torch's writer raises RuntimeError where Python's raises OSError
             unwritten.add(path)
@@ -478,7 +542,7 @@ while True:
         if sample_tokens:
             raw_model.eval()
             prompt = torch.tensor([tokenizer.encode(sample_prompt)], device=device)
-            with amp:
+            with averaged(), amp:
                 text = raw_model.generate(prompt, sample_tokens, vocab_size=tokenizer.vocab_size,
                                           generator=torch.Generator(device).manual_seed(seed))
             raw_model.train()
@@ -494,8 +558,8 @@ while True:
     # dropout is a function of seed, step and rank, so that a resumed run draws the same masks
     torch.manual_seed(((seed * 1_000_003 + step) * 4096 + rank) % 2 ** 63)
     lr = get_lr(step)
-    for group in optimizer.param_groups:
-        group['lr'] = lr
+    for group in opt.param_groups:
+        group['lr'] = lr * group['lr_scale']
     mean = 0.0
     with exit_on_error():
         micro_batches = next(batches)
@@ -509,19 +573,25 @@ while True:
             loss = model(x, y)[1] / len(micro_batches)
         scaler.scale(loss).backward()
         mean += loss.detach()
-    scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+    scaler.unscale_(opt)
+    if adaptive_clip:
+        clip_adaptively(raw_model, adaptive_clip)
+    norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
     norm = norm.full_tensor() if sharded else norm
     bad = ~torch.isfinite(norm)
     bad_steps = (bad_steps + 1) * bad
-    if sharded and bad.item():
-        optimizer.zero_grad(set_to_none=True)
+    if (sharded or optimizer == 'sm3') and bad.item():
+        opt.zero_grad(set_to_none=True)
     elif not scaler.is_enabled() and not sharded:
-        optimizer.grad_scale, optimizer.found_inf = None, bad.float() # the fused kernel skips the step, without waiting for the device
-    scaler.step(optimizer)
+        opt.grad_scale, opt.found_inf = None, bad.float() # the step is skipped on the device, without waiting for it
+    before = [p.detach().clone() for p in params] if (step + 1) % (10 * log_interval) == 0 else None
+    scaler.step(opt)
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    step, samples = step + 1, samples + gradient_accumulation_steps * batch_size
+    opt.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for a, p in zip(average, params): # a short memory at first, so that the start does not linger
+            a.lerp_(p, 1 - min(ema, (1 + step) / (10 + step)))
+    step, samples = step + 1, samples + gradient_accumulation_steps * x.size(0)
     tokens += gradient_accumulation_steps * x.numel()
     work += gradient_accumulation_steps * x.numel() * costs[x.size(1)][0]
     bar.update()
@@ -534,7 +604,11 @@ while True:
         seconds += dt
         speed, mfu = (tokens - tokens0) / dt, work / dt / (peak * world) if peak else None
         t0, tokens0, work = time.perf_counter(), tokens, 0
-        log(loss=mean, lr=lr, grad_norm=norm.item(), tokens_per_s=round(speed), mfu=mfu, peak_memory=peak_memory())
+        update = {}
+        if before: # how far the weights moved: every tenth time, since it takes a copy of them
+            update_norm = torch.nn.utils.get_total_norm([p.detach() - b for p, b in zip(params, before)])
+            update = dict(update_norm=(update_norm.full_tensor() if sharded else update_norm).item())
+        log(loss=mean, lr=lr, grad_norm=norm.item(), tokens_per_s=round(speed), mfu=mfu, peak_memory=peak_memory(), **update)
         bar.set_postfix_str(f"loss {mean:.4f}, {speed:,.0f} tokens/s, mfu {f'{mfu:.1%}' if mfu else 'n/a'}")
         if bar.disable:
             say(f"iter {step}: loss {mean:.4f}, {speed:,.0f} tokens/s, mfu {f'{mfu:.1%}' if mfu else 'n/a'}, lr {lr:.3g}, "

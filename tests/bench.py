@@ -121,7 +121,7 @@ def trainer(job):
         if not job['peer']:
             torch.manual_seed((1337 * 1_000_003 + i) * 4096)
         for group in optimizer.param_groups:
-            group['lr'] = lr
+            group['lr'] = lr * group.get('lr_scale', 1.0)
         with amp:
             loss = fast_model(x, y)[1]
         mark('forward')

@@ -116,7 +116,9 @@ def check_gradients(model):
 
 def check_groups(model):
     """Every parameter is in one optimizer group; matrices of Linear and Embedding layers decay, and nothing else."""
-    decayed, rest = ([name for name, _ in group] for group in model.optimizer_groups())
+    groups = {key: [name for name, _ in group] for key, group in model.optimizer_groups().items()}
+    rest = groups.pop('rest')
+    decayed = sum(groups.values(), [])
     assert sorted(decayed + rest) == sorted(name for name, _ in model.named_parameters())
     layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding))]
     for name, p in model.named_parameters():
@@ -316,7 +318,7 @@ def test_a_forgetful_token_shift_is_refused(monkeypatch):
 def test_a_decayed_time_weight_is_refused(monkeypatch):
     def by_dim(self):
         named = list(self.named_parameters())
-        return [x for x in named if x[1].dim() >= 2], [x for x in named if x[1].dim() < 2]
+        return dict(hidden=[x for x in named if x[1].dim() >= 2], rest=[x for x in named if x[1].dim() < 2])
     monkeypatch.setattr(GPT, 'optimizer_groups', by_dim)
     check_groups(network()) # right for plain attention, which is how it came to be everywhere
     with pytest.raises(AssertionError, match='attn.alpha is in the wrong group'):
@@ -325,10 +327,10 @@ def test_a_decayed_time_weight_is_refused(monkeypatch):
 
 def test_a_parameter_in_no_group_or_in_two_is_refused(monkeypatch):
     groups = GPT.optimizer_groups
-    monkeypatch.setattr(GPT, 'optimizer_groups', lambda self: (groups(self)[0], groups(self)[1][1:]))
+    monkeypatch.setattr(GPT, 'optimizer_groups', lambda self: groups(self) | dict(rest=groups(self)['rest'][1:]))
     with pytest.raises(AssertionError):
         check_groups(network())
-    monkeypatch.setattr(GPT, 'optimizer_groups', lambda self: (groups(self)[0], groups(self)[1] + groups(self)[0][:1]))
+    monkeypatch.setattr(GPT, 'optimizer_groups', lambda self: groups(self) | dict(rest=groups(self)['rest'] + groups(self)['hidden'][:1]))
     with pytest.raises(AssertionError):
         check_groups(network())
 

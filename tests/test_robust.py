@@ -268,6 +268,20 @@ def test_sharded_and_plain_runs_continue_each_other(dataset, tmp_path):
 
 
 @posix
+def test_muon_over_processes(dataset, tmp_path):
+    """Two processes take the steps of one, with clipping by rows and an average; sharded weights are refused."""
+    steps = ['--dropout=0.0', '--dtype=float32', '--learning_rate=1e-3', '--optimizer=muon', '--ema=0.9', '--adaptive_clip=0.1', '--max_iters=8']
+    run(dataset, tmp_path / 'one', *steps)
+    process = torchrun(dataset, tmp_path / 'two', *steps)
+    text = process.communicate()[0]
+    assert process.returncode == 0, text[-3000:]
+    expected, found = ({step: loss for step, loss, _, _ in losses(tmp_path / name) if loss} for name in ('one', 'two'))
+    assert found.keys() == expected.keys() and max(abs(found[s] - expected[s]) for s in expected) < 1e-3 # bfloat16 inside of Muon
+    text = torchrun(dataset, tmp_path / 'no', *steps, '--parallel=fsdp').communicate()[0]
+    assert "optimizer='muon' works on whole matrices" in text and '--parallel=ddp' in text and not (tmp_path / 'no').exists()
+
+
+@posix
 def test_a_lost_rank_is_replaced_and_the_run_goes_on(dataset, tmp_path):
     out = tmp_path / 'out'
     process = torchrun(dataset, out, '--init_from=auto', '--checkpoint_interval=5', '--max_iters=60', '--eval_interval=60')

@@ -522,8 +522,8 @@ def test_half_a_line_in_metrics(half_line):
 
 
 def test_resume_with_another_optimizer_setting(half_line):
-    decayed, rest = load_checkpoint(half_line / 'out/ckpt.pt')['optimizer']['param_groups']
-    assert (decayed['weight_decay'], rest['weight_decay'], decayed['betas'][0]) == (0.5, 0.0, 0.8)
+    embeddings, hidden, rest = load_checkpoint(half_line / 'out/ckpt.pt')['optimizer']['param_groups']
+    assert embeddings['weight_decay'] == hidden['weight_decay'] == 0.5 and rest['weight_decay'] == 0.0 and hidden['betas'][0] == 0.8
 
 
 @job
@@ -579,7 +579,7 @@ def test_resumes_nanogpt(nano):
     checkpoint = load_checkpoint(folder / 'nano/ckpt.pt')
     assert checkpoint['iter_num'] == 41 and checkpoint['config']['lr_decay_iters'] == 5000
     model = GPT(GPTConfig(**checkpoint['model_args']))
-    names = [name for group in model.optimizer_groups() for name, _ in group]
+    names = [name for group in model.optimizer_groups().values() for name, _ in group]
     for i, name in enumerate(names):
         # 0.9 of what was there and a tenth of a gradient below 1
         expected = 900.0 * ((NANO_MATRICES + NANO_GAINS).index(name) + 1)
@@ -762,7 +762,7 @@ RUN = 'out/ckpt.pt'
 MISTAKES = {
     'unknown setting': (None, dict(n_layers=3), ['--n_layers', 'did you mean --n_layer?']),
     'wrong type': (None, dict(n_layer='two'), ['--n_layer', "'two'", 'int']),
-    'no such choice': (None, dict(schedule='linear'), ["'linear'", 'cosine', 'wsd']),
+    'no such choice': (None, dict(schedule='straight'), ["'straight'", 'cosine', 'wsd']),
     'no batch': (None, dict(batch_size=0), ['batch_size=0', 'at least 1']),
     'known dataset missing': (None, lambda f: dict(dataset=not_prepared()),
                               [lambda: f'python data/{not_prepared()}/prepare.py']),
@@ -809,6 +809,15 @@ MISTAKES = {
     'the folder holds a run': (None, {}, ['already holds a run', '--overwrite=True']),
     'the folder is a file': (lambda f: (f / 'file').write_text('x'), lambda f: dict(out_dir=f / 'file'), ['file']),
     'beta above 1': (None, dict(beta1=1.5), ['beta', '1.5']),
+    'no such optimizer': (None, dict(optimizer='lion'), ["'lion'", 'adamw, muon or sm3']),
+    'a setting that AdamW lacks': (None, dict(momentum=0.8), ['momentum=0.8', "optimizer='adamw'", 'beta1']),
+    'decay longer than the run': (None, dict(schedule='wsd', wsd_decay_iters=18), ['wsd_decay_iters=18', '17']),
+    'warmup longer than the schedule': (None, dict(warmup_iters=21), ['warmup_iters=21', 'lr_decay_iters=20']),
+    'batch warmup beyond the run': (None, dict(batch_warmup_iters=21, min_batch_size=1), ['batch_warmup_iters=21', 'max_iters=20']),
+    'batch warmup from nowhere': (None, dict(batch_warmup_iters=5), ['min_batch_size=0', 'batch_warmup_iters=5']),
+    'batch warmup downwards': (None, dict(batch_warmup_iters=5, min_batch_size=9), ['min_batch_size=9', 'batch_size=4']),
+    'block warmup from nowhere': (None, dict(block_warmup_iters=5), ['block_warmup_iters=5', 'min_block_size=0']),
+    'averages forever': (None, dict(ema=1.0), ['ema=1.0', 'below 1']),
     'learning rate below 0': (None, dict(learning_rate=-1.0), ['learning', '-1.0']),
 }
 # those that find a run in out_dir

@@ -1,0 +1,36 @@
+"""
+tinyshakespeare's characters to the validation loss of nanoGPT's small CPU run, in the least time on a CPU.
+
+    python data/shakespeare_char/prepare.py
+    python train.py config/speedrun_shakespeare_cpu.py
+"""
+out_dir = 'out-speedrun-shakespeare-cpu'
+dataset = 'shakespeare_char'
+device = 'cpu'
+compile = False
+eval_interval = 70 # once, at the end
+eval_iters = 36 # of 48 windows: the whole validation split
+log_interval = 10
+
+mixer = 'gmlp' # brings its own MLP
+mlp = 'none'
+pos_emb = 'none'
+time_mixing = 0.5
+n_layer = 3
+n_head = 2
+n_embd = 128
+block_size = 64
+batch_size = 48
+gradient_accumulation_steps = 1
+
+optimizer = 'muon'
+learning_rate = 1e-2
+hidden_lr = 3.5e-2
+weight_decay = 0.0
+momentum = 0.9
+beta2 = 0.95
+schedule = 'linear'
+warmup_iters = 5
+max_iters = 70
+lr_decay_iters = 70
+min_lr = 0.0
