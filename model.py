@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -32,6 +33,7 @@ class GPTConfig:
     n_head: int = 12 # heads of every mixer
     n_embd: int = 768 # channels
     dropout: float = 0.0 # for pretraining 0 is good, for finetuning try 0.1+
+    recompute: bool = False # activation checkpointing: blocks keep their input alone and run again in the backward pass
     bias: bool = True # biases in Linear and LayerNorm, as GPT-2 has them; False is a bit better and faster
     tie_weights: bool = True # one matrix for the embedding and the head
     mixer: str = 'attention' # how tokens talk to each other: a name in MIXERS
@@ -584,10 +586,14 @@ class Stack(nn.ModuleList):
     """n blocks, one after the other, on sequences of up to block_size tokens."""
     def __init__(self, config, n, block_size):
         super().__init__(Block(config, layer, block_size) for layer in range(n))
+        self.recompute = config.recompute
 
     def forward(self, x, cache=None):
         for i, block in enumerate(self):
-            x = block(x, sub(cache, i))
+            if self.recompute and torch.is_grad_enabled():
+                x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x, sub(cache, i))
         return x
 
 
@@ -876,6 +882,9 @@ class GPT(nn.Module):
             model(idx)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             model(idx, idx)
+        if self.config.recompute: # checkpoint keeps these beside autograd
+            n_blocks = sum(isinstance(m, Block) for m in model.modules())
+            kept['inputs'] = torch.empty(n_blocks, T, self.config.n_embd, device='meta', dtype=dtype).untyped_storage()
         return 3 * counter.get_total_flops() / T, (sum(s.nbytes() for s in kept.values()) - weights) / T
 
     def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops):
@@ -956,7 +965,7 @@ class GPT(nn.Module):
         leave the weights their meaning: dropout, another block_size, additions that start as the identity, and
         time_mixing, which has no identity and must be trained in. Others are refused unless allow_changes.
         """
-        safe = dict(dropout=True, block_size=True, bias=True, tie_weights=True, time_mixing=True, time_weighting=True,
+        safe = dict(dropout=True, recompute=True, block_size=True, bias=True, tie_weights=True, time_mixing=True, time_weighting=True,
                     pos_emb=(args.get('pos_emb', 'learned'), changes.get('pos_emb'))
                     in (('none', 'relative'), ('learned', 'learned+relative')))
         defaults = vars(GPTConfig())
@@ -1040,7 +1049,7 @@ class GPT(nn.Module):
         from safetensors.torch import save_file
         c = self.config
         activations = dict(gelu='gelu', gelu_tanh='gelu_new', relu2='relu2')
-        plain = GPTConfig(c.block_size, c.vocab_size, c.n_layer, c.n_head, c.n_embd, c.dropout, c.bias, c.tie_weights,
+        plain = GPTConfig(c.block_size, c.vocab_size, c.n_layer, c.n_head, c.n_embd, c.dropout, c.recompute, c.bias, c.tie_weights,
                           pos_emb=c.pos_emb, mlp=c.mlp, mlp_ratio=c.mlp_ratio if c.mlp != 'none' else 4.0)
         beyond = [f"{f.name}={getattr(c, f.name)!r}" for f in fields(c) if getattr(c, f.name) != getattr(plain, f.name)]
         beyond += [f"mlp={c.mlp!r}"] * (c.mlp not in activations) + [f"pos_emb={c.pos_emb!r}"] * (c.pos_emb not in ('learned', 'none'))

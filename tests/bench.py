@@ -7,6 +7,9 @@ Measures speed, memory and loss: this project's, and in turn with it a peer's, f
     python tests/bench.py scale                             cost against T, width, depth, dataset size, ranks
     python tests/bench.py startup --peer=PATH               seconds from the command to the first training step
     python tests/bench.py process --peer=PATH               the README's small CPU run, from start to end
+    python tests/bench.py recipe --peer=PATH                seconds to the peer's loss by a speed-run config, several seeds
+    python tests/bench.py ablations                         that config with each of its ingredients taken out
+    python tests/bench.py repetition --run=out-x            how often a trained model's greedy text loops, and what helps
     python tests/bench.py loss --peer=PATH                  loss curves from the same weights on the same batches
     python tests/bench.py all --device=cuda --peer=PATH     all of it, and each goal beside what was measured
 
@@ -71,6 +74,13 @@ ranks = (1, 2) # gloo processes, sharing the machine's cores
 # startup, process, loss, all
 iterations = 2000 # of the README's small CPU run
 loss_steps = 500 # training steps before losses are compared
+# recipe and ablations
+recipe_of = 'shakespeare_cpu' # shakespeare_cpu | shakespeare: which config/speedrun_*.py
+seeds = (1, 2, 3)
+run = '' # repetition: folder of the run
+prompts = 32 # repetition: texts, each begun by 32 tokens of the validation split
+length = 400 # repetition: tokens generated for each
+peer_steps = 5 # steps of the peer that are timed where its run takes hours, and its whole run is as many times longer
 goals = 'auto' # all: cpu | cuda | auto: the device's
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -84,6 +94,26 @@ _NANOGPT_FIELDS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size', 'd
 # nanoGPT's README, training on a CPU: both projects take these words
 SMALL_RUN = dict(device='cpu', compile=False, eval_iters=20, log_interval=1, block_size=64, batch_size=12, n_layer=4,
                  n_head=4, n_embd=128, dropout=0.0)
+# speed runs: the loss to reach, the peer's run that does, and what taking out each ingredient means
+RECIPES = {
+    'shakespeare_cpu': (1.898, 'readme', 2000),
+    'shakespeare': (1.4697, 'baby', 5000),
+}
+_ATTENTION = dict(mixer='attention', mlp='relu2', pos_emb='rope')
+ABLATIONS = {
+    'as it is': {}, 'AdamW for all matrices': dict(optimizer='adamw', momentum=0.95, hidden_lr=None),
+    'AdamW at 0.004': dict(optimizer='adamw', momentum=0.95, hidden_lr=None, learning_rate=4e-3),
+    'SM3 at 0.1': dict(optimizer='sm3', hidden_lr=None, learning_rate=0.1),
+    'momentum 0.95': dict(momentum=0.95), 'no time-mixing': dict(time_mixing=0.0),
+    'attention with rotary positions and relu2 MLP': _ATTENTION,
+    'attention without time-mixing': _ATTENTION | dict(time_mixing=0.0), 'MLP-Mixer and relu2 MLP': dict(mixer='mlp_mixer', mlp='relu2'),
+    'aMLP': dict(gmlp_attn=32), 'cosine to a tenth': dict(schedule='cosine', min_lr=1e-3), 'batch 12 with as many steps': dict(batch_size=12),
+    'batch 12 with as many tokens': dict(batch_size=12, max_iters=280, lr_decay_iters=280, eval_interval=280, warmup_iters=20),
+    'float32': dict(dtype='float32'), 'untied head': dict(tie_weights=False), 'ReZero': dict(rezero=True),
+    'average of weights (0.9)': dict(ema=0.9), 'adaptive clipping 0.1': dict(adaptive_clip=0.1), 'clipping at 0.3': dict(grad_clip=0.3),
+    'windows growing from 16': dict(min_block_size=16, block_warmup_iters=40), 'batch growing from 12': dict(min_batch_size=12, batch_warmup_iters=40),
+    'weight decay 0.1': dict(weight_decay=0.1), '2 layers': dict(n_layer=2), '4 layers': dict(n_layer=4),
+}
 # what the command line set; tables and failures by title; the machine's limits by dtype; dataset folders by vocabulary
 given, records, errors, known, folders = {}, {}, {}, {}, {}
 
@@ -328,6 +358,29 @@ def run_script(folder, until_first_step=False):
             raise RuntimeError((lines or ['train.py said nothing'])[-1].strip())
         val = re.findall(r'val loss ([\d.]+)', ''.join(lines))
         return dict(seconds=time.perf_counter() - t0, first_step=first, val_loss=float(val[-1]) if val else None)
+
+
+def run_recipe(folder, args):
+    """
+    train.py in folder -> seconds from the command to the last evaluation, without the time of evaluations (each from the line
+    before it to its own); and its validation loss.
+    """
+    with tempfile.TemporaryDirectory() as out_dir:
+        command = [sys.executable, '-u', 'train.py', *args, f'--out_dir={Path(out_dir) / "run"}']
+        last = start = time.perf_counter()
+        evaluating, lines, total, val = 0.0, [], 0.0, None
+        with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace') as p:
+            for line in p.stdout:
+                now = time.perf_counter()
+                lines.append(line)
+                found = re.match(r'step \d+: train loss [\d.]+, val loss ([\d.]+)', line)
+                if found:
+                    total, val = last - start - evaluating, float(found[1])
+                    evaluating += now - last
+                last = now
+        if p.returncode or val is None:
+            raise RuntimeError((lines or ['train.py said nothing'])[-1].strip())
+        return dict(seconds=total, val_loss=val)
 
 
 def run_ranks(n, config, batch):
@@ -709,6 +762,105 @@ def small_run(until_first_step):
     return rows[0]['seconds'], ratio
 
 
+def recipe_flags():
+    """What the command line changes in a speed run; and its data, which are real ones."""
+    global dataset
+    dataset = dataset or 'shakespeare_char'
+    flags = {k: v for k, v in given.items() if k in GPTConfig.__dataclass_fields__ and k != 'vocab_size' or k == 'batch_size'}
+    if iterations != 2000: # a trial of this command
+        flags |= dict(max_iters=iterations, lr_decay_iters=iterations, eval_interval=iterations, warmup_iters=1, log_interval=1)
+    return flags | dict(dataset=data(model_of('readme')[0].vocab_size))
+
+
+def recipe_job(flags, seed):
+    return lambda: run_recipe(PROJECT, [f'config/speedrun_{recipe_of}.py', f'--seed={seed}', *(f'--{k}={v}' for k, v in flags.items())])
+
+
+def spread(values):
+    return f'{sum(values) / len(values):.4f} ({min(values):.4f}-{max(values):.4f})' if values else '-'
+
+
+def recipe():
+    """-> (ratio of the seconds, the losses of all seeds)"""
+    if recipe_of not in RECIPES:
+        raise ValueError(f"recipe_of={recipe_of!r} is not one of {', '.join(RECIPES)}")
+    target, default, peer_iters = RECIPES[recipe_of]
+    jobs, short = {}, recipe_of != 'shakespeare_cpu'
+    flags, peer_iters = recipe_flags(), iterations if iterations != 2000 else peer_iters
+    runs, title = {'ours': [], 'peer': []}, f'recipe, {recipe_of}'
+    for seed in seeds: # in turn
+        jobs = {f'ours, seed {seed}': recipe_job(flags, seed)}
+        if peer and not short:
+            words = SMALL_RUN | {k: v for k, v in flags.items() if k in _NANOGPT_FIELDS + ('batch_size', 'dataset')} | dict(
+                max_iters=peer_iters, lr_decay_iters=peer_iters, warmup_iters=min(100, peer_iters // 2))
+            jobs['peer'] = lambda words=words: run_recipe(peer, ['config/train_shakespeare_char.py', *(f'--{k}={v}' for k, v in words.items())])
+        elif peer:
+            config, batch = model_of(default, dropout=0.2)
+            on_cpu = torch.device(device).type == 'cpu'
+            job = job_of('train', config, True, batch_size=batch, steps=peer_steps, compile=not on_cpu if peer_compile == 'auto' else peer_compile)
+            jobs['peer'] = lambda job=job: dict(seconds=run_worker(job)['step'] * peer_iters)
+        for name, result in in_turn(title, jobs, 1).items():
+            runs['ours' if name.startswith('ours') else 'peer'] += result
+    ratio, losses = over(runs['peer'], runs['ours'], 'seconds'), [run['val_loss'] for run in runs['ours']]
+    rows = [{'who': who, 'seconds': med(r, 'seconds'), 'fastest': min((x['seconds'] for x in r), default=None),
+             'slowest': max((x['seconds'] for x in r), default=None),
+             'val loss': spread([x['val_loss'] for x in r if x.get('val_loss')]),
+             'note': f'step time x {peer_iters}' if who == 'peer' and short else '', 'raw': r} for who, r in runs.items() if r]
+    show(f'{title}: seconds to {target}, without evaluations; seeds {seeds}', rows + [{'who': 'peer/ours', 'seconds': ratio}] * bool(peer))
+    return ratio, losses
+
+
+def ablations():
+    title, rows = f'ablations, {recipe_of}', []
+    flags = recipe_flags()
+    chosen = {name: changes for name, changes in ABLATIONS.items() if not variants or name in variants}
+    runs = {name: in_turn(f'{title}: {name}', {seed: recipe_job(changes | flags, seed) for seed in seeds}, 1) for name, changes in chosen.items()}
+    for name, by_seed in runs.items():
+        results = [r[0] for r in by_seed.values() if r]
+        losses = [r['val_loss'] for r in results]
+        rows.append({'what': name, 'val loss': spread(losses), 'seconds': med(results, 'seconds'), 'raw': results})
+    show(f'{title}: seeds {seeds}, mean (lowest-highest)', rows)
+
+
+def loops(tokens, longest=100):
+    """Does this list end by saying the same again, three times in a row or more, in up to `longest` tokens?"""
+    return any(tokens[-p:] * 3 == tokens[-3 * p:] for p in range(1, longest + 1) if 3 * p <= len(tokens))
+
+
+def repetition():
+    """What each way to control repetition does to greedy text and, beside it, to drawn text."""
+    model, checkpoint = GPT.load(Path(run) / 'best.pt' if (Path(run) / 'best.pt').exists() else Path(run) / 'ckpt.pt', device)
+    folder = dataset_folder(checkpoint['config']['dataset'])
+    x = next(iter(Split(folder, 'val').fixed_batches(1, prompts, model.config.block_size)))[0]
+    idx = torch.from_numpy(x[:, :32]).to(device)
+    ways = {'greedy': dict(temperature=0.0)}
+    ways |= {f'greedy, {text}': dict(temperature=0.0) | options for text, options in {
+        'repetition_penalty 1.1': dict(repetition_penalty=1.1), 'repetition_penalty 1.3': dict(repetition_penalty=1.3),
+        'repetition_penalty 1.3, window 16': dict(repetition_penalty=1.3, repetition_window=16),
+        'no_repeat_ngram 4': dict(no_repeat_ngram=4), 'no_repeat_ngram 8': dict(no_repeat_ngram=8),
+        'no_repeat_ngram 12': dict(no_repeat_ngram=12)}.items()}
+    ways |= {'4 beams': dict(beams=4), '4 beams, no_repeat_ngram 8': dict(beams=4, no_repeat_ngram=8),
+             'temperature 0.8': dict(temperature=0.8), 'temperature 0.8, top_k 10': dict(temperature=0.8, top_k=10),
+             'temperature 0.8, top_p 0.9': dict(temperature=0.8, top_p=0.9), 'temperature 0.8, min_p 0.1': dict(temperature=0.8, min_p=0.1),
+             'temperature 0.4': dict(temperature=0.4)}
+    rows = []
+    for name, options in ways.items():
+        print(f'... repetition: {name}', flush=True)
+        options = dict(options)
+        if options.pop('beams', None):
+            out = torch.cat([model.beam_search(row[None], length, 4, **options) for row in idx])
+        else:
+            out = model.generate(idx, length, generator=torch.Generator(device).manual_seed(1), **options)
+        texts = out[:, idx.size(1):].tolist()
+        grams = [[tuple(t[i:i + 8]) for i in range(len(t) - 7)] for t in texts]
+        T = model.config.block_size
+        with torch.no_grad(): # of each token in windows of block_size, as the model sees text in training
+            nats = [model(w[:, :-1].contiguous(), w[:, 1:].contiguous())[1].item() for w in out.unfold(1, T + 1, T).unbind(1)]
+        rows.append({'way': name, 'end in a loop': sum(map(loops, texts)) / len(texts),
+                     'distinct 8-grams': sum(len(set(g)) for g in grams) / sum(map(len, grams)), 'nats a token': sum(nats) / len(nats)})
+    show(f'repetition: {len(idx)} texts of {length} tokens by {Path(run).name}', rows)
+
+
 def loss():
     """-> {dtype: difference of the validation loss to the peer's}"""
     on_cpu = torch.device(device).type == 'cpu'
@@ -785,7 +937,7 @@ def everything():
     show('goals', rows)
 
 
-COMMANDS = dict(train=train, sample=sample, mixers=mixers, scale=scale, startup=lambda: small_run(True),
+COMMANDS = dict(train=train, sample=sample, mixers=mixers, scale=scale, recipe=recipe, ablations=ablations, repetition=repetition, startup=lambda: small_run(True),
                 process=lambda: small_run(False), loss=loss, all=everything)
 
 

@@ -6,6 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+
+from data.tokens import CharTokenizer, Writer
+from model import GPT, GPTConfig, save_checkpoint
 
 PROJECT = Path(__file__).resolve().parent.parent
 TINY = ['--device=cpu', '--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=32', '--vocab_size=11',
@@ -101,6 +105,45 @@ def test_startup(bench, peer):
 def test_process(bench):
     (ours,), = bench('process')
     assert ours['raw'][0]['first_step'] < ours['seconds'] == ours['raw'][0]['seconds']
+
+
+@pytest.fixture
+def words(tmp_path):
+    """A dataset of few characters, for the commands that want a real one."""
+    tokenizer = CharTokenizer.from_text(['abcd '])
+    with Writer(tmp_path / 'words', tokenizer) as out:
+        for split in ('train', 'val'):
+            out.write(split, tokenizer.encode('abc dcba ' * 500))
+    return f"--dataset={tmp_path / 'words'}"
+
+
+def test_recipe(bench, peer, words):
+    (ours, theirs, ratio), = bench('recipe', peer, words, '--seeds=1,2')
+    assert len(ours['raw']) == len(theirs['raw']) == 2 and positive(ours['seconds']) and len(ratio['seconds']) == 3
+    assert ours['raw'][0]['val_loss'] != ours['raw'][1]['val_loss']
+
+
+def test_ablations(bench, words):
+    rows, = bench('ablations', words, '--seeds=1,2', '--variants=as it is,SM3 at 0.1')
+    assert [row['what'] for row in rows][0] == 'as it is'
+    assert all(len(row['raw']) == 2 for row in rows)
+
+
+def test_loops(bench):
+    assert bench.script.loops([5, 1, 2, 1, 2, 1, 2]) and bench.script.loops([7, 7, 7]) and bench.script.loops(list(range(40)) * 3)
+    assert not bench.script.loops([1, 2, 1, 2]) and not bench.script.loops([1, 2, 3, 1, 2, 3, 1, 2]) and not bench.script.loops([])
+
+
+def test_repetition(bench, words, tmp_path):
+    folder = words.partition('=')[2]
+    torch.manual_seed(0)
+    config = dict(n_layer=1, n_head=1, n_embd=8, block_size=40, vocab_size=5)
+    model = GPT(GPTConfig(**config))
+    save_checkpoint(tmp_path / 'ckpt.pt', dict(model=model.state_dict(), model_args=config, config=dict(dataset=folder)))
+    rows, = bench('repetition', f'--run={tmp_path}', '--prompts=2', '--length=60')
+    greedy = rows[0]
+    assert greedy['way'] == 'greedy' and greedy['end in a loop'] == 1.0 # a network without training says one token for ever
+    assert all(0 < row['distinct 8-grams'] <= 1 and row['nats a token'] > 0 for row in rows)
 
 
 def test_loss(bench, peer):

@@ -597,6 +597,24 @@ def test_bytes_kept_for_the_backward_pass():
     assert model.cost(dtype=torch.bfloat16)[1] < model.cost()[1]
 
 
+@pytest.mark.parametrize('place', ['attention', 'gmlp', 'unet'])
+def test_recompute(place):
+    """The same loss and gradients, dropout masks and all; less is kept; decoding goes on with its caches."""
+    found = []
+    for recompute in (False, True):
+        model, idx = network(**PLACES[place], dropout=0.3, recompute=recompute).train(), tokens(3, 12)
+        torch.manual_seed(5)
+        with torch.autocast('cpu', torch.bfloat16):
+            loss = model(idx, idx.roll(-1, 1))[1]
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+    big = dict(n_layer=8, n_embd=64, block_size=64)
+    assert network(**PLACES[place] | big, recompute=True).cost()[1] < 0.4 * network(**PLACES[place] | big).cost()[1]
+    model.eval()
+    assert torch.equal(model.generate(idx, 9, temperature=0.0), model.generate(idx, 9, temperature=0.0, use_cache=False))
+
+
 def test_configure_optimizers():
     model = network(time_weighting='full')
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.8, 0.9), 'cpu')

@@ -26,7 +26,7 @@ device = 'auto' # auto, cpu, cuda, mps
 
 
 def read_problems(folder):
-    """The held-out problems of a calc dataset as a list of (prompt, answer), such as ('12+34=', '46')."""
+    """The held-out problems of a calc dataset as a list of (prompt, the rest of the line), such as ('12+34=', '46')."""
     split = Split(folder, 'val')
     tokenizer = load_tokenizer(split.meta)
     if tokenizer is None:
@@ -35,7 +35,7 @@ def read_problems(folder):
     for x, y, _ in split.all_batches(64, 1024):
         ids.extend([int(x[0, 0])] * (not ids))   # the very first token is nobody's target
         ids.extend(y[y >= 0].tolist())
-    problems = [re.fullmatch(r'(\d+[-+*/]\d+=)(-?\d+)', line) for line in tokenizer.decode(ids).splitlines()]
+    problems = [re.fullmatch(r'(\d+[-+*/]\d+=)([-+*=\d]*\d)', line) for line in tokenizer.decode(ids).splitlines()]
     if not problems or None in problems:
         raise DataError(f'{folder} holds other things than problems: run python data/calc/prepare.py')
     return [match.groups() for match in problems]
@@ -43,7 +43,7 @@ def read_problems(folder):
 
 def accuracy(generate_answers, problems, batch_size=256, progress=None):
     """
-    Exact matches as {(operator, digits): (solved, total)}. generate_answers(prompts, n) -> as many texts, of up to n
+    Exact matches of what follows the last = (before it there may be steps) as {(operator, digits): (solved, total)}. generate_answers(prompts, n) -> as many texts, of up to n
     characters each; it is called with prompts of one length. progress is called with the number of answers got.
     """
     by_length = {}
@@ -59,7 +59,8 @@ def accuracy(generate_answers, problems, batch_size=256, progress=None):
                 a, operator, b = re.fullmatch(r'(\d+)([-+*/])(\d+)=', prompt).groups()
                 key = operator, max(len(a), len(b))
                 solved, total = counts.get(key, (0, 0))
-                counts[key] = solved + (text.split('\n')[0] == answer and '\n' in text), total + 1
+                right = '\n' in text and text.split('\n')[0].rsplit('=')[-1] == answer.rsplit('=')[-1]
+                counts[key] = solved + right, total + 1
             if progress:
                 progress(len(batch))
     return counts

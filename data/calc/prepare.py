@@ -20,7 +20,8 @@ from data.tokens import CharTokenizer, DataError, Writer, dataset_folder, fracti
 digits = 2 # of the operands, at most (of the divisor and the result, in a division)
 examples = 10000 # problems of each operator, training and validation together
 operators = '+-*/' # any of + - * /
-reverse = False # write answers with their last digit first, the order in which they are computed: 12+39=15
+reverse = False # write results with their last digit first, the order in which they are computed: 12+39=15
+scratch = False # write out the steps of * and / before the answer, as in 12*34=48+360=408 and 408/34=1*340-68+2*68-0=12
 val_fraction = 0.1 # share of the problems that are held out
 seed = 1337 # another seed, other problems
 out = 'calc' # dataset to write: a name in data/, or a folder
@@ -40,9 +41,28 @@ def n_problems(operator):
     return 10 ** digits * (10 ** digits - (operator == '/'))
 
 
+def number(n):
+    return '-' * (n < 0) + (str(abs(n))[::-1] if reverse else str(abs(n)))
+
+
+def steps(operator, a, b, result):
+    """The steps of a problem, each digit of b or of the result a step, and = after them; nothing where one step does it."""
+    if operator == '*' and b > 9: # what each digit of b adds, from the last one on, and the sum so far
+        products = [a * int(digit) * 10 ** i for i, digit in enumerate(reversed(str(b)))]
+        sums = [sum(products[:i + 1]) for i in range(len(products))]
+        return number(products[0]) + ''.join(f'+{number(p)}={number(total)}' for p, total in list(zip(products, sums))[1:-1]) + f'+{number(products[-1])}='
+    if operator == '/' and result > 9: # each digit of the result, from the first one on: digit * product - what is left of a
+        text = []
+        for i, digit in reversed(list(enumerate(reversed(str(result))))):
+            product = b * int(digit) * 10 ** i
+            a -= product
+            text.append(f'{digit}*{number(product)}-{number(a)}')
+        return '+'.join(text) + '='
+    return ''
+
+
 def line(operator, a, b, result):
-    answer = str(abs(result))[::-1] if reverse else str(abs(result))
-    return f'{a}{operator}{b}={"-" if result < 0 else ""}{answer}\n'
+    return f'{a}{operator}{b}={steps(operator, a, b, result) if scratch else ""}{number(result)}\n'
 
 
 with exit_on_error():

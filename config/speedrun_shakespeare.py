@@ -1,0 +1,34 @@
+"""
+tinyshakespeare's characters to the validation loss of nanoGPT's baby GPT (1.4697), in the least time.
+
+    python data/shakespeare_char/prepare.py
+    python train.py config/speedrun_shakespeare.py
+"""
+out_dir = 'out-speedrun-shakespeare'
+dataset = 'shakespeare_char'
+eval_interval = 500
+eval_iters = 40
+log_interval = 50
+
+mixer = 'gmlp' # brings its own MLP
+mlp = 'none'
+pos_emb = 'none'
+time_mixing = 0.5
+n_layer = 6
+n_head = 4
+n_embd = 320
+block_size = 128
+batch_size = 32
+gradient_accumulation_steps = 1
+dropout = 0.2
+
+optimizer = 'muon'
+learning_rate = 5e-3
+hidden_lr = 2e-2
+weight_decay = 0.1
+beta2 = 0.95
+schedule = 'linear'
+warmup_iters = 20
+max_iters = 1500
+lr_decay_iters = 1500
+min_lr = 0.0
