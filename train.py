@@ -103,7 +103,7 @@ seed = 1337
 device = 'auto' # auto | cpu | cuda | cuda:1 | mps
 dtype = 'auto' # auto | float32 | bfloat16 | float16
 deterministic = False # on a GPU: slower kernels that give a resumed run the same bits; a CPU's always do
-compile: bool | str = 'auto' # torch.compile: True | False | auto (on a GPU)
+compile: bool | str = 'auto' # torch.compile: True | False | auto (on a GPU) | reduce-overhead (CUDA graphs) | max-autotune
 peak_flops: float | str = 'auto' # FLOP/s that MFU is a share of: a number | auto (table of GPUs) | measure
 parallel = 'ddp' # under torchrun: ddp (each process holds the model) | fsdp (they share it out)
 backend = 'auto' # torch.distributed's: auto | nccl | gloo
@@ -154,7 +154,7 @@ with exit_on_error():
     for name, right, rule in [
             ('sampling', sampling in ('random', 'epoch'), 'random or epoch'), ('schedule', schedule in ('cosine', 'cosine_floor', 'linear', 'wsd'), 'cosine, cosine_floor, linear or wsd'),
             ('optimizer', optimizer in ('adamw', 'muon', 'sm3'), 'adamw, muon or sm3'),
-            ('compile', compile in (True, False, 'auto'), 'True, False or auto'), ('batch_size', batch_size > 0, 'at least 1'),
+            ('compile', compile in (True, False, 'auto', 'reduce-overhead', 'max-autotune'), 'True, False, auto, reduce-overhead or max-autotune'), ('batch_size', batch_size > 0, 'at least 1'),
             ('gradient_accumulation_steps', gradient_accumulation_steps > 0, 'at least 1'), ('eval_iters', eval_iters > 0, 'at least 1'),
             ('parallel', parallel in ('ddp', 'fsdp'), 'ddp or fsdp'), ('min_block_size', 0 <= min_block_size <= block_size,
              f'0 (off) to block_size={block_size}'), ('eval_interval', eval_interval > 0, 'at least 1'), ('log_interval', log_interval > 0, 'at least 1'),
@@ -180,6 +180,10 @@ with exit_on_error():
     # processes: torchrun sets these variables
     rank, local_rank, world = (int(os.environ.get(k, v)) for k, v in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1).items())
     main = rank == 0 # writes files and speaks
+    before = checkpoint.get('config', {}).get('optimizer', 'adamw') if resuming else optimizer
+    if before != optimizer:
+        raise ValueError(f"optimizer={optimizer!r} cannot go on with the state of optimizer={before!r}: resume with that, or begin "
+                         f"a new run with --init_from={latest}")
     for name, value, reason in (('optimizer', optimizer, 'works on whole matrices'), ('ema', ema, 'keeps whole weights')):
         if world > 1 and parallel == 'fsdp' and value not in ('adamw', 0.0):
             raise ValueError(f"{name}={value!r} {reason}, and parallel='fsdp' shares them out: use --parallel=ddp")
@@ -271,7 +275,7 @@ if compile == 'auto':
         compile = False
 if compile:
     torch._dynamo.config.recompile_limit = 2 * len(lengths) * len(sizes) + 8 # for training and for evaluations
-    model = torch.compile(model, dynamic=False) # each length once: symbolic lengths are compiled three times as often
+    model = torch.compile(model, dynamic=False, mode=compile if isinstance(compile, str) else None) # each length once: symbolic lengths are compiled three times as often
 fast_model = model # without DDP, for evaluations
 if world > 1 and not sharded:
     model = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device] if device_type == 'cuda' else None)
@@ -463,17 +467,20 @@ sys.excepthook = explain
 # what this run is, in a few lines
 tokens_per_step, n_tokens, activations = gradient_accumulation_steps * batch_size * block_size, splits['train'].n_tokens, \
     costs[block_size][1] * batch_size * block_size
+state_bytes = (16 - 4 * (optimizer == 'sm3') + 4 * bool(ema)) * n_params
 if given:
     say('settings ' + ', '.join(f'{name}={value!r}' for name, value in given.items()))
 for name, (old, new) in changed.items():
     say(f"changed  {name}={new!r}, was {old!r}")
 for line in added:
     say(f"added    {line}")
+if optimizer == 'sm3':
+    say(f"note     sm3 has momentum={momentum}: beta1 and beta2 are AdamW's")
 say(f"""model    {n_params / 1e6:.2f}M parameters, {(n_params - n_embedding) / 1e6:.2f}M without embeddings, {n_decayed / 1e6:.2f}M decayed; {costs[block_size][0] / 1e9:.4g} GFLOP a token
 machine  {device}, {dtype}, {'compiled' if compile else 'eager'}, {world} process{'es' * (world > 1)}{', sharded' * sharded}; peak {f'{peak / 1e12:.4g} TFLOP/s' * bool(peak)} ({peak_source})
 data     {dataset}: {n_tokens:,} tokens to train on, {splits['val'].n_tokens:,} to validate; {meta.get('encoding', meta['tokenizer'])}, vocabulary {model_args['vocab_size']:,}
 run      {max_iters:,} steps of {tokens_per_step:,} tokens = {max_iters * tokens_per_step:,}: {max_iters * tokens_per_step / n_tokens:.3g} epochs
-memory   about {(16 * n_params + activations) / 1e9:.3g} GB: {16 * n_params / 1e9:.3g} of weights, gradients and Adam, {activations / 1e9:.3g} of activations""")
+memory   about {(state_bytes + activations) / 1e9:.3g} GB: {state_bytes / 1e9:.3g} of weights, gradients and optimizer, {activations / 1e9:.3g} of activations""")
 if eval_only:
     val = splits['val']
     loss = mean_loss((x, y) for x, y, _ in val.all_batches(batch_size, block_size))

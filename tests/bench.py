@@ -10,6 +10,8 @@ Measures speed, memory and loss: this project's, and in turn with it a peer's, f
     python tests/bench.py recipe --peer=PATH                seconds to the peer's loss by a speed-run config, several seeds
     python tests/bench.py ablations                         that config with each of its ingredients taken out
     python tests/bench.py repetition --run=out-x            how often a trained model's greedy text loops, and what helps
+    python tests/bench.py profile --peer=PATH               the operators that a training step's time goes to
+    python tests/bench.py head                              the head's loss: in chunks, by torch's function, with all logits
     python tests/bench.py loss --peer=PATH                  loss curves from the same weights on the same batches
     python tests/bench.py all --device=cuda --peer=PATH     all of it, and each goal beside what was measured
 
@@ -43,7 +45,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 from configurator import configure, exit_on_error, fail
 from data.tokens import Split, dataset_folder, load_meta, prefetch
-from model import GPT, GPTConfig, MIXERS, find_peak_flops, resolve
+from model import GPT, GPTConfig, LinearCrossEntropy, MIXERS, find_peak_flops, resolve
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what is measured
@@ -144,7 +146,7 @@ def trainer(job):
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), kind)
     scaler = torch.amp.GradScaler(kind, enabled=job['dtype'] == 'float16')
     amp = autocast(job)
-    fast_model = torch.compile(model) if job['compile'] else model
+    fast_model = torch.compile(model, mode=job['compile'] if isinstance(job['compile'], str) else None) if job['compile'] else model
     model.train()
 
     def step(i, x, y, lr=1e-3, mark=lambda name: None):
@@ -319,7 +321,47 @@ def work_fetch(job):
     return dict(open=opened, fetch=median(times), memory=peak_memory(dict(device='cpu')))
 
 
-WORK = dict(train=work_train, sample=work_sample, loss=work_loss, ceilings=work_ceilings, fetch=work_fetch)
+def work_profile(job):
+    """{operator: ms of a step}, of the ten that take longest, and of all."""
+    _, step = trainer(job)
+    batches = loader(job)
+    for i in range(2):
+        step(i, *next(batches))
+    with torch.profiler.profile() as profile:
+        for i in range(job['steps']):
+            step(2 + i, *next(batches))
+        synchronize()
+    batches.close()
+    cuda = torch.device(job['device']).type == 'cuda'
+    took = {e.key: (e.self_device_time_total if cuda else e.self_cpu_time_total) / job['steps'] / 1e3 for e in profile.key_averages()}
+    longest = sorted(took, key=took.get, reverse=True)[:10]
+    return dict(operators={name: took[name] for name in longest}, all=sum(took.values()))
+
+
+def work_head(job):
+    """Forward and backward of the head alone: x (N, C) to the mean cross-entropy."""
+    c, kind = GPTConfig(**job['config']), torch.device(job['device']).type
+    N, dtype = job['batch_size'] * c.block_size, getattr(torch, job['dtype'])
+    x = torch.randn(N, c.n_embd, device=job['device'], requires_grad=True)
+    weight = (torch.randn(c.vocab_size, c.n_embd, device=job['device']) * 0.02).requires_grad_()
+    y = torch.randint(c.vocab_size, (N,), device=job['device'])
+    F = torch.nn.functional
+    ways = dict(chunks=lambda: LinearCrossEntropy.apply(x, weight, y, True), logits=lambda: F.cross_entropy(F.linear(x, weight), y),
+                torch=lambda: F.linear_cross_entropy(x, weight, y, options=torch.nn.LinearCrossEntropyOptions()))
+    memory_before, times = peak_memory(job), []
+    for _ in range(1 + job['steps']):
+        synchronize()
+        t0 = time.perf_counter()
+        with autocast(job):
+            loss = ways[job['way']]()
+        loss.backward()
+        x.grad = weight.grad = None
+        synchronize()
+        times.append(time.perf_counter() - t0)
+    return dict(step=median(times[1:]), times=times, memory=peak_memory(job), memory_before=memory_before, loss=loss.item())
+
+
+WORK = dict(train=work_train, profile=work_profile, head=work_head, sample=work_sample, loss=work_loss, ceilings=work_ceilings, fetch=work_fetch)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Starting processes
@@ -579,12 +621,16 @@ def about_machine():
 # ---------------------------------------------------------------------------------------------------------------------
 # Commands
 
-def train(title='train', default='baby', **changes):
+def train(title='train', default='baby', with_peer=True, **changes):
     """-> {what: ratio to the peer, or our MFU}"""
     config, batch = model_of(default, **changes)
     more = dict(batch_size=batch, steps=steps)
     jobs = {'ours': job_of('train', config, **more)}
-    if peer:
+    if compile == 'auto' and torch.device(device).type == 'cuda' and default == 'baby': # so small that launching kernels takes longest
+        mine = {f'ours, {c}': job_of('train', config, **more) | dict(compile=c) for c in (True, 'reduce-overhead')}
+        tried = in_turn(f'{title}, our best', mine, 1)
+        jobs['ours'] = mine[min(mine, key=lambda name: med(tried[name], 'step') or math.inf)]
+    if peer and with_peer:
         choices = (False, True) if peer_compile == 'auto' else (peer_compile,)
         theirs = {f"peer, {'compiled' if c else 'eager'}": job_of('train', config, True, **more, compile=c)
                   for c in choices}
@@ -595,12 +641,12 @@ def train(title='train', default='baby', **changes):
     for name, job in jobs.items():
         r, speed = runs[name], divide(batch * config.block_size, med(runs[name], 'step'))
         rows.append({
-            'who': name, 'how': f"{job['dtype']}, {'compiled' if job['compile'] else 'eager'}", 'tokens/s': speed,
+            'who': name, 'how': f"{job['dtype']}, {('compiled' if job['compile'] is True else job['compile']) if job['compile'] else 'eager'}", 'tokens/s': speed,
             'MFU': speed and divide(speed * flops, ceilings(job['dtype'])['flops']), 'GB': med(r, 'memory', 1e9),
             'ms/step': med(r, 'step', 1e-3),
             **{f'{part} ms': med(r, part, 1e-3) for part in ('data', 'forward', 'backward', 'optimizer')}, 'raw': r})
     figures = dict(mfu=rows[0]['MFU'])
-    if peer:
+    if peer and with_peer:
         figures |= dict(speed=over(runs['peer'], runs['ours']), memory=over(runs['ours'], runs['peer'], 'memory'))
         rows.append({'who': 'ours/peer', 'tokens/s': figures['speed'], 'GB': figures['memory']})
     title = f'{title}: {params / 1e6:.4g}M parameters, batch {batch} x {config.block_size}, dropout {config.dropout}'
@@ -822,6 +868,27 @@ def ablations():
     show(f'{title}: seeds {seeds}, mean (lowest-highest)', rows)
 
 
+def profile():
+    config, batch = model_of('baby')
+    jobs = {'ours': job_of('profile', config, batch_size=batch, steps=steps, compile=False)}
+    if peer:
+        jobs['peer'] = job_of('profile', config, True, batch_size=batch, steps=steps, compile=False)
+    for name, r in in_turn('profile', jobs, 1).items():
+        if r:
+            rows = [{'operator': op, 'ms/step': ms, 'share': ms / r[0]['all']} for op, ms in r[0]['operators'].items()]
+            show(f"profile of {name}, eager, {jobs[name]['dtype']}, batch {batch} x {config.block_size}, dropout {config.dropout}", rows)
+
+
+def head():
+    config, batch = model_of('gpt2')
+    batch = batch_size or (1 if torch.device(device).type == 'cpu' else batch)
+    ways = ['chunks', 'logits'] + ['torch'] * hasattr(torch.nn.functional, 'linear_cross_entropy')
+    runs = in_turn('head', {way: job_of('head', config, batch_size=batch, steps=steps, way=way) for way in ways})
+    rows = [{'way': way, 'ms': med(r, 'step', 1e-3), 'GB above the start': med([dict(m=x['memory'] - x['memory_before']) for x in r if x['memory']], 'm', 1e9),
+             'to chunks': over(r, runs['chunks']) if way != 'chunks' else None, 'raw': r} for way, r in runs.items()]
+    show(f'head: {batch * config.block_size} tokens of {config.n_embd} channels, vocabulary {config.vocab_size}', rows)
+
+
 def loops(tokens, longest=100):
     """Does this list end by saying the same again, three times in a row or more, in up to `longest` tokens?"""
     return any(tokens[-p:] * 3 == tokens[-3 * p:] for p in range(1, longest + 1) if 3 * p <= len(tokens))
@@ -902,6 +969,7 @@ def everything():
             goal(f'baby GPT, dropout {dropout}: training speed, ours/peer', wanted,
                  train(f'train, baby GPT, dropout {dropout}', 'baby', dropout=dropout).get('speed'))
         train('train, README run', 'readme')
+        train('train, baby GPT, recompute', 'baby', False, recompute=True)
         gpt2 = sample('sample, GPT-2 124M', 'gpt2', [(1, 1), (1, 900), (32, 1), (32, 900)], ('float32', 'bfloat16'))
         long = gpt2.get(1, {})
         goal('GPT-2 124M, 900 tokens of context: decoding, ours/peer', '>= 25', long.get('decode, ours/peer'))
@@ -917,6 +985,8 @@ def everything():
             goal(f'{name}: MFU', '>= 0.5', measured['mfu'])
             goal(f'{name}: training speed, ours/peer', '>= 1.3', measured.get('speed'))
             goal(f'{name}: peak memory, ours/peer', '<= 0.6', measured.get('memory'))
+        for name, default in (('GPT-2 124M', 'gpt2'), ('GPT-2 350M', 'gpt2-medium')):
+            train(f'train, {name}, recompute', default, False, recompute=True)
         goal('baby GPT: training speed, ours/peer', '>= 2', train('train, baby GPT', 'baby', dropout=0.2).get('speed'))
         for name, ratio in mixers('mixers, equal parameters', 'gpt2', equal=True).items():
             if name != 'attention':
@@ -930,6 +1000,7 @@ def everything():
         goal('GPT-2 124M, batch 1: decoded tokens/s', '>= 1000', one)
         goal('GPT-2 124M, batch 64: decoded tokens/s, to batch 1', '>= 20', divide(many, one))
         mixers('mixers', 'gpt2')
+    head()
     for name, difference in loss().items():
         goal(f'{name}: validation loss after {loss_steps} steps, difference to the peer', '<= 0.01', difference)
     goal('seconds to the first step, small CPU run', '<= 5', small_run(True)[0])
@@ -937,7 +1008,7 @@ def everything():
     show('goals', rows)
 
 
-COMMANDS = dict(train=train, sample=sample, mixers=mixers, scale=scale, recipe=recipe, ablations=ablations, repetition=repetition, startup=lambda: small_run(True),
+COMMANDS = dict(train=train, sample=sample, mixers=mixers, scale=scale, recipe=recipe, ablations=ablations, repetition=repetition, profile=profile, head=head, startup=lambda: small_run(True),
                 process=lambda: small_run(False), loss=loss, all=everything)
 
 

@@ -129,6 +129,17 @@ def test_ablations(bench, words):
     assert all(len(row['raw']) == 2 for row in rows)
 
 
+def test_profile(bench, peer):
+    for rows in bench('profile', peer):
+        assert rows[0]['ms/step'] >= rows[-1]['ms/step'] > 0 and 0.3 < sum(row['share'] for row in rows) <= 1
+
+
+def test_head(bench):
+    rows, = bench('head')
+    assert {row['way'] for row in rows} >= {'chunks', 'logits'} and all(positive(row['ms']) for row in rows)
+    assert len({round(row['raw'][0]['loss'], 1) for row in rows}) == 1
+
+
 def test_loops(bench):
     assert bench.script.loops([5, 1, 2, 1, 2, 1, 2]) and bench.script.loops([7, 7, 7]) and bench.script.loops(list(range(40)) * 3)
     assert not bench.script.loops([1, 2, 1, 2]) and not bench.script.loops([1, 2, 3, 1, 2, 3, 1, 2]) and not bench.script.loops([])

@@ -747,6 +747,40 @@ def test_prepare_calc_small_space_and_reversed(tmp_path):
         assert int(digits) == abs(eval(f'{a}{operator}{b}'))
 
 
+@pytest.mark.parametrize('reverse', [False, True])
+def test_prepare_calc_with_its_steps(tmp_path, reverse):
+    """Every number of every step is right, and the last one is the answer."""
+    prepare('calc', f'--out={tmp_path}', '--digits=3', '--examples=300', '--scratch=True', f'--reverse={reverse}')
+    read = lambda text: int(text[::-1] if reverse else text)
+    written = 0
+    for line in (text_of(tmp_path, 'train') + text_of(tmp_path, 'val')).splitlines():
+        a, operator, b, rest = re.fullmatch(r'(\d+)([-+*/])(\d+)=(.*)', line).groups()
+        a, b, (*steps, answer) = int(a), int(b), rest.split('=')
+        if operator in '+-' or not steps:
+            assert abs(eval(f'{a}{operator}{b}')) == read(answer.removeprefix('-')) and not steps
+            assert operator in '+-' or b < 10 or operator == '/' and a // b < 10
+            continue
+        written += 1
+        if operator == '*':
+            total = read(steps[0].split('+')[0])
+            assert total == a * (b % 10) and len(steps) == len(str(b)) - 1
+            for i, (step, after) in enumerate(zip(steps, [*steps[1:], answer]), 1):
+                before, product = map(read, step.split('+'))
+                assert before == total and product == a * (b // 10 ** i % 10) * 10 ** i
+                total += product
+                assert read(after.split('+')[0]) == total
+            assert total == a * b
+        else:
+            digits = ''
+            for step in steps[0].split('+'):
+                digit, product, left = re.fullmatch(r'(\d)\*(\d+)-(\d+)', step).groups()
+                digits += digit
+                assert read(product) == int(digit) * b * 10 ** (len(steps[0].split('+')) - len(digits)) and read(left) == a - read(product)
+                a = read(left)
+            assert a == 0 and len(steps) == 1 and int(digits) == read(answer)
+    assert written > 400
+
+
 def test_calc_accuracy(tmp_path):
     from data.calc.evaluate import accuracy, read_problems, table
     prepare('calc', f'--out={tmp_path}', '--examples=300')
@@ -763,6 +797,8 @@ def test_calc_accuracy(tmp_path):
 
     counts = accuracy(generate, problems, batch_size=8, progress=done.append)
     assert sum(done) == len(problems) == sum(total for _, total in counts.values())
+    steps = [('12*34=', '48+360=408')] # what comes before the answer does not count, whatever it is
+    assert [accuracy(lambda prompts, n: [text], steps)['*', 2][0] for text in ('48+360=408\n', '1=2=408\n', '408=48\n', '4081\n')] == [1, 1, 0, 0]
     for (operator, digits), (solved, total) in counts.items():
         assert solved == (total if operator in '+*' else 0)
     n_products = sum('*' in p for p, _ in problems)

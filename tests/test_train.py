@@ -809,6 +809,7 @@ MISTAKES = {
     'the folder holds a run': (None, {}, ['already holds a run', '--overwrite=True']),
     'the folder is a file': (lambda f: (f / 'file').write_text('x'), lambda f: dict(out_dir=f / 'file'), ['file']),
     'beta above 1': (None, dict(beta1=1.5), ['beta', '1.5']),
+    'another optimizer than the checkpoint': (None, dict(init_from='resume', optimizer='sm3'), ["optimizer='sm3'", "optimizer='adamw'", '--init_from=']),
     'no such optimizer': (None, dict(optimizer='lion'), ["'lion'", 'adamw, muon or sm3']),
     'a setting that AdamW lacks': (None, dict(momentum=0.8), ['momentum=0.8', "optimizer='adamw'", 'beta1']),
     'decay longer than the run': (None, dict(schedule='wsd', wsd_decay_iters=18), ['wsd_decay_iters=18', '17']),
@@ -822,7 +823,7 @@ MISTAKES = {
 }
 # those that find a run in out_dir
 HOLDING = ('truncated checkpoint', 'flipped bit', 'not a checkpoint', 'malicious checkpoint', 'another width asked',
-           'another depth asked', 'longer blocks than the checkpoint', 'shorter than a block', 'the folder holds a run')
+           'another depth asked', 'another optimizer than the checkpoint', 'longer blocks than the checkpoint', 'shorter than a block', 'the folder holds a run')
 
 
 def mistake(name):
