@@ -9,6 +9,7 @@ Measures speed, memory and loss: this project's, and in turn with it a peer's, f
     python tests/bench.py process --peer=PATH               the README's small CPU run, from start to end
     python tests/bench.py recipe --peer=PATH                seconds to the peer's loss by a speed-run config, several seeds
     python tests/bench.py ablations                         that config with each of its ingredients taken out
+    python tests/bench.py optimizers                        AdamW, Muon and SM3 on MLP-Mixer: curves and memory
     python tests/bench.py repetition --run=out-x            how often a trained model's greedy text loops, and what helps
     python tests/bench.py profile --peer=PATH               the operators that a training step's time goes to
     python tests/bench.py head                              the head's loss: in chunks, by torch's function, with all logits
@@ -422,7 +423,10 @@ def run_recipe(folder, args):
                 last = now
         if p.returncode or val is None:
             raise RuntimeError((lines or ['train.py said nothing'])[-1].strip())
-        return dict(seconds=total, val_loss=val)
+        metrics = Path(out_dir) / 'run' / 'metrics.jsonl' # not the peer's
+        logged = [json.loads(line) for line in metrics.read_text(encoding='utf-8').splitlines()] if metrics.exists() else []
+        return dict(seconds=total, val_loss=val, curve=[(line['step'], line['loss']) for line in logged if 'loss' in line],
+                    val_curve=[(line['step'], line['val_loss']) for line in logged if 'val_loss' in line])
 
 
 def run_ranks(n, config, batch):
@@ -889,6 +893,30 @@ def head():
     show(f'head: {batch * config.block_size} tokens of {config.n_embd} channels, vocabulary {config.vocab_size}', rows)
 
 
+def optimizers():
+    """Learning rates around each optimizer's best, on MLP-Mixer of the size of nanoGPT's small CPU run."""
+    choices = [('adamw', lr) for lr in (1e-3, 3e-3, 1e-2, 3e-2)] + [('muon', lr) for lr in (3e-3, 1e-2, 3e-2)] + \
+        [('sm3', lr) for lr in (0.03, 0.1, 0.3, 1.0)]
+    flags, steps_taken = recipe_flags(), iterations if iterations != 2000 else 1000
+    flags |= dict(max_iters=steps_taken, lr_decay_iters=steps_taken, eval_interval=max(1, steps_taken // 4))
+    config, rows, curves = model_of('readme')[0], [], {}
+    model = GPT(replace(config, mixer='mlp_mixer'))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    for name, lr in choices:
+        args = ['config/shakespeare_small.py', 'config/mixers/mlp_mixer.py', '--warmup_iters=20' if steps_taken > 20 else '--warmup_iters=1',
+                f'--optimizer={name}', f'--learning_rate={lr}', f'--min_lr={lr / 10}', *(f'--{k}={v}' for k, v in flags.items())]
+        r = in_turn('optimizers', {f'{name} {lr}': lambda args=args: run_recipe(PROJECT, args)}, 1)[f'{name} {lr}']
+        optimizer = model.configure_optimizers(0.1, lr, (0.9, 0.99), 'cpu', name)
+        optimizer.step()
+        size = sum(t.nbytes for state in optimizer.state.values() for t in state.values())
+        curves[f'{name} {lr}'] = r[0]['curve'] if r else []
+        rows.append({'optimizer': name, 'learning rate': lr, 'val loss': med(r, 'val_loss'), 'state, bytes a parameter': size / model.get_num_params(False),
+                     'highest loss after a tenth': max((x for i, x in r[0]['curve'] if i > steps_taken / 10), default=None) if r else None, 'raw': r})
+    show(f'optimizers: MLP-Mixer, {steps_taken} steps', rows)
+    picture([('MLP-Mixer', 'step', 'training loss', curves)])
+
+
 def loops(tokens, longest=100):
     """Does this list end by saying the same again, three times in a row or more, in up to `longest` tokens?"""
     return any(tokens[-p:] * 3 == tokens[-3 * p:] for p in range(1, longest + 1) if 3 * p <= len(tokens))
@@ -1008,7 +1036,7 @@ def everything():
     show('goals', rows)
 
 
-COMMANDS = dict(train=train, sample=sample, mixers=mixers, scale=scale, recipe=recipe, ablations=ablations, repetition=repetition, profile=profile, head=head, startup=lambda: small_run(True),
+COMMANDS = dict(train=train, sample=sample, mixers=mixers, scale=scale, recipe=recipe, ablations=ablations, optimizers=optimizers, repetition=repetition, profile=profile, head=head, startup=lambda: small_run(True),
                 process=lambda: small_run(False), loss=loss, all=everything)
 
 

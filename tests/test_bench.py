@@ -129,6 +129,13 @@ def test_ablations(bench, words):
     assert all(len(row['raw']) == 2 for row in rows)
 
 
+def test_optimizers(bench, words, tmp_path):
+    rows, = bench('optimizers', words)
+    memory = {row['optimizer']: row['state, bytes a parameter'] for row in rows}
+    assert 8 <= memory['adamw'] < 8.1 and 4 < memory['sm3'] < 5 and all(row['val loss'] > 0 for row in rows)
+    assert (tmp_path / 'result.png').stat().st_size > 1000
+
+
 def test_profile(bench, peer):
     for rows in bench('profile', peer):
         assert rows[0]['ms/step'] >= rows[-1]['ms/step'] > 0 and 0.3 < sum(row['share'] for row in rows) <= 1
