@@ -1,9 +1,6 @@
-"""
-tinyshakespeare's characters to the validation loss of nanoGPT's baby GPT (1.4697), in the least time.
+# tinyshakespeare's characters to the validation loss of nanoGPT's baby GPT (1.4697) in less time: 2600 steps of 32 x 128 characters.
+# 19 minutes on one CPU core; 1.4657 over the whole split in windows of 128, one seed. Prepare: python data/shakespeare_char/prepare.py
 
-    python data/shakespeare_char/prepare.py
-    python train.py config/speedrun_shakespeare.py
-"""
 out_dir = 'out-speedrun-shakespeare'
 dataset = 'shakespeare_char'
 eval_interval = 500

@@ -1,15 +1,13 @@
-"""
-tinyshakespeare's characters to the validation loss of nanoGPT's small CPU run, in the least time on a CPU.
+# tinyshakespeare's characters to the validation loss of nanoGPT's small CPU run (1.898 over the whole split) in the least time.
+# 70 steps of 48 x 64 characters; 3.7 s on two CPU cores without evaluations, where nanoGPT takes 44.9 s; 1.884 over the whole split,
 
-    python data/shakespeare_char/prepare.py
-    python train.py config/speedrun_shakespeare_cpu.py
-"""
+# mean of three seeds. Prepare: python data/shakespeare_char/prepare.py
 out_dir = 'out-speedrun-shakespeare-cpu'
 dataset = 'shakespeare_char'
 device = 'cpu'
 compile = False
 eval_interval = 70 # once, at the end
-eval_iters = 36 # of 48 windows: the whole validation split
+eval_iters = 37 # of 48 windows: the whole validation split
 log_interval = 10
 
 mixer = 'gmlp' # brings its own MLP
