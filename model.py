@@ -725,13 +725,14 @@ class GPT(nn.Module):
 
     def next_logits(self, out, window, use_cache=True):
         """
-        Logits (B, V) of the token after out (B, T). window is {} at first and remembers what was read: at most block_size
+        Logits (B, V) of the token after out (B, T). window is {} at first (or holds a decoder) and remembers what was read: at most block_size
         tokens. When it is full it restarts from its last half, which is read again (the same for every mixer, and much
         cheaper than sliding the window by one).
         """
         n, block = out.size(1), self.config.block_size
-        if not window or n - window['start'] > block:
-            start = max(0, n - block) if not window else n - max(1, block // 2)
+        first = 'start' not in window
+        if first or n - window['start'] > block:
+            start = max(0, n - block) if first else n - max(1, block // 2)
             window |= dict(start=start, done=start, cache={})
         decoder = window.get('decoder')
         if decoder and n - window['done'] == 1:
@@ -767,7 +768,6 @@ class GPT(nn.Module):
         if static is None:
             static = idx.device.type == 'cuda' and use_cache and Decoder.supports(self)
         window = dict(decoder=Decoder(self, idx.size(0))) if static else {}
-        window |= dict(start=max(0, n - self.config.block_size), done=max(0, n - self.config.block_size), cache={})
         for n in range(n, n + max_new_tokens):
             logits = self.next_logits(out[:, :n], window, use_cache)[:, :vocab_size]
             logits = penalize(logits, out[:, :n][:, -(repetition_window or self.config.block_size):], repetition_penalty, no_repeat_ngram)
