@@ -487,7 +487,7 @@ def test_what_may_be_drawn():
     model = network()
     idx = tokens(1, 3).repeat(4000, 1)
     out = logits(model, idx[:1])[0, -1]
-    for options in [dict(top_k=4), dict(top_p=0.5), dict(vocab_size=2)]:
+    for options in [dict(top_k=4), dict(top_p=0.5), dict(vocab_size=2), dict(min_p=0.6)]:
         drawn = set(model.generate(idx, 1, generator=torch.Generator().manual_seed(0), **options)[:, -1].tolist())
         assert drawn == set(naive_distribution(out, [], **options).nonzero().flatten().tolist())
 
@@ -512,6 +512,12 @@ def test_static_caches(pos_emb):
     model, idx = network(pos_emb=pos_emb), tokens(3, 5)
     n = 2 * model.config.block_size
     assert torch.equal(model.generate(idx, n, temperature=0.0, static=True), model.generate(idx, n, temperature=0.0))
+    decoder, cache = Decoder(model, 3), {}
+    with torch.no_grad(): # logits show what greedy text may hide
+        model.hidden(idx[:, :3], cache)
+        decoder.load(cache, 3)
+        for i in (3, 4):
+            assert_same(decoder(idx[:, i:i + 1]), logits(model, idx[:, :i + 1])[:, -1])
     from torch._dynamo.testing import CompileCounter
     torch.compiler.reset()
     counted = CompileCounter()
