@@ -733,6 +733,9 @@ def test_prepare_calc(tmp_path):
     assert content(tmp_path) == before
     prepare('calc', f'--out={tmp_path}', '--operators=+x', error="operators is '\\+x'")
     assert content(tmp_path) == before
+    prepare('calc', f'--out={tmp_path}', '--examples=500', '--operators=+*+') # + is named twice
+    problems = problems_of(tmp_path, 'train') + problems_of(tmp_path, 'val')
+    assert len(set(problems)) == len(problems) == 1500 and sum(p[1] == '+' for p in problems) == 1000
 
 
 def test_prepare_calc_small_space_and_reversed(tmp_path):
@@ -747,23 +750,25 @@ def test_prepare_calc_small_space_and_reversed(tmp_path):
         assert int(digits) == abs(eval(f'{a}{operator}{b}'))
 
 
+@pytest.mark.parametrize('pad', [False, True])
 @pytest.mark.parametrize('reverse', [False, True])
-def test_prepare_calc_with_its_steps(tmp_path, reverse):
-    """Every number of every step is right, and the last one is the answer."""
-    prepare('calc', f'--out={tmp_path}', '--digits=3', '--examples=300', '--scratch=True', f'--reverse={reverse}')
+def test_prepare_calc_with_its_steps(tmp_path, reverse, pad):
+    """Every number of every step is right, and the last one is the answer; padded, lines have one length an operator."""
+    prepare('calc', f'--out={tmp_path}', '--digits=3', '--examples=300', '--scratch=True', f'--reverse={reverse}', f'--pad={pad}')
     read = lambda text: int(text[::-1] if reverse else text)
-    written = 0
+    written, lengths = 0, set()
     for line in (text_of(tmp_path, 'train') + text_of(tmp_path, 'val')).splitlines():
         a, operator, b, rest = re.fullmatch(r'(\d+)([-+*/])(\d+)=(.*)', line).groups()
         a, b, (*steps, answer) = int(a), int(b), rest.split('=')
+        lengths.add((operator, len(line) - ('-' in answer)))
         if operator in '+-' or not steps:
             assert abs(eval(f'{a}{operator}{b}')) == read(answer.removeprefix('-')) and not steps
-            assert operator in '+-' or b < 10 or operator == '/' and a // b < 10
+            assert operator in '+-' or not pad and (b < 10 or operator == '/' and a // b < 10)
             continue
         written += 1
         if operator == '*':
             total = read(steps[0].split('+')[0])
-            assert total == a * (b % 10) and len(steps) == len(str(b)) - 1
+            assert total == a * (b % 10) and len(steps) == (2 if pad else len(str(b)) - 1)
             for i, (step, after) in enumerate(zip(steps, [*steps[1:], answer]), 1):
                 before, product = map(read, step.split('+'))
                 assert before == total and product == a * (b // 10 ** i % 10) * 10 ** i
@@ -778,7 +783,7 @@ def test_prepare_calc_with_its_steps(tmp_path, reverse):
                 assert read(product) == int(digit) * b * 10 ** (len(steps[0].split('+')) - len(digits)) and read(left) == a - read(product)
                 a = read(left)
             assert a == 0 and len(steps) == 1 and int(digits) == read(answer)
-    assert written > 400
+    assert written > 400 and (len(lengths) == 4) == pad
 
 
 def test_calc_accuracy(tmp_path):
@@ -804,6 +809,9 @@ def test_calc_accuracy(tmp_path):
     n_products = sum('*' in p for p, _ in problems)
     assert re.search(rf'^\* .* 100\.0% of {n_products}$', table(counts), re.MULTILINE)
     assert counts['+', 2][1] == sum(max(map(len, re.findall(r'\d+', p))) == 2 for p, _ in problems if '+' in p)
+    assert {digits for _, digits in counts} == {1, 2} # of the divisor and the result in a division, too
+    padded = [('012+005=', '017'), ('000-000=', '000'), ('000408/034=', '012')]
+    assert set(accuracy(lambda prompts, n: ['017\n'], padded, batch_size=1)) == {('+', 2), ('-', 1), ('/', 2)}
 
 
 def test_calc_evaluate_a_checkpoint(tmp_path):

@@ -1,6 +1,6 @@
 """
 How many of the held-out problems of the calc dataset a model solves: exact matches of greedy answers, by operator and
-by the number of digits of the longer operand.
+by the number of digits of the longer operand (in a division, of the divisor or the result).
 
     python data/calc/evaluate.py --out_dir=out-calc
 
@@ -43,8 +43,9 @@ def read_problems(folder):
 
 def accuracy(generate_answers, problems, batch_size=256, progress=None):
     """
-    Exact matches of what follows the last = (before it there may be steps) as {(operator, digits): (solved, total)}. generate_answers(prompts, n) -> as many texts, of up to n
-    characters each; it is called with prompts of one length. progress is called with the number of answers got.
+    Exact matches of what follows the last = (before it there may be steps) as {(operator, digits): (solved, total)}.
+    generate_answers(prompts, n) -> as many texts, of up to n characters each; it is called with prompts of one length.
+    progress is called with the number of answers got.
     """
     by_length = {}
     for prompt, answer in problems:
@@ -57,7 +58,8 @@ def accuracy(generate_answers, problems, batch_size=256, progress=None):
             texts = generate_answers([prompt for prompt, _ in batch], longest)
             for (prompt, answer), text in zip(batch, texts):
                 a, operator, b = re.fullmatch(r'(\d+)([-+*/])(\d+)=', prompt).groups()
-                key = operator, max(len(a), len(b))
+                a, b = int(a), int(b) # there may be leading zeros
+                key = operator, len(str(max(a // b if operator == '/' else a, b)))
                 solved, total = counts.get(key, (0, 0))
                 right = '\n' in text and text.split('\n')[0].rsplit('=')[-1] == answer.rsplit('=')[-1]
                 counts[key] = solved + right, total + 1

@@ -18,9 +18,10 @@ from configurator import configure, exit_on_error
 from data.tokens import CharTokenizer, DataError, Writer, dataset_folder, fraction, summarize
 
 digits = 2 # of the operands, at most (of the divisor and the result, in a division)
-examples = 10000 # problems of each operator, training and validation together
-operators = '+-*/' # any of + - * /
+examples = 10000 # problems of each operator, training and validation together; longer problems have more tokens
+operators = '+-*/' # any of + - * /; one that is named twice gets twice as many examples
 reverse = False # write results with their last digit first, the order in which they are computed: 12+39=15
+pad = False # write leading zeros, so that each place has its fixed column: 012+345=0357
 scratch = False # write out the steps of * and / before the answer, as in 12*34=48+360=408 and 408/34=1*340-68+2*68-0=12
 val_fraction = 0.1 # share of the problems that are held out
 seed = 1337 # another seed, other problems
@@ -41,43 +42,53 @@ def n_problems(operator):
     return 10 ** digits * (10 ** digits - (operator == '/'))
 
 
-def number(n):
-    return '-' * (n < 0) + (str(abs(n))[::-1] if reverse else str(abs(n)))
+def number(n, places):
+    """A result or a number of a step, below 10^places."""
+    text = str(abs(n)).zfill(places * pad)
+    return '-' * (n < 0) + (text[::-1] if reverse else text)
 
 
 def steps(operator, a, b, result):
     """The steps of a problem, each digit of b or of the result a step, and = after them; nothing where one step does it."""
-    if operator == '*' and b > 9: # what each digit of b adds, from the last one on, and the sum so far
-        products = [a * int(digit) * 10 ** i for i, digit in enumerate(reversed(str(b)))]
-        sums = [sum(products[:i + 1]) for i in range(len(products))]
-        return number(products[0]) + ''.join(f'+{number(p)}={number(total)}' for p, total in list(zip(products, sums))[1:-1]) + f'+{number(products[-1])}='
-    if operator == '/' and result > 9: # each digit of the result, from the first one on: digit * product - what is left of a
-        text = []
-        for i, digit in reversed(list(enumerate(reversed(str(result))))):
-            product = b * int(digit) * 10 ** i
-            a -= product
-            text.append(f'{digit}*{number(product)}-{number(a)}')
-        return '+'.join(text) + '='
-    return ''
+    n = digits if pad else len(str(b if operator == '*' else result)) # steps
+    if n == 1 or operator not in '*/':
+        return ''
+    if operator == '*': # what each digit of b adds, from the last one on, and the sum so far
+        total = a * (b % 10)
+        text = number(total, digits + 1)
+        for i in range(1, n):
+            product = a * (b // 10 ** i % 10) * 10 ** i
+            total += product
+            text += f'+{number(product, digits + i + 1)}=' + number(total, digits + i + 1) * (i < n - 1)
+        return text
+    text = []
+    for i in reversed(range(n)): # each digit of the result, from the first one on: digit * product - what is left of a
+        digit = result // 10 ** i % 10
+        product = b * digit * 10 ** i
+        a -= product
+        text.append(f'{digit}*{number(product, digits + i + 1)}-{number(a, digits + i)}')
+    return '+'.join(text) + '='
 
 
 def line(operator, a, b, result):
-    return f'{a}{operator}{b}={steps(operator, a, b, result) if scratch else ""}{number(result)}\n'
+    places = {'+': (digits, digits + 1), '-': (digits, digits), '*': (digits, 2 * digits), '/': (2 * digits, digits)}[operator]
+    operands = f'{str(a).zfill(places[0] * pad)}{operator}{str(b).zfill(digits * pad)}'
+    return f'{operands}={steps(operator, a, b, result) if scratch else ""}{number(result, places[1])}\n'
 
 
 with exit_on_error():
-    if not operators or set(operators) - set('+-*/') or len(set(operators)) < len(operators):
-        raise DataError(f'operators is {operators!r}, but must be some of + - * /, each once')
+    if not operators or set(operators) - set('+-*/'):
+        raise DataError(f'operators is {operators!r}, but must be some of + - * /')
     if not 1 <= digits <= 9:
         raise DataError(f'digits is {digits}, but must be from 1 to 9')
     if examples < 1:
         raise DataError(f'examples is {examples}, but must be at least 1')
     lines = {'train': [], 'val': []}
-    for operator in operators:
-        n = n_problems(operator)
-        if examples > n:
-            print(f'there are only {n:,} problems a{operator}b of {digits} digits, not {examples:,}: using all')
-        for i in random.Random(f'{seed} {operator}').sample(range(n), min(examples, n)):
+    for operator in dict.fromkeys(operators):
+        n, wanted = n_problems(operator), examples * operators.count(operator)
+        if wanted > n:
+            print(f'there are only {n:,} problems a{operator}b of {digits} digits, not {wanted:,}: using all')
+        for i in random.Random(f'{seed} {operator}').sample(range(n), min(wanted, n)):
             a, b, result = problem(operator, i)
             same = sorted((a, b)) if operator in '+*' else (a, b)
             split = 'val' if fraction(f'{seed} {same[0]}{operator}{same[1]}') < val_fraction else 'train'
