@@ -10,6 +10,7 @@ Measures speed, memory and loss: this project's, and in turn with it a peer's, f
     python tests/bench.py recipe --peer=PATH                seconds to the peer's loss by a speed-run config, several seeds
     python tests/bench.py ablations                         that config with each of its ingredients taken out
     python tests/bench.py optimizers                        AdamW, Muon and SM3 on MLP-Mixer: curves and memory
+    python tests/bench.py arithmetic                        what zeros, steps, mixer and optimizer are worth to config/train_calc.py
     python tests/bench.py repetition --run=out-x            how often a trained model's greedy text loops, and what helps
     python tests/bench.py profile --peer=PATH               the operators that a training step's time goes to
     python tests/bench.py head                              the head's loss: in chunks, by torch's function, with all logits
@@ -82,6 +83,7 @@ recipe_of = 'shakespeare_cpu' # shakespeare_cpu | shakespeare: which config/spee
 seeds = (1, 2, 3)
 run = '' # repetition: folder of the run
 prompts = 32 # repetition: texts, each begun by 32 tokens of the validation split
+problems = 2000 # arithmetic: held-out problems to solve
 length = 400 # repetition: tokens generated for each
 peer_steps = 5 # steps of the peer that are timed where its run takes hours, and its whole run is as many times longer
 goals = 'auto' # all: cpu | cuda | auto: the device's
@@ -116,6 +118,13 @@ ABLATIONS = {
     'average of weights (0.9)': dict(ema=0.9), 'adaptive clipping 0.1': dict(adaptive_clip=0.1), 'clipping at 0.3': dict(grad_clip=0.3),
     'windows growing from 16': dict(min_block_size=16, block_warmup_iters=40), 'batch growing from 12': dict(min_batch_size=12, batch_warmup_iters=40),
     'weight decay 0.1': dict(weight_decay=0.1), '2 layers': dict(n_layer=2), '4 layers': dict(n_layer=4),
+}
+# what is taken out of the calc dataset, and of its config
+ARITHMETIC = {
+    'as it is': ({}, {}), 'last digit of results first': (dict(reverse=True), {}), 'no leading zeros': (dict(pad=False), {}),
+    'no steps': (dict(scratch=False), {}), 'as many of each operator': (dict(operators='+-*/', examples=100000), {}),
+    'no time-mixing': ({}, dict(time_mixing=0.0)), 'AdamW': ({}, dict(optimizer='adamw', hidden_lr=None)),
+    'attention': ({}, dict(mixer='attention', pos_emb='rope', mlp='relu2', n_layer=4)),
 }
 # what the command line set; tables and failures by title; the machine's limits by dtype; dataset folders by vocabulary
 given, records, errors, known, folders = {}, {}, {}, {}, {}
@@ -917,6 +926,31 @@ def optimizers():
     picture([('MLP-Mixer', 'step', 'training loss', curves)])
 
 
+def run_arithmetic(prepare, flags, seed):
+    """Prepares the calc dataset, trains, evaluates -> {operator or all: share of held-out problems that are solved}"""
+    with tempfile.TemporaryDirectory() as folder:
+        for script, words in (
+                ('data/calc/prepare.py', dict(out=f'{folder}/calc') | prepare),
+                ('train.py', dict(dataset=f'{folder}/calc', out_dir=f'{folder}/run', seed=seed, max_iters=iterations, lr_decay_iters=iterations,
+                                  warmup_iters=min(100, iterations // 2), eval_interval=iterations, eval_iters=1) | flags),
+                ('data/calc/evaluate.py', dict(dataset=f'{folder}/calc', out_dir=f'{folder}/run', max_problems=problems))):
+            command = [sys.executable, script, *['config/train_calc.py'] * (script == 'train.py'), *(f'--{k}={v}' for k, v in words.items())]
+            done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, errors='replace')
+            if done.returncode:
+                raise RuntimeError((done.stderr.strip().splitlines() or ['it said nothing'])[-1])
+    return {operator: float(share) / 100 for operator, share in re.findall(r'^(\S+) .* ([\d.]+)% of \d+$', done.stdout, re.MULTILINE)}
+
+
+def arithmetic():
+    rows, flags = [], {k: v for k, v in given.items() if k in GPTConfig.__dataclass_fields__ and k != 'vocab_size'}
+    for name, (prepare, changes) in ARITHMETIC.items():
+        if not variants or name in variants:
+            runs = in_turn(f'arithmetic: {name}', {seed: lambda seed=seed: run_arithmetic(prepare, changes | flags, seed) for seed in seeds}, 1)
+            results = [r[0] for r in runs.values() if r]
+            rows.append({'what': name} | {operator: med(results, operator) for operator in '+-*/'} | {'raw': results})
+            show(f'arithmetic: share of held-out problems solved after {iterations} steps, median of seeds {seeds}', rows)
+
+
 def loops(tokens, longest=100):
     """Does this list end by saying the same again, three times in a row or more, in up to `longest` tokens?"""
     return any(tokens[-p:] * 3 == tokens[-3 * p:] for p in range(1, longest + 1) if 3 * p <= len(tokens))
@@ -1036,7 +1070,7 @@ def everything():
     show('goals', rows)
 
 
-COMMANDS = dict(train=train, sample=sample, mixers=mixers, scale=scale, recipe=recipe, ablations=ablations, optimizers=optimizers, repetition=repetition, profile=profile, head=head, startup=lambda: small_run(True),
+COMMANDS = dict(train=train, sample=sample, mixers=mixers, scale=scale, recipe=recipe, ablations=ablations, optimizers=optimizers, arithmetic=arithmetic, repetition=repetition, profile=profile, head=head, startup=lambda: small_run(True),
                 process=lambda: small_run(False), loss=loss, all=everything)
 
 

@@ -147,6 +147,12 @@ def test_head(bench):
     assert len({round(row['raw'][0]['loss'], 1) for row in rows}) == 1
 
 
+def test_arithmetic(bench):
+    (row,), = bench('arithmetic', '--variants=no steps', '--seeds=1,', '--block_size=64', '--problems=40')
+    assert row['what'] == 'no steps' and set(row['raw'][0]) == {*'+-*/', 'all'}
+    assert all(0 <= share <= 1 for share in row['raw'][0].values())
+
+
 def test_loops(bench):
     assert bench.script.loops([5, 1, 2, 1, 2, 1, 2]) and bench.script.loops([7, 7, 7]) and bench.script.loops(list(range(40)) * 3)
     assert not bench.script.loops([1, 2, 1, 2]) and not bench.script.loops([1, 2, 3, 1, 2, 3, 1, 2]) and not bench.script.loops([])

@@ -720,8 +720,11 @@ def problems_of(folder, split):
     return re.findall(r'^(\d+)([-+*/])(\d+)=(-?\d+)$', text_of(folder, split), re.MULTILINE)
 
 
+PLAIN_CALC = ('--operators=+-*/', '--pad=False', '--scratch=False', '--val_fraction=0.1') # 12+34=46
+
+
 def test_prepare_calc(tmp_path):
-    prepare('calc', f'--out={tmp_path}', '--examples=500', '--digits=2')
+    prepare('calc', f'--out={tmp_path}', '--examples=500', '--digits=2', *PLAIN_CALC)
     train, val = problems_of(tmp_path, 'train'), problems_of(tmp_path, 'val')
     assert len(set(train + val)) == len(train + val) == 2000 and 100 < len(val) < 300
     for a, operator, b, answer in train + val:
@@ -729,17 +732,17 @@ def test_prepare_calc(tmp_path):
     assert {p[1] for p in val} == set('+-*/')
     assert not {(b, o, a) for a, o, b, _ in train if o in '+*'} & {(a, o, b) for a, o, b, _ in val}
     before = content(tmp_path)
-    prepare('calc', f'--out={tmp_path}', '--examples=500', '--digits=2')
+    prepare('calc', f'--out={tmp_path}', '--examples=500', '--digits=2', *PLAIN_CALC)
     assert content(tmp_path) == before
     prepare('calc', f'--out={tmp_path}', '--operators=+x', error="operators is '\\+x'")
     assert content(tmp_path) == before
-    prepare('calc', f'--out={tmp_path}', '--examples=500', '--operators=+*+') # + is named twice
+    prepare('calc', f'--out={tmp_path}', *PLAIN_CALC, '--examples=500', '--operators=+*+') # + is named twice
     problems = problems_of(tmp_path, 'train') + problems_of(tmp_path, 'val')
     assert len(set(problems)) == len(problems) == 1500 and sum(p[1] == '+' for p in problems) == 1000
 
 
 def test_prepare_calc_small_space_and_reversed(tmp_path):
-    printed = prepare('calc', f'--out={tmp_path}', '--digits=1', '--operators=+-/', '--reverse=True', '--examples=95')
+    printed = prepare('calc', f'--out={tmp_path}', *PLAIN_CALC, '--digits=1', '--operators=+-/', '--reverse=True', '--examples=95')
     assert printed.count('using all') == 1 and 'only 90 problems a/b' in printed
     problems = problems_of(tmp_path, 'train') + problems_of(tmp_path, 'val')
     assert len(problems) == 95 + 95 + 90
@@ -754,7 +757,7 @@ def test_prepare_calc_small_space_and_reversed(tmp_path):
 @pytest.mark.parametrize('reverse', [False, True])
 def test_prepare_calc_with_its_steps(tmp_path, reverse, pad):
     """Every number of every step is right, and the last one is the answer; padded, lines have one length an operator."""
-    prepare('calc', f'--out={tmp_path}', '--digits=3', '--examples=300', '--scratch=True', f'--reverse={reverse}', f'--pad={pad}')
+    prepare('calc', f'--out={tmp_path}', *PLAIN_CALC, '--digits=3', '--examples=300', '--scratch=True', f'--reverse={reverse}', f'--pad={pad}')
     read = lambda text: int(text[::-1] if reverse else text)
     written, lengths = 0, set()
     for line in (text_of(tmp_path, 'train') + text_of(tmp_path, 'val')).splitlines():
@@ -788,7 +791,7 @@ def test_prepare_calc_with_its_steps(tmp_path, reverse, pad):
 
 def test_calc_accuracy(tmp_path):
     from data.calc.evaluate import accuracy, read_problems, table
-    prepare('calc', f'--out={tmp_path}', '--examples=300')
+    prepare('calc', f'--out={tmp_path}', '--examples=300', '--digits=2', *PLAIN_CALC)
     problems = read_problems(tmp_path)
     assert problems == [(f'{a}{operator}{b}=', answer) for a, operator, b, answer in problems_of(tmp_path, 'val')]
     answers, done = dict(problems), []
@@ -818,7 +821,7 @@ def test_calc_evaluate_a_checkpoint(tmp_path):
     import torch
     from data.calc.evaluate import load_generator
     from model import GPT, GPTConfig, save_checkpoint
-    prepare('calc', f'--out={tmp_path}/calc', '--examples=20')
+    prepare('calc', f'--out={tmp_path}/calc', '--examples=20', *PLAIN_CALC)
     meta = load_meta(tmp_path / 'calc')
     torch.manual_seed(0)
     config = GPTConfig(block_size=16, vocab_size=meta['vocab_size'], n_layer=1, n_head=1, n_embd=8)

@@ -1,9 +1,10 @@
 """
-Arithmetic, generated: one problem a line, as in 12+34=46, 3-12=-9, 7*8=56, 91/13=7 (divisions have no remainder).
+Arithmetic, generated: one problem a line, as in 012+034=0046 and 003-012=-009; products and divisions (which have no
+remainder) with their steps, as 12*34=48+360=408 and 408/34=1*340-68+2*68-0=12 are without the zeros in front.
 
 No validation problem is in the training data, nor is the same one with its operands swapped (34+12 for 12+34).
-With the default settings all 39,900 problems on numbers of up to two digits (3,953 of them held out) in 352,075
-training tokens and 38,702 for validation, of 16 characters. How many a model solves:
+With the default settings 400,000 problems on numbers of up to three digits, 7,961 of them held out, in 8.3M training
+tokens and 167K for validation, of 16 characters. How many a model solves:
 
     python data/calc/prepare.py
     python train.py config/train_calc.py
@@ -17,13 +18,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import configure, exit_on_error
 from data.tokens import CharTokenizer, DataError, Writer, dataset_folder, fraction, summarize
 
-digits = 2 # of the operands, at most (of the divisor and the result, in a division)
-examples = 10000 # problems of each operator, training and validation together; longer problems have more tokens
-operators = '+-*/' # any of + - * /; one that is named twice gets twice as many examples
+digits = 3 # of the operands, at most (of the divisor and the result, in a division)
+examples = 50000 # problems of each operator, training and validation together; longer problems have more tokens
+operators = '+++---*/' # any of + - * /; one that is named twice gets twice as many examples
 reverse = False # write results with their last digit first, the order in which they are computed: 12+39=15
-pad = False # write leading zeros, so that each place has its fixed column: 012+345=0357
-scratch = False # write out the steps of * and / before the answer, as in 12*34=48+360=408 and 408/34=1*340-68+2*68-0=12
-val_fraction = 0.1 # share of the problems that are held out
+pad = True # write leading zeros, so that each place has its fixed column: 012+345=0357
+scratch = True # write out the steps of * and / before the answer, as in 12*34=48+360=408 and 408/34=1*340-68+2*68-0=12
+val_fraction = 0.02 # share of the problems that are held out
 seed = 1337 # another seed, other problems
 out = 'calc' # dataset to write: a name in data/, or a folder
 configure(globals())
