@@ -121,8 +121,8 @@ ABLATIONS = {
 }
 # what is taken out of the calc dataset, and of its config
 ARITHMETIC = {
-    'as it is': ({}, {}), 'last digit of results first': (dict(reverse=True), {}), 'no leading zeros': (dict(pad=False), {}),
-    'no steps': (dict(scratch=False), {}), 'as many of each operator': (dict(operators='+-*/', examples=100000), {}),
+    'as it is': ({}, {}), 'no results backwards': (dict(reverse=''), {}), 'all results backwards': (dict(reverse='+-*/'), {}), 'no leading zeros': (dict(pad=False), {}),
+    'no steps': (dict(scratch=False), {}), 'as many of each operator': (dict(operators='+-*/', examples=150000), {}),
     'no time-mixing': ({}, dict(time_mixing=0.0)), 'AdamW': ({}, dict(optimizer='adamw', hidden_lr=None)),
     'attention': ({}, dict(mixer='attention', pos_emb='rope', mlp='relu2', n_layer=4)),
 }

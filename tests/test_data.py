@@ -720,7 +720,7 @@ def problems_of(folder, split):
     return re.findall(r'^(\d+)([-+*/])(\d+)=(-?\d+)$', text_of(folder, split), re.MULTILINE)
 
 
-PLAIN_CALC = ('--operators=+-*/', '--pad=False', '--scratch=False', '--val_fraction=0.1') # 12+34=46
+PLAIN_CALC = ('--operators=+-*/', '--reverse=', '--pad=False', '--scratch=False', '--val_fraction=0.1') # 12+34=46
 
 
 def test_prepare_calc(tmp_path):
@@ -735,6 +735,7 @@ def test_prepare_calc(tmp_path):
     prepare('calc', f'--out={tmp_path}', '--examples=500', '--digits=2', *PLAIN_CALC)
     assert content(tmp_path) == before
     prepare('calc', f'--out={tmp_path}', '--operators=+x', error="operators is '\\+x'")
+    prepare('calc', f'--out={tmp_path}', '--reverse=True', error="reverse is 'True'")
     assert content(tmp_path) == before
     prepare('calc', f'--out={tmp_path}', *PLAIN_CALC, '--examples=500', '--operators=+*+') # + is named twice
     problems = problems_of(tmp_path, 'train') + problems_of(tmp_path, 'val')
@@ -742,7 +743,7 @@ def test_prepare_calc(tmp_path):
 
 
 def test_prepare_calc_small_space_and_reversed(tmp_path):
-    printed = prepare('calc', f'--out={tmp_path}', *PLAIN_CALC, '--digits=1', '--operators=+-/', '--reverse=True', '--examples=95')
+    printed = prepare('calc', f'--out={tmp_path}', *PLAIN_CALC, '--digits=1', '--operators=+-/', '--reverse=+-/', '--examples=95')
     assert printed.count('using all') == 1 and 'only 90 problems a/b' in printed
     problems = problems_of(tmp_path, 'train') + problems_of(tmp_path, 'val')
     assert len(problems) == 95 + 95 + 90
@@ -754,11 +755,11 @@ def test_prepare_calc_small_space_and_reversed(tmp_path):
 
 
 @pytest.mark.parametrize('pad', [False, True])
-@pytest.mark.parametrize('reverse', [False, True])
+@pytest.mark.parametrize('reverse', ['', '+*'])
 def test_prepare_calc_with_its_steps(tmp_path, reverse, pad):
     """Every number of every step is right, and the last one is the answer; padded, lines have one length an operator."""
     prepare('calc', f'--out={tmp_path}', *PLAIN_CALC, '--digits=3', '--examples=300', '--scratch=True', f'--reverse={reverse}', f'--pad={pad}')
-    read = lambda text: int(text[::-1] if reverse else text)
+    read = lambda text: int(text[::-1] if operator in reverse else text)
     written, lengths = 0, set()
     for line in (text_of(tmp_path, 'train') + text_of(tmp_path, 'val')).splitlines():
         a, operator, b, rest = re.fullmatch(r'(\d+)([-+*/])(\d+)=(.*)', line).groups()
