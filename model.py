@@ -44,6 +44,7 @@ class GPTConfig:
     time_mixing: float = 0.0 # fraction of a mixer's input channels taken from the previous token
     time_mixing_alternate: bool = False # shift the first channels in even layers, the last ones in odd layers
     time_weighting: str = 'none' # attention: none | circulant | full, learned weights after the softmax
+    qk_norm: bool = False # attention, container: queries and keys of one length, times a learned number a head
     gmlp_ratio: float = 4.0 # gmlp: channels before the split in two halves, as a multiple of n_embd
     gmlp_tanh: bool = False # gmlp: tanh on the gate
     gmlp_attn: int = 0 # gmlp: head size of the tiny attention added to the gate (the paper uses 64); 0 is off
@@ -177,9 +178,10 @@ class Mixer(nn.Module):
 class CausalSelfAttention(Mixer):
     """
     Multi-head attention. With time_weighting (minGPT-tuned), y_i = sum_{j<=i} softmax_j(q_i k_j / sqrt(D)) w_ij v_j:
-    'full' learns every w_ij, 'circulant' learns w_ij = alpha_{i-j} beta_j; all of them start at one.
+    'full' learns every w_ij, 'circulant' learns w_ij = alpha_{i-j} beta_j; all of them start at one. qk_norm is arXiv
+    2010.04245.
     """
-    settings = ('time_weighting',)
+    settings = ('time_weighting', 'qk_norm')
     pos_embs = ('learned', 'rope', 'relative', 'learned+relative', 'none')
 
     def __init__(self, config, block_size):
@@ -192,6 +194,7 @@ class CausalSelfAttention(Mixer):
         self.rope = Rope(D, block_size) if config.pos_emb == 'rope' else None
         # zeros and ones: switched on over trained weights, they leave the logits as they were
         self.relative = nn.Parameter(torch.zeros(H, block_size)) if 'relative' in config.pos_emb else None
+        self.qk_scale = nn.Parameter(torch.ones(H, 1, 1)) if config.qk_norm else None # how sharp a head can become
         self.time_weighting = config.time_weighting
         if self.time_weighting == 'full':
             self.weight = nn.Parameter(torch.ones(H, block_size, block_size).tril())
@@ -209,6 +212,9 @@ class CausalSelfAttention(Mixer):
     def forward(self, x, cache=None):
         B, T, C = x.size()
         q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.c_attn(x).split(C, dim=2)) # (B, H, T, D)
+        if self.qk_scale is not None:
+            q, k = (F.rms_norm(t, t.shape[-1:], eps=1e-6).to(v.dtype) for t in (q, k))
+            q = q * self.qk_scale.to(q.dtype)
         start = past_length(cache, 'k')
         if self.rope is not None:
             q, k = self.rope(q, start), self.rope(k, start)
@@ -248,7 +254,7 @@ class CausalSelfAttention(Mixer):
 
 class Container(CausalSelfAttention):
     """CONTAINER (arXiv 2106.01401): (alpha softmax(q k) + beta tril(S)) v, with S a learned affinity of positions."""
-    settings = ()
+    settings = ('qk_norm',)
 
     def __init__(self, config, block_size):
         super().__init__(config, block_size)

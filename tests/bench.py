@@ -111,7 +111,7 @@ ABLATIONS = {
     'SM3 at 0.1': dict(optimizer='sm3', hidden_lr=None, learning_rate=0.1),
     'momentum 0.95': dict(momentum=0.95), 'no time-mixing': dict(time_mixing=0.0),
     'attention with rotary positions and relu2 MLP': _ATTENTION,
-    'attention without time-mixing': _ATTENTION | dict(time_mixing=0.0), 'MLP-Mixer and relu2 MLP': dict(mixer='mlp_mixer', mlp='relu2'),
+    'attention with QK-norm': _ATTENTION | dict(qk_norm=True), 'attention without time-mixing': _ATTENTION | dict(time_mixing=0.0), 'MLP-Mixer and relu2 MLP': dict(mixer='mlp_mixer', mlp='relu2'),
     'aMLP': dict(gmlp_attn=32), 'cosine to a tenth': dict(schedule='cosine', min_lr=1e-3), 'batch 12 with as many steps': dict(batch_size=12),
     'batch 12 with as many tokens': dict(batch_size=12, max_iters=280, lr_decay_iters=280, eval_interval=280, warmup_iters=20),
     'float32': dict(dtype='float32'), 'untied head': dict(tie_weights=False), 'ReZero': dict(rezero=True),

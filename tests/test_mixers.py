@@ -182,7 +182,7 @@ STACKS = {
 POS_EMBS = ('learned', 'rope', 'relative', 'learned+relative', 'none')
 TIME_MIXING = [{}, dict(time_mixing=0.5, time_mixing_alternate=True), dict(time_mixing=1.0)]
 BLOCKS = [dict(rezero=True), dict(mlp='swiglu', bias=False), dict(mlp='relu2', tie_weights=False), dict(mlp='none'),
-          dict(mlp='gelu_tanh', mlp_ratio=1.5), dict(n_head=1), dict(n_head=8)]
+          dict(mlp='gelu_tanh', mlp_ratio=1.5), dict(n_head=1), dict(n_head=8), dict(qk_norm=True, pos_emb='rope')]
 BLOCK_SIZES = (1, 2, 5), (13, 16) # each architecture has all of the first, and one of the others in turn
 
 
@@ -395,12 +395,15 @@ def gelu(x):
     return x * (1 + torch.erf(x / math.sqrt(2))) / 2
 
 
-def compare(q, k, n_head, pos_emb='none', relative=None):
-    """-> scores(b, h, i): q_i k_j / sqrt(D) for j = 0..i, with the positions in it."""
+def compare(q, k, n_head, pos_emb='none', relative=None, scale=None):
+    """-> scores(b, h, i): q_i k_j / sqrt(D) for j = 0..i, with the positions in it; scale: of QK-norm."""
     D = q.size(2) // n_head
 
     def scores(b, h, i):
         qi, kj = q[b, i, h * D:(h + 1) * D], k[b, :i + 1, h * D:(h + 1) * D]
+        if scale is not None: # vectors of length sqrt(D)
+            length = lambda x: (x.square().sum(-1, keepdim=True) + D * 1e-6).sqrt()
+            qi, kj = scale[h, 0, 0] * math.sqrt(D) * qi / length(qi), math.sqrt(D) * kj / length(kj)
         if pos_emb == 'rope': # pairs of channels are complex numbers, and the angle between two grows with the distance
             qi, kj = torch.complex(qi[:D // 2], qi[D // 2:]), torch.complex(kj[:, :D // 2], kj[:, D // 2:])
             distance = torch.arange(i, -1, -1, dtype=torch.float64)
@@ -417,7 +420,7 @@ def compare(q, k, n_head, pos_emb='none', relative=None):
 
 def naive_attention(config, mixer, x):
     q, k, v = mixer.c_attn(x).chunk(3, dim=2)
-    scores = compare(q, k, config.n_head, config.pos_emb, mixer.relative)
+    scores = compare(q, k, config.n_head, config.pos_emb, mixer.relative, mixer.qk_scale)
 
     def row(b, h, i):
         att = softmax(scores(b, h, i))
@@ -431,7 +434,7 @@ def naive_attention(config, mixer, x):
 
 def naive_container(config, mixer, x):
     q, k, v = mixer.c_attn(x).chunk(3, dim=2)
-    scores = compare(q, k, config.n_head, config.pos_emb, mixer.relative)
+    scores = compare(q, k, config.n_head, config.pos_emb, mixer.relative, mixer.qk_scale)
     alpha, beta = mixer.alpha.flatten(), mixer.beta.flatten()
     return mixer.c_proj(weigh(v, config.n_head, lambda b, h, i: (
         alpha[h] * softmax(scores(b, h, i)) + beta[h] * mixer.affinity[h, i, :i + 1])))
@@ -483,7 +486,8 @@ SIZES = {'small': dict(B=2, T=6, H=2, C=8), 'long': dict(B=1, T=300, H=1, C=4)} 
 
 @pytest.mark.parametrize('size', SIZES)
 @pytest.mark.parametrize('mixer, options', [
-    (mixer, options) for mixer in NAIVE for options in OPTIONS.get(mixer, [{}])])
+    (mixer, options) for mixer in NAIVE for options in OPTIONS.get(mixer, [{}])] + [
+    ('attention', dict(qk_norm=True)), ('attention', dict(qk_norm=True, time_weighting='circulant')), ('container', dict(qk_norm=True))])
 def test_definition(mixer, options, size):
     B, T, H, C = SIZES[size].values()
     for pos_emb in MIXERS[mixer].pos_embs:

@@ -102,6 +102,7 @@ def test_dropout_acts_in_training_alone():
     (dict(mixer='synthesizer', pos_emb='rope'), ["pos_emb='rope'", 'synthesizer_attn=True']),
     (dict(mixer='gmlp', time_weighting='full'), 
      ["time_weighting='full'", "mixer='gmlp'", "leave time_weighting at 'none'"]),
+    (dict(mixer='gmlp', qk_norm=True), ['qk_norm=True', "mixer='gmlp'", 'leave qk_norm at False']),
     (dict(mixer='container', time_weighting='full'), ["time_weighting='full'", "mixer='container'"]),
     (dict(gmlp_ratio=2.0), ['gmlp_ratio=2.0', "mixer='attention'"]),
     (dict(gmlp_tanh=True), ['gmlp_tanh=True']),
@@ -192,7 +193,7 @@ def test_every_width_of_a_hidden_layer_can_be_loaded(tmp_path):
 @pytest.mark.parametrize('args', [
     dict(mixer='mlp_mixer'), dict(mixer='gmlp'), dict(pos_emb='rope'), dict(pos_emb='learned+relative'),
     dict(mlp='swiglu'), dict(mlp='none'), dict(rezero=True), dict(time_mixing=0.5),
-    dict(time_weighting='full'), dict(unet_layers=(1,)),
+    dict(time_weighting='full'), dict(unet_layers=(1,)), dict(qk_norm=True),
 ], ids=str)
 def test_what_gpt2_cannot_express_is_refused(args, tmp_path):
     with pytest.raises(ValueError) as e:
