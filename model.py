@@ -632,7 +632,7 @@ class UNet(nn.Module):
         tokens = torch.cat([before, x], dim=1)
         n = math.ceil((T - ready.size(1)) / f) # coarse tokens that start in this chunk
         if n > 0:
-            merged = self.merge(tokens[:, ready.size(1):ready.size(1) + n * f].reshape(B, n, f * C))
+            merged = self.merge(tokens[:, ready.size(1):ready.size(1) + n * f].reshape(B, n, f * C)).to(x.dtype) # as wide as outside
             inner = self.inner(merged, sub(cache, 'inner'))
             ready = torch.cat([ready, self.expand(inner).view(B, n * f, C)], dim=1)
         if cache is not None:
@@ -665,8 +665,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             if with_grad:
                 probs = logits.sub_(normalizer).exp_()
                 probs.scatter_add_(1, target, probs.new_full((), -1.0).expand_as(target))
-                probs = (probs * (valid.to(loss.dtype) / n)).to(x.dtype)
-                torch.mm(probs, w, out=grad_x[i:i + rows])
+                probs = (probs * (valid.to(loss.dtype) * 1024 / n)).to(x.dtype) # 1 / n alone is too small for float16
+                grad_x[i:i + rows] = probs @ w
                 grad_w += probs.t() @ part
         ctx.save_for_backward(grad_x, grad_w)
         return loss / n
@@ -674,7 +674,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grad_x, grad_w = ctx.saved_tensors
-        return grad_x * grad, grad_w * grad, None, None
+        return grad_x * (grad / 1024), grad_w * (grad / 1024), None, None
 
 
 class GPT(nn.Module):
@@ -741,7 +741,7 @@ class GPT(nn.Module):
             start = max(0, n - block) if first else n - max(1, block // 2)
             window |= dict(start=start, done=start, cache={})
         decoder = window.get('decoder')
-        if decoder and n - window['done'] == 1:
+        if decoder and n - 1 == window['done'] > window['start']:
             logits = decoder(out[:, -1:])
         elif use_cache:
             logits = self.lm_head(self.hidden(out[:, window['done']:], window['cache'])[:, -1])
@@ -773,7 +773,7 @@ class GPT(nn.Module):
         out = torch.cat([idx, idx.new_empty(idx.size(0), max_new_tokens)], dim=1)
         if static is None:
             static = idx.device.type == 'cuda' and use_cache and Decoder.supports(self)
-        window = dict(decoder=Decoder(self, idx.size(0))) if static else {}
+        window = dict(decoder=Decoder(self, idx.size(0))) if static and use_cache else {}
         for n in range(n, n + max_new_tokens):
             logits = self.next_logits(out[:, :n], window, use_cache)[:, :vocab_size]
             logits = penalize(logits, out[:, :n][:, -(repetition_window or self.config.block_size):], repetition_penalty, no_repeat_ngram)
@@ -1171,20 +1171,24 @@ class Decoder:
         if self.token.device.type != 'cuda':
             return self.step()
         if self.graph is None:
-            position = self.past.clone()
-            side = torch.cuda.Stream() # as CUDA asks for: the first calls allocate, which a graph cannot
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(3):
-                    self.past.copy_(position)
-                    self.step()
-            torch.cuda.current_stream().wait_stream(side)
-            self.past.copy_(position)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.logits = self.step()
+            with torch.cuda.device(self.token.device):
+                self.capture()
         self.graph.replay()
         return self.logits
+
+    def capture(self):
+        position = self.past.clone()
+        side = torch.cuda.Stream() # as CUDA asks for: the first calls allocate, which a graph cannot
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.past.copy_(position)
+                self.step()
+        torch.cuda.current_stream().wait_stream(side)
+        self.past.copy_(position)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=side, capture_error_mode='thread_local'): # another thread may be pinning memory
+            self.logits = self.step()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1383,6 +1387,8 @@ def resolve(device, dtype):
     try:
         kind = torch.device(device).type
         torch.empty(1, device=device)
+        if kind == 'cuda' and torch.device(device).index is not None:
+            torch.cuda.set_device(device) # streams, graphs and measurements are the current device's
     except (RuntimeError, AssertionError) as e: # what torch raises for a device that is not there
         there = ['cpu'] + [f'cuda:{i}' for i in range(torch.cuda.device_count())] + ['mps'] * torch.backends.mps.is_available()
         raise ValueError(f"device={device!r} is not there ({str(e).splitlines()[0]}): this machine has {', '.join(there)}; "

@@ -189,6 +189,9 @@ with exit_on_error():
             raise ValueError(f"{name}={value!r} {reason}, and parallel='fsdp' shares them out: use --parallel=ddp")
     if gradient_accumulation_steps % world:
         raise ValueError(f"gradient_accumulation_steps={gradient_accumulation_steps} is not divisible by the {world} processes")
+    if compile in ('reduce-overhead', 'max-autotune') and gradient_accumulation_steps > world:
+        raise ValueError(f"compile={compile!r} replays CUDA graphs, which overwrite the gradients of the micro-batch before: "
+                         f"gradient_accumulation_steps={gradient_accumulation_steps} must be {world} then, or take --compile=True")
     if world > 1 and device in ('auto', 'cuda') and torch.cuda.is_available():
         device = f'cuda:{local_rank}'
     device, dtype = resolve(device, dtype)
@@ -550,7 +553,7 @@ while True:
             raw_model.eval()
             prompt = torch.tensor([tokenizer.encode(sample_prompt)], device=device)
             with averaged(), amp:
-                text = raw_model.generate(prompt, sample_tokens, vocab_size=tokenizer.vocab_size,
+                text = raw_model.generate(prompt, sample_tokens, vocab_size=tokenizer.vocab_size, static=False if sharded else None,
                                           generator=torch.Generator(device).manual_seed(seed))
             raw_model.train()
             say(tokenizer.decode(text[0].tolist()) + '\n')

@@ -1,14 +1,14 @@
 # Arithmetic: + - * / of numbers of up to three digits, one problem a line, held-out problems in the validation split.
-# TODO
+# TODO figures
 # Prepare: python data/calc/prepare.py. Evaluate: python data/calc/evaluate.py
 
 out_dir = 'out-calc'
 dataset = 'calc'
-eval_interval = 1000
+eval_interval = 2000
 eval_iters = 20
 log_interval = 100
 
-mixer = 'gmlp' # finds the columns of a problem where attention takes ten times as long to
+mixer = 'gmlp' # finds the columns of a problem where attention needs far longer
 mlp = 'none'
 pos_emb = 'none'
 time_mixing = 0.5
@@ -18,13 +18,13 @@ n_embd = 128
 block_size = 128 # the longest line has 55 characters
 
 optimizer = 'muon'
-hidden_lr = 0.01
-learning_rate = 2e-3
+hidden_lr = 0.02
+learning_rate = 4e-3
 schedule = 'linear'
 min_lr = 0.0
 warmup_iters = 100
-max_iters = 8000
-lr_decay_iters = 8000
+max_iters = 16000
+lr_decay_iters = 16000
 beta2 = 0.99
 batch_size = 16
 gradient_accumulation_steps = 1

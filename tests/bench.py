@@ -4,6 +4,7 @@ Measures speed, memory and loss: this project's, and in turn with it a peer's, f
     python tests/bench.py train --preset=baby --peer=PATH   tokens/s, MFU, peak memory, where a step's time goes
     python tests/bench.py sample --peer=PATH                tokens/s of prefill and decoding, short and long context
     python tests/bench.py mixers                            every token mixer and a UNet, and their cost as T grows
+    python tests/bench.py unet                              the published UNet, 100 blocks inside, beside the flat GPT
     python tests/bench.py scale                             cost against T, width, depth, dataset size, ranks
     python tests/bench.py startup --peer=PATH               seconds from the command to the first training step
     python tests/bench.py process --peer=PATH               the README's small CPU run, from start to end
@@ -269,21 +270,22 @@ def work_train(job):
 
 
 def work_sample(job):
-    stream, results = generator(job), []
+    stream, results, begin = generator(job), [], 1 if torch.device(job['device']).type == 'cuda' and job['new_tokens'] > 2 else 0
     for batch, context in job['shapes']:
         idx = torch.randint(job['config']['vocab_size'], (batch, context), device=job['device'])
         for limit in (job['seconds'] / 4, job['seconds']): # warm-up, measurement
             synchronize()
             t0 = time.perf_counter()
             for i, token in enumerate(stream(idx, job['new_tokens'])):
-                if i == 0:
+                if i <= begin: # a CUDA graph is captured in the second token
                     synchronize()
-                    first = time.perf_counter()
+                    now = time.perf_counter()
+                    first, start = now if i == 0 else first, now
                 elif time.perf_counter() - t0 > limit:
                     break
             synchronize()
             end = time.perf_counter()
-        results.append(dict(prefill=first - t0, decode=(end - first) / i, decoded=i))
+        results.append(dict(prefill=first - t0, decode=(end - start) / (i - begin), decoded=i - begin))
     return dict(shapes=results)
 
 
@@ -343,7 +345,8 @@ def work_profile(job):
         synchronize()
     batches.close()
     cuda = torch.device(job['device']).type == 'cuda'
-    took = {e.key: (e.self_device_time_total if cuda else e.self_cpu_time_total) / job['steps'] / 1e3 for e in profile.key_averages()}
+    took = {e.key: (e.self_device_time_total if cuda else e.self_cpu_time_total) / job['steps'] / 1e3 for e in profile.key_averages()
+            if e.device_type == torch.autograd.DeviceType.CPU} # a GPU's kernels are counted at their operators
     longest = sorted(took, key=took.get, reverse=True)[:10]
     return dict(operators={name: took[name] for name in longest}, all=sum(took.values()))
 
@@ -639,7 +642,7 @@ def train(title='train', default='baby', with_peer=True, **changes):
     config, batch = model_of(default, **changes)
     more = dict(batch_size=batch, steps=steps)
     jobs = {'ours': job_of('train', config, **more)}
-    if compile == 'auto' and torch.device(device).type == 'cuda' and default == 'baby': # so small that launching kernels takes longest
+    if compile == 'auto' and torch.device(device).type == 'cuda' and (default if preset == 'auto' else preset) == 'baby': # so small that launching kernels takes longest
         mine = {f'ours, {c}': job_of('train', config, **more) | dict(compile=c) for c in (True, 'reduce-overhead')}
         tried = in_turn(f'{title}, our best', mine, 1)
         jobs['ours'] = mine[min(mine, key=lambda name: med(tried[name], 'step') or math.inf)]
@@ -758,7 +761,7 @@ def mixers(title='mixers', default='baby', chosen=None, equal=None, curves=True)
                      'GB': med(r, 'memory', 1e9), 'note': notes[name] or errors.get(f'{title}: {name}', ''),
                      'raw': [r, decoding]})
     show(f'{title}: width {base.n_embd}, batch {batch} x {base.block_size}', rows)
-    if curves:
+    if curves and lengths:
         rows = sweep(title, {(name, T): (replace(config, block_size=T), max(1, max(lengths) // T))
                              for name, config in configs.items() for T in lengths}, 1, steps=2)
         lines = {name: [(row['value'], row['tokens/s']) for row in rows if row['what'] == name] for name in configs}
@@ -781,6 +784,13 @@ def sweep(title, cases, rounds=None, **more):
                      'GB': med(r, 'memory', 1e9), 'note': notes[key] or errors.get(f'{title}: {name(key)}', ''),
                      'raw': r})
     return rows
+
+
+def unet():
+    """-> training speed of the published UNet, to the flat GPT's"""
+    # its levels merge 32 tokens into one, so the 100 blocks inside see 32 of 1024
+    deep = dict(unet_layers=(5, 2, 2, 2, 2), n_layer=100)
+    return mixers('published UNet', 'gpt2', {'attention': {}, 'unet': deep}, False, curves=False)['unet']
 
 
 def scale():
@@ -895,7 +905,7 @@ def profile():
 def head():
     config, batch = model_of('gpt2')
     batch = batch_size or (1 if torch.device(device).type == 'cpu' else batch)
-    ways = ['chunks', 'logits'] + ['torch'] * hasattr(torch.nn.functional, 'linear_cross_entropy')
+    ways = ['chunks', 'logits'] + ['torch'] * hasattr(torch.nn, 'LinearCrossEntropyOptions')
     runs = in_turn('head', {way: job_of('head', config, batch_size=batch, steps=steps, way=way) for way in ways})
     rows = [{'way': way, 'ms': med(r, 'step', 1e-3), 'GB above the start': med([dict(m=x['memory'] - x['memory_before']) for x in r if x['memory']], 'm', 1e9),
              'to chunks': over(r, runs['chunks']) if way != 'chunks' else None, 'raw': r} for way, r in runs.items()]
@@ -1053,9 +1063,7 @@ def everything():
         for name, ratio in mixers('mixers, equal parameters', 'gpt2', equal=True).items():
             if name != 'attention':
                 goal(f'{name}: training speed to attention', '>= 0.6' if 'weighting' in name else '>= 0.8', ratio)
-        # its levels merge 32 tokens into one, so the 100 blocks inside see 32 of 1024
-        deep = dict(unet_layers=(5, 2, 2, 2, 2), n_layer=100)
-        ratio = mixers('published UNet', 'gpt2', {'attention': {}, 'unet': deep}, False, curves=False)['unet']
+        ratio = unet()
         goal('published UNet: step time to the flat GPT', '<= 1.25', ratio and 1 / ratio[0])
         gpt2 = sample('sample, GPT-2 124M', 'gpt2', [(1, 1), (1, 900), (64, 1), (64, 900)])
         one, many = (gpt2.get(i, {}).get('decode tokens/s') for i in (0, 2))
@@ -1070,7 +1078,7 @@ def everything():
     show('goals', rows)
 
 
-COMMANDS = dict(train=train, sample=sample, mixers=mixers, scale=scale, recipe=recipe, ablations=ablations, optimizers=optimizers, arithmetic=arithmetic, repetition=repetition, profile=profile, head=head, startup=lambda: small_run(True),
+COMMANDS = dict(train=train, sample=sample, mixers=mixers, unet=unet, scale=scale, recipe=recipe, ablations=ablations, optimizers=optimizers, arithmetic=arithmetic, repetition=repetition, profile=profile, head=head, startup=lambda: small_run(True),
                 process=lambda: small_run(False), loss=loss, all=everything)
 
 

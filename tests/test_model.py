@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model import GPT, Decoder, GPTConfig, MIXERS, find_peak_flops, load_checkpoint, resolve, save_checkpoint
+from model import GPT, Decoder, GPTConfig, LinearCrossEntropy, MIXERS, find_peak_flops, load_checkpoint, resolve, save_checkpoint
 
 SMALL = dict(block_size=12, vocab_size=61, n_layer=2, n_head=2, n_embd=16)
 PLACES = {mixer: dict(mixer=mixer) for mixer in MIXERS} # one architecture for each mixer, and then some
@@ -341,6 +341,21 @@ def test_growing(args, added):
     assert_same(logits(grown, tokens(2, 12)), logits(plain, tokens(2, 12)), 1e-6)
 
 
+@pytest.mark.parametrize('scale', [1.0, 65536.0])
+def test_gradients_of_the_head_in_float16(scale):
+    """Many tokens and a large vocabulary: probabilities / tokens are below float16's smallest number."""
+    torch.manual_seed(0)
+    N, C, V = 4096, 8, 5000
+    x, w, y = torch.randn(N, C) / 2, torch.randn(V, C) / 2, torch.randint(V, (N,))
+    grads = []
+    for dtype in (torch.float16, torch.float32):
+        a, b = x.to(dtype).requires_grad_(), w.clone().requires_grad_()
+        loss = LinearCrossEntropy.apply(a, b.to(dtype) if dtype == torch.float16 else b, y, True)
+        (loss * scale).backward()
+        grads.append(b.grad / scale)
+    assert (grads[0] - grads[1]).norm() < 0.02 * grads[1].norm()
+
+
 def test_growing_biases():
     plain, grown = network(bias=False), GPT(GPTConfig(**SMALL)).eval()
     names = grown.load_weights(plain.state_dict(), grow=True)
@@ -513,6 +528,11 @@ def test_static_caches(pos_emb):
     model, idx = network(pos_emb=pos_emb), tokens(3, 5)
     n = 2 * model.config.block_size
     assert torch.equal(model.generate(idx, n, temperature=0.0, static=True), model.generate(idx, n, temperature=0.0))
+    window = dict(decoder=Decoder(model, 1))
+    for n in range(1, n): # from one token, too, and after each restart, its caches are static: a CUDA graph replays no others
+        model.next_logits(idx[:1, :1].expand(1, n), window)
+        keys, length = window['decoder'].cache['h'][0]['attn']['k']
+        assert keys.size(2) == model.config.block_size and torch.is_tensor(length)
     decoder, cache = Decoder(model, 3), {}
     with torch.no_grad(): # logits show what greedy text may hide
         model.hidden(idx[:, :3], cache)
