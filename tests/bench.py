@@ -603,6 +603,15 @@ def picture(panels):
             if points:
                 ax.loglog(*zip(*points), marker='.', label=name)
         ax.set(title=title, xlabel=x, ylabel=y)
+        middle = math.prod(ax.get_ylim()) ** 0.5
+        ax.set_ylim(min(ax.get_ylim()[0], middle / 4), max(ax.get_ylim()[1], middle * 4)) # what is flat looks flat
+        marks = sorted({p[0] for points in curves.values() for p in points if p[1]})
+        if len(marks) <= 8:
+            ax.set_xticks(marks, [f'{mark:.2g}' if mark < 100 or mark >= 1e5 else f'{mark:.0f}' for mark in marks])
+        ax.xaxis.set_minor_formatter('')
+        ax.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter('{x:g}')
+        ax.yaxis.set_minor_formatter('')
         ax.grid(alpha=0.3, which='both')
         ax.legend(fontsize=7) if len(curves) > 1 else None
     figure.tight_layout()
