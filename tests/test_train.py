@@ -814,6 +814,8 @@ MISTAKES = {
     'a setting that AdamW lacks': (None, dict(momentum=0.8), ['momentum=0.8', "optimizer='adamw'", 'beta1']),
     'decay longer than the run': (None, dict(schedule='wsd', wsd_decay_iters=18), ['wsd_decay_iters=18', '17']),
     'warmup longer than the schedule': (None, dict(warmup_iters=21), ['warmup_iters=21', 'lr_decay_iters=20']),
+    'CUDA graphs with accumulation': (None, dict(compile='reduce-overhead', gradient_accumulation_steps=4),
+                                      ["compile='reduce-overhead'", 'gradient_accumulation_steps=4 must be 1', '--compile=True']),
     'batch warmup beyond the run': (None, dict(batch_warmup_iters=21, min_batch_size=1), ['batch_warmup_iters=21', 'max_iters=20']),
     'batch warmup from nowhere': (None, dict(batch_warmup_iters=5), ['min_batch_size=0', 'batch_warmup_iters=5']),
     'batch warmup downwards': (None, dict(batch_warmup_iters=5, min_batch_size=9), ['min_batch_size=9', 'batch_size=4']),
