@@ -1,4 +1,4 @@
-# GPT-2 124M on FineWeb-Edu with what the CPU speed runs proved: Muon, rotary positions, relu2, token shift, linear decay.
+# GPT-2 124M on FineWeb-Edu with what the CPU speed runs proved: Muon, rotary positions, QK-norm, relu2, token shift, linear decay.
 # 6,000 steps x 491,520 tokens = 2.95B tokens x 0.86 GFLOP = 2.5e18 FLOP: 1.4 hours of one H100 if its MFU were 50%, an eighth of
 # that on eight. No GPU has run this yet, so neither the MFU nor the loss is measured: --dry_run times three steps on your
 # machine and says how long the run takes there. llm.c's mark on FineWeb is 3.28.
@@ -18,6 +18,7 @@ log_interval = 10
 
 pos_emb = 'rope'
 mlp = 'relu2'
+qk_norm = True
 time_mixing = 0.25
 
 optimizer = 'muon'
