@@ -244,8 +244,8 @@ def test_resuming_lists_changes_and_refuses_those_that_make_no_sense(dataset, wh
     assert config['torch'] == torch.__version__ and len(config['data']) == 2 and config['resolved']['device'] == 'cpu'
 
 
-def torchrun(dataset, out, *more, **kwargs):
-    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--max_restarts=2']
+def torchrun(dataset, out, *more, restarts=0, **kwargs):
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', f'--max_restarts={restarts}']
     return subprocess.Popen(launch + command(dataset, out, *more)[1:], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                             **kwargs)
 
@@ -284,7 +284,7 @@ def test_muon_over_processes(dataset, tmp_path):
 @posix
 def test_a_lost_rank_is_replaced_and_the_run_goes_on(dataset, tmp_path):
     out = tmp_path / 'out'
-    process = torchrun(dataset, out, '--init_from=auto', '--checkpoint_interval=5', '--max_iters=60', '--eval_interval=60')
+    process = torchrun(dataset, out, '--init_from=auto', '--checkpoint_interval=5', '--max_iters=60', '--eval_interval=60', restarts=2)
     watchdog = threading.Timer(150, process.kill)
     watchdog.start()
     killed, seen = False, []
