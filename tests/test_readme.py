@@ -88,6 +88,6 @@ def test_paths_and_settings_that_the_readme_names_exist():
     for path in re.findall(r'(?:config|data|tests)/[\w/]+\.(?:py|json)', README):
         assert (ROOT / path.replace('NAME', 'gmlp')).exists(), path
     known = settings() | dict.fromkeys(['input', 'tokenizer', 'out', 'nproc_per_node', 'standalone', 'start', 'num_samples',
-                                        'interactive', 'checkpoint', 'help', 'key', 'NAME', 'upgrade', 'peer'])
+                                        'interactive', 'checkpoint', 'help', 'key', 'NAME', 'upgrade', 'peer', 'iterations', 'seeds'])
     for name in re.findall(r'--(\w+)', README):
         assert name in known, name
