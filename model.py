@@ -8,10 +8,12 @@ Letters mean one thing in the whole file: B batch, T tokens in this call, S toke
 C channels (n_embd), H heads, D channels of a head, V vocabulary.
 """
 
+import ctypes
 import itertools
 import json
 import math
 import os
+import sys
 import time
 import zipfile
 from dataclasses import dataclass, fields, replace
@@ -1389,6 +1391,8 @@ def resolve(device, dtype):
         torch.empty(1, device=device)
         if kind == 'cuda' and torch.device(device).index is not None:
             torch.cuda.set_device(device) # streams, graphs and measurements are the current device's
+        if kind == 'cpu':
+            keep_freed_memory()
     except (RuntimeError, AssertionError) as e: # what torch raises for a device that is not there
         there = ['cpu'] + [f'cuda:{i}' for i in range(torch.cuda.device_count())] + ['mps'] * torch.backends.mps.is_available()
         raise ValueError(f"device={device!r} is not there ({str(e).splitlines()[0]}): this machine has {', '.join(there)}; "
@@ -1402,6 +1406,17 @@ def resolve(device, dtype):
     if dtype not in ('float32', 'bfloat16', 'float16'):
         raise ValueError(f"dtype={dtype!r} is not one of auto, float32, bfloat16, float16")
     return device, dtype
+
+
+def keep_freed_memory():
+    """
+    Has glibc keep what is freed for the next allocation instead of returning it to the system, as it does with large blocks:
+    fresh pages in every step are a fifth of a CPU's training time. Elsewhere it does nothing.
+    """
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if sys.platform == 'linux' else None
+    if mallopt:
+        mallopt(-1, -1) # M_TRIM_THRESHOLD: never
+        mallopt(-4, 0) # M_MMAP_MAX: no block of its own for a large one
 
 
 def find_peak_flops(setting, device, dtype):
