@@ -439,7 +439,7 @@ class Linear(nn.Linear):
 class Dropout(nn.Module):
     """
     Inverted dropout. torch draws a float for every element, which takes half of a training step on a CPU. There, 16 random
-    bits an element do: p is off by less than 1e-5, and the scale is that of the probability drawn, so the mean is exact.
+    bits an element do: p is off by less than 1e-5, and the scale is that of the probability drawn.
     """
     def __init__(self, p):
         super().__init__()
@@ -452,8 +452,8 @@ class Dropout(nn.Module):
             return F.dropout(x, self.p)
         dropped = round(self.p * 65536) # of the 65536 values
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2 ** 63, None).view(torch.int16)
-        keep = bits[:x.numel()].view(x.shape) >= dropped - 32768
-        return x * (keep * (65536 / (65536 - dropped))).to(x.dtype)
+        keep = bits[:x.numel()].view(x.shape).ge_(dropped - 32768) # as integers: from bool the conversion is not vectorized
+        return x * keep.to(x.dtype).mul_(65536 / (65536 - dropped))
 
 
 class Rope(nn.Module):

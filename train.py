@@ -421,11 +421,10 @@ def plot():
     """loss.png: training and validation loss against tokens."""
     global plotted
     plotted = time.perf_counter()
-    import matplotlib # takes a second, so not at start-up
-    matplotlib.use('agg')
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure # takes a while, so not at start-up
     lines = list(read_metrics())
-    figure, axes = plt.subplots(figsize=(8, 5))
+    figure = Figure(figsize=(8, 5))
+    axes = figure.subplots()
     for key, name, style in (('loss', 'training', dict(alpha=0.5, linewidth=0.8)), ('val_loss', 'validation', dict(marker='.'))):
         points = [(line['tokens'], line[key]) for line in lines if key in line]
         axes.plot([t for t, _ in points], [loss for _, loss in points], label=name, **style)
@@ -437,7 +436,6 @@ def plot():
         os.replace(out / 'loss.png.tmp', out / 'loss.png')
     except OSError as e:
         say(f"warning: {out / 'loss.png'} could not be written, training goes on: {e}")
-    plt.close(figure)
 
 def peak_memory():
     """Bytes: of the GPU, or of the process."""

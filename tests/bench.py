@@ -143,6 +143,7 @@ def build(job):
         spec.loader.exec_module(module)
         model = module.GPT(module.GPTConfig(**{k: config[k] for k in _NANOGPT_FIELDS}))
     else:
+        resolve(job['device'], job['dtype']) # sets the machine up, as in train.py and sample.py
         model = GPT(GPTConfig(**config))
     return model.to(job['device'])
 
@@ -593,10 +594,10 @@ def show(title, rows):
 
 def picture(panels):
     """Curves beside the JSON file; panels: (title, x label, y label, {name: [(x, y), ...]})."""
-    import matplotlib
-    matplotlib.use('agg')
-    from matplotlib import pyplot as plt
-    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4.5), squeeze=False)
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
+    figure = Figure(figsize=(5 * len(panels), 4.5))
+    axes = figure.subplots(1, len(panels), squeeze=False)
     for ax, (title, x, y, curves) in zip(axes[0], panels):
         for name, points in curves.items():
             points = [p for p in points if p[1]]
@@ -609,14 +610,13 @@ def picture(panels):
         if len(marks) <= 8:
             ax.set_xticks(marks, [f'{mark:.2g}' if mark < 100 or mark >= 1e5 else f'{mark:.0f}' for mark in marks])
         ax.xaxis.set_minor_formatter('')
-        ax.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_major_formatter('{x:g}')
         ax.yaxis.set_minor_formatter('')
         ax.grid(alpha=0.3, which='both')
         ax.legend(fontsize=7) if len(curves) > 1 else None
     figure.tight_layout()
     figure.savefig(path.with_suffix('.png'), dpi=100)
-    plt.close(figure)
 
 
 def commit(folder):

@@ -41,7 +41,7 @@ def flags(**settings):
 # as `python script` would, and ends as that would. The server answers with the exit status.
 SERVER = """
 import json, os, runpy, signal, sys
-import matplotlib.pyplot, torch.distributed.fsdp, tqdm
+import matplotlib.figure, torch.distributed.fsdp, tqdm
 for line in sys.stdin:
     script, args, cwd, files = json.loads(line)
     child = os.fork()
