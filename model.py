@@ -1391,8 +1391,6 @@ def resolve(device, dtype):
         torch.empty(1, device=device)
         if kind == 'cuda' and torch.device(device).index is not None:
             torch.cuda.set_device(device) # streams, graphs and measurements are the current device's
-        if kind == 'cpu':
-            keep_freed_memory()
     except (RuntimeError, AssertionError) as e: # what torch raises for a device that is not there
         there = ['cpu'] + [f'cuda:{i}' for i in range(torch.cuda.device_count())] + ['mps'] * torch.backends.mps.is_available()
         raise ValueError(f"device={device!r} is not there ({str(e).splitlines()[0]}): this machine has {', '.join(there)}; "
@@ -1411,7 +1409,8 @@ def resolve(device, dtype):
 def keep_freed_memory():
     """
     Has glibc keep what is freed for the next allocation instead of returning it to the system, as it does with large blocks:
-    fresh pages in every step are a fifth of a CPU's training time. Elsewhere it does nothing.
+    fresh pages in every step are a fifth of a CPU's training time. Decoding, which has none, is not faster. Elsewhere than on
+    glibc it does nothing.
     """
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if sys.platform == 'linux' else None
     if mallopt:

@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 from configurator import configure, exit_on_error
 from data.tokens import Split, dataset_folder, load_meta, load_tokenizer, prefetch
-from model import (GPT, Block, GPTConfig, clip_adaptively, find_peak_flops, full_state, load_checkpoint, load_optimizer, resolve,
-                   save_checkpoint)
+from model import (GPT, Block, GPTConfig, clip_adaptively, find_peak_flops, full_state, keep_freed_memory, load_checkpoint,
+                   load_optimizer, resolve, save_checkpoint)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # files and evaluation
@@ -196,6 +196,8 @@ with exit_on_error():
         device = f'cuda:{local_rank}'
     device, dtype = resolve(device, dtype)
     device_type = torch.device(device).type
+    if device_type == 'cpu':
+        keep_freed_memory()
     peak, peak_source = find_peak_flops(peak_flops, device, getattr(torch, dtype))
 
     # data

@@ -48,7 +48,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 from configurator import configure, exit_on_error, fail
 from data.tokens import Split, dataset_folder, load_meta, prefetch
-from model import GPT, GPTConfig, LinearCrossEntropy, MIXERS, find_peak_flops, resolve
+from model import GPT, GPTConfig, LinearCrossEntropy, MIXERS, find_peak_flops, keep_freed_memory, resolve
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what is measured
@@ -143,7 +143,6 @@ def build(job):
         spec.loader.exec_module(module)
         model = module.GPT(module.GPTConfig(**{k: config[k] for k in _NANOGPT_FIELDS}))
     else:
-        resolve(job['device'], job['dtype']) # sets the machine up, as in train.py and sample.py
         model = GPT(GPTConfig(**config))
     return model.to(job['device'])
 
@@ -152,6 +151,8 @@ def trainer(job):
     """-> (model, step): step(i, x, y, lr, mark) is the i-th step as train.py makes it, and returns the loss."""
     kind = torch.device(job['device']).type
     torch.set_float32_matmul_precision('high')
+    if kind == 'cpu' and not job['peer']:
+        keep_freed_memory()
     model = build(job)
     if job.get('init'): # start from the weights that the peer starts from
         model.load_weights(build(dict(job, peer=job['init'])).state_dict())
