@@ -142,7 +142,7 @@ def chat():
         show('\n')
         history += user_prefix + line + bot_prefix + answer.rstrip()
 
-with exit_on_error():
+with torch.inference_mode(), exit_on_error(): # faster by a few percent than no_grad where a token takes a millisecond
     for name, right, rule in [('temperature', temperature >= 0, 'at least 0'), ('top_k', top_k is None or top_k > 0, 'at least 1, or None'),
                               ('top_p', 0 < top_p <= 1, 'above 0 and at most 1'), ('num_samples', num_samples > 0, 'at least 1'),
                               ('min_p', 0 <= min_p <= 1, 'from 0 to 1'), ('repetition_penalty', repetition_penalty > 0, 'above 0'),

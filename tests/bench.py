@@ -192,7 +192,7 @@ def generator(job):
         model.to(getattr(torch, job['dtype']))
         if job['compile']:
             model.hidden = torch.compile(model.hidden, dynamic=True)
-        return lambda idx, n: model.stream(idx, n, **options)
+        return torch.inference_mode()(lambda idx, n: (yield from model.stream(idx, n, **options)))
 
     def stream(idx, n):
         with autocast(job):
