@@ -458,6 +458,16 @@ def git_commit():
     except (OSError, subprocess.CalledProcessError):
         return None
 
+def leave(status):
+    """Ends the process. One of several skips Python's teardown, which a gloo thread may abort (pytorch issue 190489)."""
+    if world > 1:
+        dist.destroy_process_group()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
 def explain(kind, error, trace):
     """What usually helps, under the traceback of a run that is out of memory."""
     sys.__excepthook__(kind, error, trace)
@@ -492,7 +502,7 @@ if eval_only:
         n_targets, n_bytes = n_targets + n, n_bytes + tokenizer.n_bytes(y[y >= 0])
     say(f"whole validation split, {n_targets:,} tokens: loss {loss:.4f}, perplexity {math.exp(loss):.4g}, "
         f"{loss * n_targets / n_bytes / math.log(2):.4f} bits per byte")
-    sys.exit(0)
+    leave(0)
 if dry_run:
     with exit_on_error():
         for name, split in splits.items():
@@ -633,7 +643,7 @@ while True:
                 f"learning_rate (now {learning_rate:g}), a longer warmup_iters ({warmup_iters}), grad_clip={grad_clip or 1.0:g}, "
                 "dtype=bfloat16 or float32 instead of float16")
             save(latest)
-            sys.exit(1)
+            leave(1)
     if snapshot_interval and step % snapshot_interval == 0:
         save(out / f'step-{step}.pt')
     if checkpoint_interval and step % checkpoint_interval == 0 and not dry_run:
@@ -659,9 +669,7 @@ if dry_run:
         size = load_checkpoint(path) and path.stat().st_size if main else 0
     say(f"dry run passed: {max_iters_of_run:,} steps take about {seconds / 3 * (max_iters_of_run - step_before) / 3600:.3g} hours without "
         f"evaluations; a checkpoint has {size / 1e9:.3g} GB; peak memory {(peak_memory() or 0) / 1e9:.3g} GB")
-if world > 1:
-    dist.destroy_process_group()
 if latest in unwritten:
     say(f"error: the state of step {step} is not on disk: free some space and resume from the checkpoint that is left")
-    sys.exit(1)
-sys.exit(128 + stop_now if stop_now else 0)
+    leave(1)
+leave(128 + stop_now if stop_now else 0)
