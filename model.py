@@ -430,7 +430,7 @@ class Linear(nn.Linear):
         self.parts = parts
 
     def forward(self, x):
-        if x.numel() == self.in_features and x.dtype == torch.bfloat16 and x.device.type == 'cpu' and not torch.is_grad_enabled():
+        if x.numel() == self.in_features and x.dtype == self.weight.dtype == torch.bfloat16 and x.device.type == 'cpu' and not torch.is_grad_enabled():
             y = torch.mv(self.weight, x.flatten()).view(*x.shape[:-1], -1)
             return y if self.bias is None else y + self.bias
         return super().forward(x)

@@ -805,6 +805,18 @@ def test_loading_with_changes(place, tmp_path):
         GPT.load(tmp_path / 'ckpt.pt', block_size=13)
 
 
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('place', PLACES)
+@torch.no_grad()
+def test_decoding_float32_weights_under_autocast(place, dtype):
+    """As train.py's sample_tokens does; a single sequence, as some kernels are for one row only."""
+    model, idx, window = network(**PLACES[place]), tokens(1, 8), {}
+    expected = logits(model, idx)[:, 3:]
+    with torch.autocast('cpu', dtype):
+        found = torch.stack([model.next_logits(idx[:, :n], window) for n in range(4, 9)], dim=1)
+    assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+
+
 def test_device_and_dtype():
     assert resolve('cpu', 'auto') in [('cpu', 'float32'), ('cpu', 'bfloat16')]
     assert resolve('cpu', 'float16') == ('cpu', 'float16')
