@@ -10,6 +10,7 @@ Config files and --key=value change the settings below; --help lists them all. o
 (the lowest validation loss), config.json, metrics.jsonl and loss.png.
 """
 import atexit
+import gc
 import itertools
 import json
 import math
@@ -25,6 +26,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import fields
 from pathlib import Path
 
+gc.disable() # until everything is imported: searching what imports leave, again and again, takes a sixth of a second
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -272,6 +274,7 @@ opt = raw_model.configure_optimizers(
     weight_decay, learning_rate, (beta1, beta2), device_type, optimizer, momentum, nesterov,
     lrs={name: lr for name, (lr, _) in groups.items() if lr is not None}, decays={name: decay for name, (_, decay) in groups.items() if decay is not None})
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
+gc.enable() # torch's optimizers import its compiler
 if compile == 'auto':
     try:
         compile = device_type == 'cuda' and torch.compile(lambda x: x + 1)(torch.ones(1, device=device)).item() == 2
