@@ -1,5 +1,5 @@
 # nanoGPT's README run for a CPU: tinyshakespeare characters, 0.80M parameters, 2000 steps of 12 x 64 characters.
-# 35 s on two CPU cores; reaches 1.898 over the whole validation split (1.882 on its fixed windows).
+# 36 s on two CPU cores; reaches 1.898 over the whole validation split (1.882 on its fixed windows).
 # Prepare: python data/shakespeare_char/prepare.py. A second config file chooses another mixer at as many parameters:
 #   python train.py config/shakespeare_small.py config/mixers/gmlp.py
 
