@@ -282,6 +282,17 @@ def test_muon_over_processes(dataset, tmp_path):
 
 
 @posix
+def test_several_processes_end_as_one_does(dataset, tmp_path):
+    """With its words, its exit status and its temporary files removed, though they skip Python's teardown."""
+    process = torchrun(dataset, tmp_path / 'bad', '--learning_rate=1e30', '--warmup_iters=0', '--max_bad_steps=5', '--dtype=float32')
+    text = process.communicate()[0]
+    assert process.returncode == 1 and 'stopping after 5 such steps' in text and 'exitcode  : 1 ' in text, text[-3000:]
+    process = torchrun(dataset, tmp_path / 'dry', '--dry_run')
+    text = process.communicate()[0]
+    assert process.returncode == 0 and 'dry run passed' in text and sorted(p.name for p in tmp_path.iterdir()) == ['bad'], text[-3000:]
+
+
+@posix
 def test_a_lost_rank_is_replaced_and_the_run_goes_on(dataset, tmp_path):
     out = tmp_path / 'out'
     process = torchrun(dataset, out, '--init_from=auto', '--checkpoint_interval=5', '--max_iters=60', '--eval_interval=60', restarts=2)
