@@ -18,6 +18,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from model import GPT, Decoder, GPTConfig, LinearCrossEntropy, MIXERS, find_peak_flops, load_checkpoint, resolve, save_checkpoint
@@ -343,6 +344,24 @@ def test_growing(args, added):
     names = [f'transformer.h.{i}.attn.{name}' for i in range(2) for name in added]
     assert grown.load_weights(plain.state_dict(), grow=True) == names
     assert_same(logits(grown, tokens(2, 12)), logits(plain, tokens(2, 12)), 1e-6)
+
+
+@pytest.mark.parametrize('chunk, N', [(2 ** 25, 50), (1, 8), (1, 50), (170, 50), (170, 3)])
+def test_the_head_in_chunks(monkeypatch, chunk, N):
+    """Loss and gradients in float64 are torch's with all logits there, however many rows the last chunk has."""
+    monkeypatch.setattr(LinearCrossEntropy, 'chunk', chunk)
+    torch.manual_seed(0)
+    y = torch.randint(17, (N,)).masked_fill(torch.rand(N) < 0.3, -1)
+    y[0], y[-1] = 16, 0
+    results = []
+    for loss_of in (lambda x, w: LinearCrossEntropy.apply(x, w, y, True), lambda x, w: F.cross_entropy(x @ w.t(), y, ignore_index=-1)):
+        torch.manual_seed(1)
+        x, w = (torch.randn(n, 6, dtype=torch.float64, requires_grad=True) for n in (N, 17))
+        loss = loss_of(x, w)
+        (3 * loss).backward()
+        results.append((loss.detach(), x.grad, w.grad))
+    for ours, right in zip(*results):
+        assert_same(ours, right, 1e-12)
 
 
 @pytest.mark.parametrize('scale', [1.0, 65536.0])
