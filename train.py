@@ -145,7 +145,8 @@ with exit_on_error():
     if resuming: # the run's settings hold where nothing else was asked for
         mine = 'format' in checkpoint # nanoGPT's checkpoint names the device of another machine, perhaps
         kept = {k: tuple(v) if isinstance(v, list) else v for k, v in checkpoint.get('config', {}).items()
-                if k in config and k not in given and k not in ('out_dir', 'init_from', 'overwrite', 'eval_only', 'dry_run', 'allow_changes')
+                if k in config and k not in given
+                and k not in ('out_dir', 'init_from', 'overwrite', 'eval_only', 'dry_run', 'allow_changes')
                 and (mine or k not in ('device', 'dtype', 'compile', 'backend'))}
         changed = {k: (checkpoint['config'][k], v) for k, v in given.items()
                    if checkpoint.get('config', {}).get(k, v) != v and k not in ('out_dir', 'init_from')}
@@ -153,31 +154,38 @@ with exit_on_error():
         globals().update({k: v for k, v in kept.items() if k in globals()})
 
     # checks that cost neither memory nor time
-    for name, right, rule in [
-            ('sampling', sampling in ('random', 'epoch'), 'random or epoch'), ('schedule', schedule in ('cosine', 'cosine_floor', 'linear', 'wsd'), 'cosine, cosine_floor, linear or wsd'),
-            ('optimizer', optimizer in ('adamw', 'muon', 'sm3'), 'adamw, muon or sm3'),
-            ('compile', compile in (True, False, 'auto', 'reduce-overhead', 'max-autotune'), 'True, False, auto, reduce-overhead or max-autotune'), ('batch_size', batch_size > 0, 'at least 1'),
-            ('gradient_accumulation_steps', gradient_accumulation_steps > 0, 'at least 1'), ('eval_iters', eval_iters > 0, 'at least 1'),
-            ('parallel', parallel in ('ddp', 'fsdp'), 'ddp or fsdp'), ('min_block_size', 0 <= min_block_size <= block_size,
-             f'0 (off) to block_size={block_size}'), ('eval_interval', eval_interval > 0, 'at least 1'), ('log_interval', log_interval > 0, 'at least 1'),
-            *((name, 0 <= globals()[name], 'at least 0') for name in ('learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'max_iters',
-              'warmup_iters', 'patience', 'checkpoint_interval', 'snapshot_interval', 'sample_tokens', 'adaptive_clip')),
-            *((name, globals()[name] is None or 0 <= globals()[name], 'at least 0') for name in ('hidden_lr', 'embedding_lr', 'other_lr', 'hidden_decay',
-              'embedding_decay')),
-            *((name, 0 <= globals()[name] < 1, 'at least 0 and below 1') for name in ('beta1', 'beta2', 'momentum', 'ema')),
-            ('warmup_iters', not decay_lr or warmup_iters <= lr_decay_iters, f'at most lr_decay_iters={lr_decay_iters}'),
-            ('wsd_decay_iters', not decay_lr or schedule != 'wsd' or warmup_iters + wsd_decay_iters <= lr_decay_iters,
-             f'at most lr_decay_iters - warmup_iters = {lr_decay_iters - warmup_iters}'),
-            ('min_batch_size', 0 < min_batch_size <= batch_size if batch_warmup_iters else min_batch_size == 0,
-             f'from 1 to batch_size={batch_size} with batch_warmup_iters={batch_warmup_iters}, and 0 without'),
-            ('block_warmup_iters', 0 <= block_warmup_iters <= max_iters * (min_block_size > 0),
-             f'from 0 to max_iters={max_iters}, and needs min_block_size={min_block_size} above 0'),
-            ('batch_warmup_iters', 0 <= batch_warmup_iters <= max_iters, f'from 0 to max_iters={max_iters}')]:
+    wrong = []
+    def check(name, right, rule):
         if not right:
-            raise ValueError(f"{name}={globals()[name]!r} must be {rule}")
+            wrong.append(f"{name}={globals()[name]!r} must be {rule}")
+    for name, choices in dict(
+            sampling=('random', 'epoch'), schedule=('cosine', 'cosine_floor', 'linear', 'wsd'), optimizer=('adamw', 'muon', 'sm3'),
+            compile=(True, False, 'auto', 'reduce-overhead', 'max-autotune'), parallel=('ddp', 'fsdp')).items():
+        check(name, globals()[name] in choices, f"one of {', '.join(map(str, choices))}")
+    for name in ('batch_size', 'gradient_accumulation_steps', 'eval_iters', 'eval_interval', 'log_interval'):
+        check(name, globals()[name] > 0, 'at least 1')
+    for name in ('learning_rate', 'hidden_lr', 'embedding_lr', 'other_lr', 'min_lr', 'weight_decay', 'hidden_decay', 'embedding_decay',
+                 'grad_clip', 'adaptive_clip', 'max_iters', 'warmup_iters', 'patience', 'checkpoint_interval', 'snapshot_interval',
+                 'sample_tokens'):
+        check(name, globals()[name] is None or globals()[name] >= 0, 'at least 0')
+    for name in ('beta1', 'beta2', 'momentum', 'ema'):
+        check(name, 0 <= globals()[name] < 1, 'at least 0 and below 1')
+    if decay_lr:
+        check('warmup_iters', warmup_iters <= lr_decay_iters, f'at most lr_decay_iters={lr_decay_iters}')
+        check('wsd_decay_iters', schedule != 'wsd' or warmup_iters + wsd_decay_iters <= lr_decay_iters,
+              f'at most lr_decay_iters - warmup_iters = {lr_decay_iters - warmup_iters}')
+    check('batch_warmup_iters', 0 <= batch_warmup_iters <= max_iters, f'from 0 to max_iters={max_iters}')
+    check('min_batch_size', 0 < min_batch_size <= batch_size if batch_warmup_iters else min_batch_size == 0,
+          f'from 1 to batch_size={batch_size} with batch_warmup_iters={batch_warmup_iters}, and 0 without')
+    check('min_block_size', 0 <= min_block_size <= block_size, f'0 (off) to block_size={block_size}')
+    check('block_warmup_iters', 0 <= block_warmup_iters <= max_iters * (min_block_size > 0),
+          f'from 0 to max_iters={max_iters}, and needs min_block_size={min_block_size} above 0')
+    if wrong:
+        raise ValueError('; '.join(wrong))
     for name, default in dict(momentum=0.95, nesterov=True).items():
         if optimizer == 'adamw' and globals()[name] != default:
-            raise ValueError(f"{name}={globals()[name]!r}: only optimizer='muon' and 'sm3' read it, and optimizer='adamw' is set (its momentum is beta1)")
+            raise ValueError(f"{name}={globals()[name]!r}: only optimizer='muon' and 'sm3' read it, and optimizer='adamw' is set "
+                             "(its momentum is beta1)")
 
     # processes: torchrun sets these variables
     rank, local_rank, world = (int(os.environ.get(k, v)) for k, v in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1).items())
@@ -253,7 +261,8 @@ if deterministic:
 torch.set_float32_matmul_precision('high') # TF32 where float32 remains on a GPU
 amp = torch.autocast(device_type, getattr(torch, dtype)) if dtype != 'float32' else nullcontext()
 model.to(device)
-n_params, n_decayed = model.get_num_params(False), sum(p.numel() for name, group in model.optimizer_groups().items() if name != 'rest' for _, p in group)
+n_params = model.get_num_params(False)
+n_decayed = sum(p.numel() for name, group in model.optimizer_groups().items() if name != 'rest' for _, p in group)
 n_embedding = sum(m.weight.numel() for m in (model.transformer.wte, model.transformer.wpe) if m is not None)
 # batch sizes and window lengths: few, since a compiler may compile each; a length's cost is exact FLOPs
 sizes = sorted({round(min_batch_size + (batch_size - min_batch_size) * i / 7) for i in range(8)} if batch_warmup_iters else {batch_size})
@@ -269,10 +278,11 @@ if sharded: # imported here: it takes a second
     for module in [m for m in model.modules() if isinstance(m, Block)] + [model]:
         fully_shard(module, mesh=mesh)
     register_fsdp_forward_method(model, 'hidden') # which generation calls
-groups = dict(hidden=(hidden_lr, hidden_decay), embeddings=(embedding_lr, embedding_decay), head=(embedding_lr, embedding_decay), rest=(other_lr, None))
+lrs = dict(hidden=hidden_lr, embeddings=embedding_lr, head=embedding_lr, rest=other_lr)
+decays = dict(hidden=hidden_decay, embeddings=embedding_decay, head=embedding_decay)
 opt = raw_model.configure_optimizers(
     weight_decay, learning_rate, (beta1, beta2), device_type, optimizer, momentum, nesterov,
-    lrs={name: lr for name, (lr, _) in groups.items() if lr is not None}, decays={name: decay for name, (_, decay) in groups.items() if decay is not None})
+    *({name: value for name, value in own.items() if value is not None} for own in (lrs, decays)))
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 gc.enable() # torch's optimizers import its compiler
 if compile == 'auto':
@@ -283,7 +293,8 @@ if compile == 'auto':
         compile = False
 if compile:
     torch._dynamo.config.recompile_limit = 2 * len(lengths) * len(sizes) + 8 # for training and for evaluations
-    model = torch.compile(model, dynamic=False, mode=compile if isinstance(compile, str) else None) # each length once: symbolic lengths are compiled three times as often
+    # each length once: symbolic lengths are compiled three times as often
+    model = torch.compile(model, dynamic=False, mode=compile if isinstance(compile, str) else None)
 fast_model = model # without DDP, for evaluations
 if world > 1 and not sharded:
     model = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device] if device_type == 'cuda' else None)
@@ -397,7 +408,8 @@ def save(*paths):
         try:
             save_checkpoint(path, dict(
                 format=1, model=weights, optimizer=moments, scaler=scaler.state_dict(), model_args=model_args, iter_num=step,
-                samples=samples, tokens=tokens, seconds=seconds, best_val_loss=best_val_loss, stale=stale, config=config, meta=meta, **more))
+                samples=samples, tokens=tokens, seconds=seconds, best_val_loss=best_val_loss, stale=stale, config=config,
+                meta=meta, **more))
             unwritten.discard(path)
         except (OSError, RuntimeError) as e: # torch's writer raises RuntimeError where Python's raises OSError
             unwritten.add(path)
@@ -481,9 +493,6 @@ def explain(kind, error, trace):
 sys.excepthook = explain
 
 # what this run is, in a few lines
-tokens_per_step, n_tokens, activations = gradient_accumulation_steps * batch_size * block_size, splits['train'].n_tokens, \
-    costs[block_size][1] * batch_size * block_size
-state_bytes = (16 - 4 * (optimizer == 'sm3') + 4 * bool(ema)) * n_params
 if given:
     say('settings ' + ', '.join(f'{name}={value!r}' for name, value in given.items()))
 for name, (old, new) in changed.items():
@@ -492,11 +501,18 @@ for line in added:
     say(f"added    {line}")
 if optimizer == 'sm3':
     say(f"note     sm3 has momentum={momentum}: beta1 and beta2 are AdamW's")
-say(f"""model    {n_params / 1e6:.2f}M parameters, {(n_params - n_embedding) / 1e6:.2f}M without embeddings, {n_decayed / 1e6:.2f}M decayed; {costs[block_size][0] / 1e9:.4g} GFLOP a token
-machine  {device}, {dtype}, {'compiled' if compile else 'eager'}, {world} process{'es' * (world > 1)}{', sharded' * sharded}; peak {f'{peak / 1e12:.4g} TFLOP/s' * bool(peak)} ({peak_source})
-data     {dataset}: {n_tokens:,} tokens to train on, {splits['val'].n_tokens:,} to validate; {meta.get('encoding', meta['tokenizer'])}, vocabulary {model_args['vocab_size']:,}
-run      {max_iters:,} steps of {tokens_per_step:,} tokens = {max_iters * tokens_per_step:,}: {max_iters * tokens_per_step / n_tokens:.3g} epochs
-memory   about {(state_bytes + activations) / 1e9:.3g} GB: {state_bytes / 1e9:.3g} of weights, gradients and optimizer, {activations / 1e9:.3g} of activations""")
+how = f"{dtype}, {'compiled' if compile else 'eager'}, {world} process{'es' * (world > 1)}{', sharded' * sharded}"
+step_tokens, n_tokens = gradient_accumulation_steps * batch_size * block_size, splits['train'].n_tokens
+state = (16 - 4 * (optimizer == 'sm3') + 4 * bool(ema)) * n_params / 1e9 # GB
+activations = costs[block_size][1] * batch_size * block_size / 1e9
+say(f"model    {n_params / 1e6:.2f}M parameters, {(n_params - n_embedding) / 1e6:.2f}M without embeddings, {n_decayed / 1e6:.2f}M "
+    f"decayed; {costs[block_size][0] / 1e9:.4g} GFLOP a token")
+say(f"machine  {device}, {how}; peak {f'{peak / 1e12:.4g} TFLOP/s ({peak_source})' if peak else peak_source}")
+say(f"data     {dataset}: {n_tokens:,} tokens to train on, {splits['val'].n_tokens:,} to validate; "
+    f"{meta.get('encoding', meta['tokenizer'])}, vocabulary {model_args['vocab_size']:,}")
+say(f"run      {max_iters:,} steps of {step_tokens:,} tokens = {max_iters * step_tokens:,}: "
+    f"{max_iters * step_tokens / n_tokens:.3g} epochs")
+say(f"memory   about {state + activations:.3g} GB: {state:.3g} of weights, gradients and optimizer, {activations:.3g} of activations")
 if eval_only:
     val = splits['val']
     loss = mean_loss((x, y) for x, y, _ in val.all_batches(batch_size, block_size))

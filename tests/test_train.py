@@ -704,6 +704,22 @@ def test_dropout(with_wandb, plain):
 
 
 @job
+def unknown_card(folder):
+    """train.py where the table of GPUs does not help, as if this were such a card."""
+    write_data(folder / 'data')
+    without_peak = ('import os, runpy, sys; del sys.argv[0]; sys.path.insert(0, os.path.dirname(sys.argv[0])); import model; '
+                    'model.find_peak_flops = lambda *_: (None, "n/a: set --peak_flops"); runpy.run_path(sys.argv[0], run_name="__main__")')
+    return folder, train(folder, max_iters=2, command=['-c', without_peak])
+
+
+def test_unknown_peak(unknown_card):
+    """A card that is not in the table trains, and MFU is n/a instead of another card's."""
+    folder, text = unknown_card
+    assert 'peak n/a: set --peak_flops\n' in text and text.count('mfu n/a') == 2
+    assert [line['mfu'] for line in metrics(folder / 'out') if 'loss' in line] == [None, None]
+
+
+@job
 def overwritten(folder):
     write_data(folder / 'data')
     write_run(folder / 'out')
@@ -810,7 +826,8 @@ MISTAKES = {
     'the folder is a file': (lambda f: (f / 'file').write_text('x'), lambda f: dict(out_dir=f / 'file'), ['file']),
     'beta above 1': (None, dict(beta1=1.5), ['beta', '1.5']),
     'another optimizer than the checkpoint': (None, dict(init_from='resume', optimizer='sm3'), ["optimizer='sm3'", "optimizer='adamw'", '--init_from=']),
-    'no such optimizer': (None, dict(optimizer='lion'), ["'lion'", 'adamw, muon or sm3']),
+    'no such optimizer': (None, dict(optimizer='lion'), ["'lion'", 'adamw, muon, sm3']),
+    'several at once': (None, dict(batch_size=0, sampling='some', beta2=1.0), ['batch_size=0', "sampling='some'", 'beta2=1.0']),
     'a setting that AdamW lacks': (None, dict(momentum=0.8), ['momentum=0.8', "optimizer='adamw'", 'beta1']),
     'decay longer than the run': (None, dict(schedule='wsd', wsd_decay_iters=18), ['wsd_decay_iters=18', '17']),
     'warmup longer than the schedule': (None, dict(warmup_iters=21), ['warmup_iters=21', 'lr_decay_iters=20']),
