@@ -368,7 +368,7 @@ def get_lr(step):
 def mean_loss(batches):
     """Mean cross-entropy over (x, y) batches, shared out over the processes; every target counts the same."""
     raw_model.eval()
-    total, batches = torch.zeros(2, dtype=torch.float64), iter(batches) # nats, targets
+    losses, counts, batches = [], [], iter(batches)
     while True:
         with exit_on_error():
             group = list(itertools.islice(batches, world)) # every process runs equally often, as sharded models must
@@ -377,9 +377,11 @@ def mean_loss(batches):
         x, y = group[min(rank, len(group) - 1)]
         with amp:
             loss = fast_model(to_device(x), to_device(y))[1]
-        n = (y >= 0).sum() * (rank < len(group))
-        total += torch.tensor([loss.item() * n, n], dtype=torch.float64)
+        losses.append(loss.clone()) # read at the end: a GPU works on while batches are loaded. A CUDA graph's next run overwrites it
+        counts.append((y >= 0).sum() * (rank < len(group)))
     raw_model.train()
+    counts = torch.tensor(counts, dtype=torch.float64)
+    total = torch.stack([torch.stack(losses).cpu().double() @ counts, counts.sum()]) # nats, targets
     if world > 1:
         total = total.to(device)
         dist.all_reduce(total)

@@ -349,6 +349,8 @@ def work_profile(job):
     cuda = torch.device(job['device']).type == 'cuda'
     took = {e.key: (e.self_device_time_total if cuda else e.self_cpu_time_total) / job['steps'] / 1e3 for e in profile.key_averages()
             if e.device_type == torch.autograd.DeviceType.CPU} # a GPU's kernels are counted at their operators
+    if not any(took.values()):
+        raise ValueError("torch's profiler saw no work on the GPU: this user may not read its counters")
     longest = sorted(took, key=took.get, reverse=True)[:10]
     return dict(operators={name: took[name] for name in longest}, all=sum(took.values()))
 
