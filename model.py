@@ -644,20 +644,21 @@ class UNet(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------------------
 
+LOGITS_AT_ONCE = 2 ** 25 # 128 MB in float32; not the class', where torch.compile cannot read it
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """
     Mean cross-entropy of the logits x @ weight.T without ever holding them all: x (N, C), weight (V, C), targets (N,) with -1
     for none. Rows are done in chunks, and each chunk's gradient at once, while its logits are there.
     """
-    chunk = 2 ** 25 # logits at a time, 128 MB in float32
-
     @staticmethod
     def forward(ctx, x, weight, targets, with_grad):
         w = weight.to(x.dtype)
         if x.device.type != 'meta' and torch.is_autocast_enabled(x.device.type): # the matrix products in 16 bits, as autocast does them
             x, w = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, weight))
         # at most 8 chunks: each one reads and writes the whole gradient of weight
-        n, rows = (targets >= 0).sum(), max(1, LinearCrossEntropy.chunk // weight.size(0), math.ceil(x.size(0) / 8))
+        n, rows = (targets >= 0).sum(), max(1, LOGITS_AT_ONCE // weight.size(0), math.ceil(x.size(0) / 8))
         loss = x.new_zeros((), dtype=torch.float32 if x.dtype != torch.float64 else x.dtype)
         grad_x, grad_w = (torch.empty_like(x), torch.zeros_like(weight)) if with_grad else (None, None)
         for i in range(0, x.size(0), rows):

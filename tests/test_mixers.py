@@ -136,10 +136,10 @@ def check_contract(model):
 
 
 def check_compiled(model, backend):
-    """torch.compile gives the same loss and gradients."""
+    """torch.compile makes one graph of the whole model, and gives the same loss and gradients."""
     idx, targets = tokens(model, 2), tokens(model, 2)
     results = []
-    for forward in (model, torch.compile(model, backend=backend)):
+    for forward in (model, torch.compile(model, backend=backend, fullgraph=True)):
         model.zero_grad()
         loss = forward(idx, targets)[1]
         loss.backward()

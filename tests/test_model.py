@@ -349,7 +349,7 @@ def test_growing(args, added):
 @pytest.mark.parametrize('chunk, N', [(2 ** 25, 50), (1, 8), (1, 50), (170, 50), (170, 3)])
 def test_the_head_in_chunks(monkeypatch, chunk, N):
     """Loss and gradients in float64 are torch's with all logits there, however many rows the last chunk has."""
-    monkeypatch.setattr(LinearCrossEntropy, 'chunk', chunk)
+    monkeypatch.setattr('model.LOGITS_AT_ONCE', chunk)
     torch.manual_seed(0)
     y = torch.randint(17, (N,)).masked_fill(torch.rand(N) < 0.3, -1)
     y[0], y[-1] = 16, 0
