@@ -232,7 +232,7 @@ class CausalSelfAttention(Mixer):
         dropout = self.attn_dropout.p if self.training else 0.0
         # on a CPU the fused kernel has no dropout, and it trains short sequences more slowly in bfloat16
         fused = q.device.type != 'cpu' or not torch.is_grad_enabled() or \
-            not dropout and (q.dtype != torch.bfloat16 or q.size(2) > 512)
+            not dropout and (q.dtype != torch.bfloat16 or q.size(2) > 1024)
         if self.time_weighting == 'none' and self.relative is None and fused:
             return causal_attention(q, k, v, dropout)
         if self.time_weighting == 'circulant':
@@ -255,7 +255,10 @@ class CausalSelfAttention(Mixer):
 
 
 class Container(CausalSelfAttention):
-    """CONTAINER (arXiv 2106.01401): (alpha softmax(q k) + beta tril(S)) v, with S a learned affinity of positions."""
+    """
+    CONTAINER (arXiv 2106.01401): (alpha softmax(q k) + beta tril(S)) v, with S a learned affinity of positions. Dropout is
+    for the softmax alone.
+    """
     settings = ('qk_norm',)
 
     def __init__(self, config, block_size):
@@ -266,12 +269,9 @@ class Container(CausalSelfAttention):
         self.beta = nn.Parameter(torch.full((H, 1, 1), 0.1)) # attention leads at the start
 
     def attend(self, q, k, v):
-        return by_rows(lambda q, k, v: self.weights(q, k) @ v, q, k, v)
-
-    def weights(self, q, k):
         T, S = q.size(2), k.size(2)
-        att = causal_softmax(self.scores(q, k)) * self.alpha + self.beta * self.affinity[:, S - T:S, :S].tril(S - T)
-        return self.attn_dropout(att.to(q.dtype))
+        by_position = mix_time(self.affinity[:, S - T:S, :S].to(v.dtype), v)
+        return (self.alpha * super().attend(q, k, v) + self.beta * by_position).to(v.dtype)
 
 
 class Synthesizer(CausalSelfAttention):
@@ -311,15 +311,18 @@ class Synthesizer(CausalSelfAttention):
             q, k = self.rope(q, past), self.rope(k, past)
         v = append(cache, 'v', v) # (B, H, S, D)
         S = v.size(2)
-        if self.dense:
-            scores = heads(F.relu(self.c_fc(x))) @ self.rows[:, :, :S].to(x.dtype) # (B, H, T, S)
-        else:
-            scores = self.table[:, past:S, :S].expand(B, -1, -1, -1)
+        proposal = heads(F.relu(self.c_fc(x))) if self.dense else None # (B, H, T, D)
         if self.dot_product:
+            scores = proposal @ self.rows[:, :, :S].to(x.dtype) if self.dense else self.table[:, past:S, :S] # (B, H, T, S)
             a = self.mixture.softmax(0)
             scores = a[0] * scores + a[1] * self.scores(q, append(cache, 'k', k))
-        att = self.attn_dropout(causal_softmax(scores).to(v.dtype))
-        return self.resid_dropout(self.c_proj((att @ v).transpose(1, 2).reshape(B, T, C)))
+            y = self.attn_dropout(causal_softmax(scores).to(v.dtype)) @ v
+        elif self.dense: # is attention with one learned key for each position; attention divides by sqrt(D)
+            keys = self.rows[:, :, :S].transpose(1, 2).contiguous() * math.sqrt(v.size(3)) # (H, S, D)
+            y = self.attend(proposal, keys.to(proposal.dtype).expand(B, -1, -1, -1), v)
+        else: # the same weights, and the same dropout, for all sequences
+            y = mix_time(self.attn_dropout(causal_softmax(self.table[None, :, past:S, :S])[0].to(v.dtype)), v)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
 class TimeLinear(nn.Module):
@@ -333,10 +336,7 @@ class TimeLinear(nn.Module):
         T = x.size(2)
         x = append(cache, 'x', x) # (B, H, S, D)
         S = x.size(2)
-        W = self.weight[:, S - T:S, :S].to(x.dtype) # (H, T, S)
-        # only the blocks on and below the diagonal are multiplied
-        y = torch.cat([torch.einsum('hts,bhsd->bhtd', W[:, i:j, :S - T + j].tril(S - T + i), x[:, :, :S - T + j])
-                       for i, j in row_blocks(T)], dim=2)
+        y = mix_time(self.weight[:, S - T:S, :S].to(x.dtype), x)
         return y + self.bias[:, S - T:S, None].to(y.dtype)
 
 
@@ -491,6 +491,14 @@ def by_rows(f, q, k, v):
     T, past = q.size(2), k.size(2) - q.size(2)
     parts = [f(q[:, :, i:j], k[:, :, :past + j], v[:, :, :past + j]) for i, j in row_blocks(T)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def mix_time(W, x):
+    """y_t = sum_{s<=t} W_ts x_s for the last T of S tokens: W (H, T, S), x (B, H, S, D) -> (B, H, T, D)."""
+    T, S = W.shape[1:]
+    # only the blocks on and below the diagonal are multiplied
+    return torch.cat([torch.einsum('hts,bhsd->bhtd', W[:, i:j, :S - T + j].tril(S - T + i), x[:, :, :S - T + j])
+                      for i, j in row_blocks(T)], dim=2)
 
 
 def toeplitz(a, T, S):
