@@ -16,6 +16,7 @@ import os
 import sys
 import time
 import zipfile
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -691,6 +693,14 @@ class LinearCrossEntropy(torch.autograd.Function):
         return grad_x * (grad / 1024), grad_w * (grad / 1024), None, None
 
 
+class FusedAttention(TorchFunctionMode):
+    """Attention without memory, on the meta device, keeps what a GPU's kernel keeps: torch takes its unfused formula there."""
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            return torch.ops.aten._scaled_dot_product_flash_attention(*args, is_causal=kwargs['is_causal'])[0]
+        return func(*args, **(kwargs or {}))
+
+
 class GPT(nn.Module):
     """
     A language model: forward(idx, targets=None) -> (logits, loss). Without targets, logits are (B, T, V) for every
@@ -883,13 +893,13 @@ class GPT(nn.Module):
         n = sum(p.numel() for p in self.parameters())
         return n - self.transformer.wpe.weight.numel() if non_embedding and self.transformer.wpe is not None else n
 
-    def cost(self, T=None, dtype=torch.float32):
+    def cost(self, T=None, dtype=torch.float32, device_type=None):
         """
-        -> (FLOPs a token, bytes a token that are kept for the backward pass), at length T (default block_size).
-        Counted on a copy without memory, so that it is right for any mixer: matrix products of the forward pass, times
-        three for forward and backward; what a compiler saves is not seen.
+        -> (FLOPs a token, bytes a token that are kept for the backward pass), at length T (default block_size), on
+        device_type (default: where the weights are). Counted on a copy without memory, so that it is right for any mixer:
+        matrix products of the forward pass, times three for forward and backward; what a compiler saves is not seen.
         """
-        T = T or self.config.block_size
+        T, device_type = T or self.config.block_size, device_type or self.lm_head.weight.device.type
         with torch.device('meta'):
             model = GPT(replace(self.config, dropout=0.0)).to(dtype)
             idx = torch.zeros(1, T, dtype=torch.long)
@@ -900,7 +910,7 @@ class GPT(nn.Module):
             return t
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(idx)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), nullcontext() if device_type == 'cpu' else FusedAttention():
             model(idx, idx)
         if self.config.recompute: # checkpoint keeps these beside autograd
             n_blocks = sum(isinstance(m, Block) for m in model.modules())

@@ -531,7 +531,7 @@ def facts(config):
     """-> (parameters, FLOPs a token, bytes a token kept for the backward pass), without allocating the model."""
     with torch.device('meta'):
         model = GPT(config)
-    return model.get_num_params(False), *model.cost(dtype=getattr(torch, resolve(device, dtype)[1]))
+    return model.get_num_params(False), *model.cost(dtype=getattr(torch, resolve(device, dtype)[1]), device_type=torch.device(device).type)
 
 
 def ceilings(dtype):

@@ -17,7 +17,7 @@ import torch
 import torch._inductor.config
 import torch.nn as nn
 
-from model import GPT, GPTConfig, MIXERS, MLP, Mixer, Stack, TimeLinear, TimeMixing, UNet, save_checkpoint
+from model import GPT, FusedAttention, GPTConfig, MIXERS, MLP, Mixer, Stack, TimeLinear, TimeMixing, UNet, save_checkpoint
 
 TOLERANCE = 1e-9 # the largest difference, in logits of size 1 to 10, that float64 rounding may make
 
@@ -230,6 +230,19 @@ def test_contract(name, contract):
 @pytest.mark.parametrize('name', SOME)
 def test_round_trip(name, tmp_path):
     check_round_trip(randomized(SOME[name]), tmp_path / 'ckpt.pt')
+
+
+@pytest.mark.parametrize('args', [dict(mixer=mixer) for mixer in MIXERS] + [dict(mixer='synthesizer', synthesizer='random')], ids=str)
+def test_no_weights_of_every_pair_of_tokens(args):
+    """Where attention is fused, as on a GPU, no mixer keeps weights (B, H, T, T), which would take most of its time and memory."""
+    B, T = 64, 128
+    with torch.device('meta'):
+        model = GPT(GPTConfig(block_size=T, vocab_size=11, n_layer=1, n_head=2, n_embd=16, **args))
+        idx = torch.zeros(B, T, dtype=torch.long)
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.untyped_storage().nbytes() // 4), lambda _: None), FusedAttention():
+        model(idx, idx)
+    assert len(sizes) > 10 and max(sizes) < B * 2 * T * T
 
 
 @pytest.mark.parametrize('name', [f'{mixer}-flat-0' for mixer in MIXERS] + ['attention-unet2x2-0'])

@@ -647,6 +647,14 @@ def test_bytes_kept_for_the_backward_pass():
     assert model.cost(dtype=torch.bfloat16)[1] < model.cost()[1]
 
 
+def test_bytes_kept_by_attention():
+    """A GPU's kernel keeps no weights (H, T, T), of which a CPU keeps at least one a layer: 4 bytes for a head and key."""
+    model = network(block_size=512)
+    fused, unfused = (lambda T: model.cost(T, device_type='cuda')[1]), (lambda T: model.cost(T)[1])
+    assert fused(512) <= fused(64) and unfused(512) >= fused(512) + 2 * 2 * 512 * 4
+    assert model.cost(512, device_type='cuda')[0] == model.cost(512)[0]
+
+
 @pytest.mark.parametrize('place', ['attention', 'gmlp', 'unet'])
 def test_recompute(place):
     """The same loss and gradients, dropout masks and all; less is kept; decoding goes on with its caches."""
