@@ -24,6 +24,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -693,6 +694,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         return grad_x * (grad / 1024), grad_w * (grad / 1024), None, None
 
 
+EVERY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
 class FusedAttention(TorchFunctionMode):
     """Attention without memory, on the meta device, keeps what a GPU's kernel keeps: torch takes its unfused formula there."""
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -755,9 +759,9 @@ class GPT(nn.Module):
 
     def next_logits(self, out, window, use_cache=True):
         """
-        Logits (B, V) of the token after out (B, T). window is {} at first (or holds a decoder) and remembers what was read: at most block_size
-        tokens. When it is full it restarts from its last half, which is read again (the same for every mixer, and much
-        cheaper than sliding the window by one).
+        Logits (B, V) of the token after out (B, T). window is {} at first (or holds a decoder) and remembers what was read:
+        at most block_size tokens. When it is full it restarts from its last half, which is read again (the same for every
+        mixer, and much cheaper than sliding the window by one).
         """
         n, block = out.size(1), self.config.block_size
         first = 'start' not in window
@@ -767,12 +771,13 @@ class GPT(nn.Module):
         decoder = window.get('decoder')
         if decoder and n - 1 == window['done'] > window['start']:
             logits = decoder(out[:, -1:])
-        elif use_cache:
-            logits = self.lm_head(self.hidden(out[:, window['done']:], window['cache'])[:, -1])
+        else:
+            # not cuDNN's attention, torch's first choice on an H100: it takes tens of milliseconds to get ready for each length
+            with sdpa_kernel(EVERY_LENGTH) if out.device.type == 'cuda' else nullcontext():
+                x = self.hidden(out[:, window['done']:], window['cache']) if use_cache else self.hidden(out[:, window['start']:])
+            logits = self.lm_head(x[:, -1])
             if decoder:
                 decoder.load(window['cache'], n - window['start'])
-        else:
-            logits = self.lm_head(self.hidden(out[:, window['start']:])[:, -1])
         window['done'] = n
         return logits.float()
 
