@@ -126,10 +126,14 @@ with exit_on_error():
     start = next((p for p in (Path(init_from).expanduser(), project / init_from) if p.exists()), Path(init_from))
     pretrained = init_from in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl') or (start / 'model.safetensors').is_file()
     checkpoint = None
-    if not (resuming or eval_only or dry_run or overwrite) and (
-            latest.exists() or best.exists() or metrics.exists() and metrics.stat().st_size):
-        raise ValueError(f"out_dir={out_dir!r} already holds a run: go on with it by --init_from=resume, choose another "
-                         "--out_dir, or replace it by --overwrite=True")
+    if not (resuming or eval_only or dry_run or overwrite):
+        if latest.exists() or best.exists():
+            raise ValueError(f"out_dir={out_dir!r} already holds a run: go on with it by --init_from=resume, choose another "
+                             "--out_dir, or replace it by --overwrite=True")
+        # auto begins again what was killed before its first checkpoint
+        if any(out.glob('step-*.pt')) or init_from != 'auto' and metrics.exists() and metrics.stat().st_size:
+            raise ValueError(f"out_dir={out_dir!r} already holds a run, which left no ckpt.pt to go on with: choose another "
+                             "--out_dir, or replace it by --overwrite=True")
     if resuming:
         try:
             checkpoint = load_checkpoint(latest if latest.exists() or not best.exists() else best)

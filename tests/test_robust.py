@@ -91,6 +91,7 @@ def test_kill_at_random_moments_loses_at_most_an_interval(dataset, whole, tmp_pa
                     process.kill()
         if process.wait() == 0:
             break # finished before its time: the rest of the kills has no run to hit
+        assert process.returncode == -signal.SIGKILL
         done += 1
         saved = (step - 1) // interval * interval # for certain: a step is told before its checkpoint is written
         if saved:
@@ -102,6 +103,20 @@ def test_kill_at_random_moments_loses_at_most_an_interval(dataset, whole, tmp_pa
         same(out / 'ckpt.pt', whole / 'ckpt.pt')
         same(out / 'best.pt', whole / 'best.pt')
         assert losses(out) == losses(whole)
+
+
+def test_auto_begins_again_what_was_killed_before_its_first_checkpoint(dataset, tmp_path):
+    out = tmp_path / 'out'
+    out.mkdir()
+    (out / 'metrics.jsonl').write_text('{"step": 1, "tokens": 128, "seconds": 0.1, "loss": 9.0}\n', encoding='utf-8')
+    (out / 'ckpt.pt.tmp').write_bytes(b'half')
+    assert 'left no ckpt.pt' in run(dataset, out, '--max_iters=2', code=2).stderr
+    (out / 'step-1.pt').write_bytes(b'kept')
+    assert 'left no ckpt.pt' in run(dataset, out, '--max_iters=2', '--init_from=auto', code=2).stderr
+    assert (out / 'step-1.pt').read_bytes() == b'kept'
+    (out / 'step-1.pt').unlink()
+    run(dataset, out, '--max_iters=2', '--init_from=auto')
+    assert load_checkpoint(out / 'ckpt.pt')['iter_num'] == 2 and [loss for _, loss, _, _ in losses(out) if loss] != [9.0]
 
 
 @posix
