@@ -924,10 +924,12 @@ def head():
     show(f'head: {batch * config.block_size} tokens of {config.n_embd} channels, vocabulary {config.vocab_size}', rows)
 
 
+LEARNING_RATES = dict(adamw=(1e-3, 3e-3, 1e-2, 3e-2), muon=(3e-3, 1e-2, 3e-2), sm3=(0.03, 0.1, 0.3, 1.0))
+
+
 def optimizers():
     """Learning rates around each optimizer's best, on MLP-Mixer of the size of nanoGPT's small CPU run."""
-    choices = [('adamw', lr) for lr in (1e-3, 3e-3, 1e-2, 3e-2)] + [('muon', lr) for lr in (3e-3, 1e-2, 3e-2)] + \
-        [('sm3', lr) for lr in (0.03, 0.1, 0.3, 1.0)]
+    choices = [(name, lr) for name, rates in LEARNING_RATES.items() for lr in rates]
     flags, steps_taken = recipe_flags(), iterations if iterations != 2000 else 1000
     flags |= dict(max_iters=steps_taken, lr_decay_iters=steps_taken, eval_interval=max(1, steps_taken // 4))
     config, rows, curves = model_of('readme')[0], [], {}

@@ -129,7 +129,8 @@ def test_ablations(bench, words):
     assert all(len(row['raw']) == 2 for row in rows)
 
 
-def test_optimizers(bench, words, tmp_path):
+def test_optimizers(bench, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench.script, 'LEARNING_RATES', dict(adamw=(1e-3,), muon=(1e-2,), sm3=(0.1, 0.3)))
     rows, = bench('optimizers', words)
     memory = {row['optimizer']: row['state, bytes a parameter'] for row in rows}
     assert 8 <= memory['adamw'] < 8.1 and 4 < memory['sm3'] < 5 and all(row['val loss'] > 0 for row in rows)
