@@ -34,7 +34,7 @@ from tqdm import tqdm
 from configurator import configure, exit_on_error
 from data.tokens import Split, dataset_folder, load_meta, load_tokenizer, prefetch
 from model import (GPT, Block, GPTConfig, clip_adaptively, find_peak_flops, full_state, keep_freed_memory, load_checkpoint,
-                   load_optimizer, resolve, save_checkpoint)
+                   load_optimizer, recompute_what_is_cheap, resolve, save_checkpoint)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # files and evaluation
@@ -297,6 +297,8 @@ if compile == 'auto':
         compile = False
 if compile:
     torch._dynamo.config.recompile_limit = 2 * len(lengths) * len(sizes) + 8 # for training and for evaluations
+    if device_type == 'cuda':
+        recompute_what_is_cheap()
     # each length once: symbolic lengths are compiled three times as often
     model = torch.compile(model, dynamic=False, mode=compile if isinstance(compile, str) else None)
 fast_model = model # without DDP, for evaluations

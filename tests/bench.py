@@ -48,7 +48,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 from configurator import configure, exit_on_error, fail
 from data.tokens import Split, dataset_folder, load_meta, prefetch
-from model import GPT, GPTConfig, LinearCrossEntropy, MIXERS, find_peak_flops, keep_freed_memory, resolve
+from model import GPT, GPTConfig, LinearCrossEntropy, MIXERS, find_peak_flops, keep_freed_memory, recompute_what_is_cheap, resolve
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what is measured
@@ -151,8 +151,8 @@ def trainer(job):
     """-> (model, step): step(i, x, y, lr, mark) is the i-th step as train.py makes it, and returns the loss."""
     kind = torch.device(job['device']).type
     torch.set_float32_matmul_precision('high')
-    if kind == 'cpu' and not job['peer']:
-        keep_freed_memory()
+    if not job['peer']: # as train.py
+        keep_freed_memory() if kind == 'cpu' else recompute_what_is_cheap()
     model = build(job)
     if job.get('init'): # start from the weights that the peer starts from
         model.load_weights(build(dict(job, peer=job['init'])).state_dict())

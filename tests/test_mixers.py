@@ -17,7 +17,7 @@ import torch
 import torch._inductor.config
 import torch.nn as nn
 
-from model import GPT, FusedAttention, GPTConfig, MIXERS, MLP, Mixer, Stack, TimeLinear, TimeMixing, UNet, save_checkpoint
+from model import GPT, FusedAttention, GPTConfig, MIXERS, MLP, Mixer, Stack, TimeLinear, TimeMixing, UNet, recompute_what_is_cheap, save_checkpoint
 
 TOLERANCE = 1e-9 # the largest difference, in logits of size 1 to 10, that float64 rounding may make
 
@@ -249,6 +249,27 @@ def test_no_weights_of_every_pair_of_tokens(args):
 def test_compile_gives_the_same_numbers(name):
     torch.compiler.reset()
     check_compiled(randomized(SOME[name]), 'aot_eager')
+
+
+@pytest.mark.parametrize('mixer', ['attention', 'gmlp'])
+def test_compiled_for_a_gpu_keeps_less(mixer):
+    """As train.py compiles on a GPU: the same numbers, and less than 3/4 of the memory for the backward pass."""
+    def kept(): # in bytes; weights and tokens are kept in either case
+        torch.compiler.reset()
+        model, sizes = network(mixer=mixer, block_size=64), {}
+        forward, idx = torch.compile(model, backend='aot_eager_decomp_partition'), torch.zeros(4, 64, dtype=torch.long)
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda t: sizes.update({t.untyped_storage()._cdata: t.untyped_storage().nbytes()}) or t, lambda t: t):
+            loss = forward(idx, idx)[1]
+        del loss
+        return sum(sizes.values()) - sum(p.untyped_storage().nbytes() for p in model.parameters())
+
+    before = kept()
+    with torch._functorch.config.patch(activation_memory_budget=1.0): # as it is by default, and again after this
+        recompute_what_is_cheap()
+        assert kept() < 0.75 * before
+        torch.compiler.reset()
+        check_compiled(network(mixer=mixer), 'aot_eager_decomp_partition')
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ('g++', 'clang++', 'cl'))), reason='inductor needs a C++ compiler')
