@@ -225,9 +225,8 @@ class CausalSelfAttention(Mixer):
         if self.rope is not None:
             q, k = self.rope(q, start), self.rope(k, start)
         k, v = append(cache, 'k', k), append(cache, 'v', v) # (B, H, S, D)
-        if torch.is_tensor(start): # in a Decoder's cache the rows after this token's are empty
-            seen = torch.arange(k.size(2), device=x.device)[None] <= start # (1, S)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        if torch.is_tensor(start): # a Decoder's cache: it has rows for tokens that are still to come
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=cache['mask'])
         else:
             y = self.attend(q, k, v) # (B, H, T, D)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
@@ -1175,22 +1174,29 @@ class Decoder:
         self.model, self.cache, self.graph = model, {}, None
         self.token = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self.past = torch.zeros(1, dtype=torch.long, device=device)
+        # added to the scores; one for all layers, which would otherwise launch several small kernels each to make their own
+        self.mask = torch.zeros(1, model.config.block_size, dtype=model.lm_head.weight.dtype, device=device)
 
-    def load(self, cache, n, own=None):
+    def load(self, cache, n):
         """Takes over the cache of the n tokens read so far."""
-        own = self.cache if own is None else own
+        self.past.fill_(n)
+        self.mask[:, :n], self.mask[:, n:] = 0.0, float('-inf')
+        self.take(cache, self.cache)
+
+    def take(self, cache, own):
         for key, value in cache.items():
             if isinstance(value, dict):
-                self.load(value, n, own.setdefault(key, {}))
+                self.take(value, own.setdefault(key, {}))
             elif isinstance(value, tuple):
-                buffer = value[0]
+                buffer, n = value
                 own.setdefault(key, (buffer.new_zeros(*buffer.shape[:-2], self.model.config.block_size, buffer.size(-1)), self.past))
                 own[key][0][..., :n, :] = buffer[..., :n, :]
+                own['mask'] = self.mask
             else:
                 own[key] = self.past
-        self.past.fill_(n)
 
     def step(self):
+        self.mask.index_fill_(1, self.past, 0.0)
         logits = self.model.lm_head(self.model.hidden(self.token, self.cache)[:, -1])
         self.past += 1
         return logits
