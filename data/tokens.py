@@ -21,6 +21,7 @@ import pickletools
 import queue
 import re
 import threading
+import weakref
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -561,8 +562,15 @@ def prefetch(make, first, depth=2):
                 results.put((None, error))
                 return
 
+    def stop():
+        closing.set()
+        room.release()
+        thread.join()
+
     thread = threading.Thread(target=work, name='prefetch', daemon=True)
     thread.start()
+    # called when Python ends, too: in the teardown after that daemon threads stand still, and from 3.13 on a join never returns
+    end = weakref.finalize(thread, stop)
     try:
         while True:
             result, error = results.get()
@@ -571,9 +579,7 @@ def prefetch(make, first, depth=2):
             room.release()
             yield result
     finally:
-        closing.set()
-        room.release()
-        thread.join()
+        end()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

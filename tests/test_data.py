@@ -6,6 +6,7 @@ import pickle
 import re
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from pathlib import Path
@@ -517,6 +518,19 @@ def test_prefetch_shuts_down():
     assert not prefetch_threads() and made == [0, 1, 2, 3]
     prefetch(make, 0).close()   # never begun
     assert not prefetch_threads()
+
+
+def test_prefetch_ends_before_python_does():
+    """Its thread has ended when the first exit handler, which is the last to be called, looks: Python 3.13 hangs otherwise."""
+    code = """
+        import atexit, sys, threading
+        atexit.register(lambda: print([t.name for t in threading.enumerate()]))
+        from data.tokens import prefetch
+        batches = prefetch(lambda i: i, 0)
+        next(batches)
+        sys.exit(3)"""
+    done = subprocess.run([sys.executable, '-c', textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "['MainThread']\n", '')
 
 
 # ---- writing

@@ -40,7 +40,7 @@ def command(dataset, out, *more, script='train.py'):
 
 
 def run(dataset, out, *more, code=0, **kwargs):
-    done = subprocess.run(command(dataset, out, *more), capture_output=True, text=True, **kwargs)
+    done = subprocess.run(command(dataset, out, *more), capture_output=True, text=True, timeout=240, **kwargs)
     assert done.returncode == code, done.stdout[-2000:] + done.stderr[-4000:]
     return done
 
