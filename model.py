@@ -1207,7 +1207,7 @@ class Decoder:
         if self.token.device.type != 'cuda':
             return self.step()
         if self.graph is None:
-            with torch.cuda.device(self.token.device):
+            with torch.cuda.device(self.token.device), sdpa_kernel(EVERY_LENGTH): # as in next_logits
                 self.capture()
         self.graph.replay()
         return self.logits
