@@ -151,8 +151,10 @@ def trainer(job):
     """-> (model, step): step(i, x, y, lr, mark) is the i-th step as train.py makes it, and returns the loss."""
     kind = torch.device(job['device']).type
     torch.set_float32_matmul_precision('high')
-    if not job['peer']: # as train.py
-        keep_freed_memory() if kind == 'cpu' else recompute_what_is_cheap()
+    if kind == 'cpu' and not job['peer']: # as train.py
+        keep_freed_memory()
+    if kind == 'cuda' and not job['peer']:
+        recompute_what_is_cheap()
     model = build(job)
     if job.get('init'): # start from the weights that the peer starts from
         model.load_weights(build(dict(job, peer=job['init'])).state_dict())
