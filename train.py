@@ -105,7 +105,8 @@ seed = 1337
 device = 'auto' # auto | cpu | cuda | cuda:1 | mps
 dtype = 'auto' # auto | float32 | bfloat16 | float16
 deterministic = False # on a GPU: slower kernels that give a resumed run the same bits; a CPU's always do
-compile: bool | str = 'auto' # torch.compile: True | False | auto (on a GPU) | reduce-overhead (CUDA graphs) | max-autotune
+compile: bool | str = 'auto' # torch.compile: True | False | auto (on a GPU) | reduce-overhead (CUDA graphs) | max-autotune (the
+    # fastest kernels and CUDA graphs) | max-autotune-no-cudagraphs
 peak_flops: float | str = 'auto' # FLOP/s that MFU is a share of: a number | auto (table of GPUs) | measure
 parallel = 'ddp' # under torchrun: ddp (each process holds the model) | fsdp (they share it out)
 backend = 'auto' # torch.distributed's: auto | nccl | gloo
@@ -163,8 +164,9 @@ with exit_on_error():
         if not right:
             wrong.append(f"{name}={globals()[name]!r} must be {rule}")
     for name, choices in dict(
-            sampling=('random', 'epoch'), schedule=('cosine', 'cosine_floor', 'linear', 'wsd'), optimizer=('adamw', 'muon', 'sm3'),
-            compile=(True, False, 'auto', 'reduce-overhead', 'max-autotune'), parallel=('ddp', 'fsdp')).items():
+            sampling=('random', 'epoch'), schedule=('cosine', 'cosine_floor', 'linear', 'wsd'),
+            optimizer=('adamw', 'muon', 'sm3'), parallel=('ddp', 'fsdp'),
+            compile=(True, False, 'auto', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs')).items():
         check(name, globals()[name] in choices, f"one of {', '.join(map(str, choices))}")
     for name in ('batch_size', 'gradient_accumulation_steps', 'eval_iters', 'eval_interval', 'log_interval'):
         check(name, globals()[name] > 0, 'at least 1')
@@ -205,7 +207,8 @@ with exit_on_error():
         raise ValueError(f"gradient_accumulation_steps={gradient_accumulation_steps} is not divisible by the {world} processes")
     if compile in ('reduce-overhead', 'max-autotune') and gradient_accumulation_steps > world:
         raise ValueError(f"compile={compile!r} replays CUDA graphs, which overwrite the gradients of the micro-batch before: "
-                         f"gradient_accumulation_steps={gradient_accumulation_steps} must be {world} then, or take --compile=True")
+                         f"gradient_accumulation_steps={gradient_accumulation_steps} must be {world} then, or take --compile=True "
+                         "or max-autotune-no-cudagraphs")
     if world > 1 and device in ('auto', 'cuda') and torch.cuda.is_available():
         device = f'cuda:{local_rank}'
     device, dtype = resolve(device, dtype)
