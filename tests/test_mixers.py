@@ -264,10 +264,14 @@ def test_compiled_for_a_gpu_keeps_less(mixer):
         del loss
         return sum(sizes.values()) - sum(p.untyped_storage().nbytes() for p in model.parameters())
 
-    before = kept()
-    with torch._functorch.config.patch(ban_recompute_materialized_backward=True): # and again after this
+    before, settings = kept(), ('ban_recompute_used_far_apart', 'ban_recompute_materialized_backward')
+    with torch._functorch.config.patch(dict.fromkeys(settings, True)): # and again after this
         recompute_what_is_cheap()
-        assert kept() < 0.75 * before
+        after = kept()
+        assert after < 0.75 * before
+        for setting in settings: # each has its share
+            with torch._functorch.config.patch({setting: True}):
+                assert kept() > after
         torch.compiler.reset()
         check_compiled(network(mixer=mixer), 'aot_eager_decomp_partition')
 

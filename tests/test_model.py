@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from model import GPT, Block, Decoder, GPTConfig, LinearCrossEntropy, MIXERS, find_peak_flops, load_checkpoint, resolve, save_checkpoint
+from model import GPT, Decoder, GPTConfig, LinearCrossEntropy, MIXERS, find_peak_flops, load_checkpoint, resolve, save_checkpoint
 
 SMALL = dict(block_size=12, vocab_size=61, n_layer=2, n_head=2, n_embd=16)
 PLACES = {mixer: dict(mixer=mixer) for mixer in MIXERS} # one architecture for each mixer, and then some
@@ -653,22 +653,6 @@ def test_bytes_kept_by_attention():
     fused, unfused = (lambda T: model.cost(T, device_type='cuda')[1]), (lambda T: model.cost(T)[1])
     assert fused(512) <= fused(64) and unfused(512) >= fused(512) + 2 * 2 * 512 * 4
     assert model.cost(512, device_type='cuda')[0] == model.cost(512)[0]
-
-
-@pytest.mark.parametrize('place', PLACES)
-@pytest.mark.parametrize('dtype, stream', [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)])
-def test_residual_stream_under_autocast(place, dtype, stream):
-    """In bfloat16 the blocks hand on bfloat16. float16 ends at 65504, which sums of many blocks can pass."""
-    model, idx, seen = network(**PLACES[place]), tokens(2, 12), set()
-    for block in model.modules():
-        if isinstance(block, Block):
-            block.register_forward_hook(lambda block, inputs, output: seen.update((inputs[0].dtype, output.dtype)))
-    exact = model(idx, idx)[1]
-    seen.clear()
-    with torch.autocast('cpu', dtype):
-        loss = model(idx, idx)[1]
-    assert seen == {stream} and loss.dtype == torch.float32
-    assert abs(loss - exact) < 0.0005 * exact
 
 
 @pytest.mark.parametrize('place', ['attention', 'gmlp', 'unet'])
