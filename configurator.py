@@ -18,6 +18,7 @@ import os
 import shutil
 import sys
 import textwrap
+import time
 import tokenize
 import traceback
 import types
@@ -160,8 +161,27 @@ def scan(source):
 # types ---------------------------------------------------------------------------------------------------------------
 
 def options(hint):
-    """The types that a hint allows, as a list."""
-    return list(typing.get_args(hint)) if typing.get_origin(hint) in (typing.Union, types.UnionType) else [hint]
+    """The types that a hint allows, as a list; a Literal counts as the types of its choices."""
+    if typing.get_origin(hint) is typing.Literal:
+        return list({type(choice) for choice in typing.get_args(hint)})
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return [option for part in typing.get_args(hint) for option in options(part)]
+    return [hint]
+
+
+def choices(hint):
+    """The values that Literals in a hint allow, as a list; empty where there are none."""
+    if typing.get_origin(hint) is typing.Literal:
+        return list(typing.get_args(hint))
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return [choice for part in typing.get_args(hint) for choice in choices(part)]
+    return []
+
+
+def is_choice(value, hint):
+    """Whether a value that has one of the hint's types is also among its choices."""
+    allowed = choices(hint)
+    return value in allowed or type(value) not in {type(choice) for choice in allowed}
 
 
 def elements(hint):
@@ -261,6 +281,9 @@ def read_arguments(argv, folder, settings):
             except TypeError:
                 mistakes.append(f'--{name}={text!r}: expected {type_name(settings[name])}, '
                                 f'as in {example(name, settings[name])}')
+                continue
+            if not is_choice(flags[name], settings[name].hint):
+                mistakes.append(no_choice(name, flags[name], settings[name]))
     return files, flags, mistakes
 
 
@@ -289,7 +312,10 @@ def run_file(path, known, settings, mistakes):
             except TypeError:
                 mistakes.append(f'{where}: {name} = {value!r}: expected {type_name(settings[name])}, '
                                 f'as in {name} = {settings[name].default!r}')
-        elif not (name.startswith('_') or callable(value) or isinstance(value, types.ModuleType)):
+                continue
+            if not is_choice(values[name], settings[name].hint):
+                mistakes.append(f'{where}: {no_choice(name, values[name], settings[name])}')
+        elif name in lines and not (name.startswith('_') or callable(value)): # what was imported is no setting
             mistakes.append(f'{where}: unknown setting {name!r}{nearest(name, settings)}; '
                             'a helper\'s name must start with an underscore')
     return values
@@ -302,8 +328,18 @@ def nearest(name, settings, dashes=''):
     return f', did you mean {dashes}{match[0]}?' if match else ''
 
 
+def no_choice(name, value, setting):
+    others = [option.__name__ for option in options(setting.hint) if option not in (str, type(None))]
+    names = ', '.join(map(str, choices(setting.hint)))
+    return f"{name}={value!r} is not one of {names}{' or a ' if others else ''}{' or '.join(others)}"
+
+
 def type_name(setting):
-    return inspect.formatannotation(setting.hint)
+    """The choices and types of a setting: "cosine | linear", "int | None"."""
+    names = [str(choice) for choice in choices(setting.hint)]
+    kinds = {type(choice) for choice in choices(setting.hint)}
+    names += [inspect.formatannotation(option) for option in options(setting.hint) if option not in kinds]
+    return ' | '.join(names).replace('NoneType', 'None')
 
 
 def example(name, setting):
@@ -333,3 +369,127 @@ def show_help(namespace, settings):
             lines.append(head.ljust(left) + text)
             head = ''
     say('\n'.join(lines))
+
+
+# settings that depend on each other or on a checkpoint --------------------------------------------------------------
+
+def check_ranges(config, ranges):
+    """Raise one ValueError for all settings outside of their range; None is in every range.
+
+    ranges: {interval: names separated by spaces}, as {'[1, inf)': 'batch_size eval_iters', '(0, 1]': 'top_p'}.
+    """
+    mistakes = []
+    for interval, names in ranges.items():
+        low, high = map(float, interval[1:-1].split(','))
+        open_low, open_high = interval[0] == '(', interval[-1] == ')'
+        words = [f"{'above' if open_low else 'at least'} {low:g}"] if low > -float('inf') else []
+        words += [f"{'below' if open_high else 'at most'} {high:g}"] if high < float('inf') else []
+        for name in names.split():
+            value = config[name]
+            if value is None:
+                continue
+            too_low = value <= low if open_low else value < low
+            too_high = value >= high if open_high else value > high
+            if too_low or too_high:
+                mistakes.append(f"{name}={value!r} must be {' and '.join(words)}")
+    if mistakes:
+        raise ValueError('; '.join(mistakes))
+
+
+def take_settings(namespace, config, given, stored, but):
+    """Let a resumed run's settings hold where nothing else was asked for: changes config and namespace.
+
+    stored: the run's settings. but: names that are not taken. Returns {name: (the run's value, the value now)} of those
+    that were asked for and differ.
+    """
+    kept = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()
+            if name in config and name not in given and name not in but}
+    config.update(kept)
+    namespace.update({name: value for name, value in kept.items() if name in namespace})
+    return {name: (stored[name], value) for name, value in given.items()
+            if name in stored and stored[name] != value and name not in but}
+
+
+# what `auto` means on this machine ----------------------------------------------------------------------------------
+
+# Dense FLOP/s in bfloat16 (V100, T4: float16) with float32 accumulation, from NVIDIA's and AMD's datasheets (numbers
+# "with sparsity" halved). The first name that the card's name contains as whole words counts.
+PEAK_FLOPS = {
+    'B200': 2250e12, 'H200 NVL': 835.5e12, 'H200': 989.4e12, 'GH200': 989.4e12, 'H100 PCIe': 756e12,
+    'H100 NVL': 835.5e12, 'H100': 989.4e12, 'A100': 312e12, 'A40': 149.7e12, 'A30': 165e12, 'A10G': 70e12,
+    'A10': 125e12, 'L40S': 362e12, 'L40': 181e12, 'L4': 121e12, 'T4': 65e12, 'V100': 125e12, 'RTX A6000': 154.8e12,
+    'RTX 3090': 71.2e12, 'RTX 4090': 165.2e12, 'RTX 5090': 209.5e12, 'MI250X': 383e12, 'MI300X': 1307.4e12,
+}
+
+
+def resolve(device, dtype):
+    """'auto' or a name for each -> (device, dtype's name). ValueError if this machine has no such device."""
+    import torch # here: prepare scripts do without it
+    if device == 'auto':
+        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        kind = torch.device(device).type
+        torch.empty(1, device=device)
+        if kind == 'cuda' and torch.device(device).index is not None:
+            torch.cuda.set_device(device) # streams, graphs and measurements are the current device's
+    except (RuntimeError, AssertionError) as e: # what torch raises for a device that is not there
+        there = ['cpu', *(f'cuda:{i}' for i in range(torch.cuda.device_count()))]
+        there += ['mps'] if torch.backends.mps.is_available() else []
+        raise ValueError(f"device={device!r} is not there ({str(e).splitlines()[0]}): this machine has "
+                         f"{', '.join(there)}; use --device=auto") from None
+    if dtype == 'auto' and kind == 'cuda':
+        dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
+    elif dtype == 'auto':
+        # only where the processor multiplies it: elsewhere bfloat16 is emulated and slow
+        native = kind == 'cpu' and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+        dtype = 'bfloat16' if native else 'float32'
+    return device, dtype
+
+
+def find_peak_flops(setting, device, dtype):
+    """-> (FLOP/s or None, where it came from).
+
+    setting: a number; 'measure': see measure_flops; 'auto': the table for a GPU in a 16-bit dtype, measured on a CPU.
+    """
+    import torch
+    if not isinstance(setting, str):
+        if not 0 < setting < float('inf'):
+            raise ValueError(f"peak_flops={setting!r} must be above 0, or auto or measure")
+        return float(setting), 'as set'
+    device = torch.device(device)
+    if setting == 'auto' and device.type == 'cuda':
+        name = torch.cuda.get_device_name(device)
+        words = ' ' + name.replace('-', ' ') + ' '
+        for card, flops in PEAK_FLOPS.items():
+            if f' {card} ' in words and ' Laptop ' not in words and dtype != torch.float32:
+                return flops, f'datasheet of {card}, dense'
+        return None, (f'n/a: no 16-bit figure for {name}; set --peak_flops=312e12 (its datasheet\'s) or '
+                      '--peak_flops=measure')
+    if setting == 'auto' and device.type != 'cpu':
+        return None, f'n/a: set --peak_flops=measure or a number for {device.type}'
+    n, flops = measure_flops(device, dtype)
+    return flops, f'measured: {n}x{n} matrix product in {str(dtype).removeprefix("torch.")}'
+
+
+def measure_flops(device, dtype):
+    """-> (n, FLOP/s): the best of a few n x n products as Linear layers make them, an honest ceiling on any machine.
+
+    On a CPU without bfloat16 a large product takes minutes: sizes grow only while one is quick.
+    """
+    import torch
+    largest = 2048 if device.type == 'cpu' else 8192
+    n, found = 256, []
+    while True:
+        x, w = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        times = []
+        for _ in range(5):
+            t0 = time.perf_counter()
+            torch.nn.functional.linear(x, w)[0, 0].item() # waits for the device
+            times.append(time.perf_counter() - t0)
+            if sum(times) > 0.5:
+                break
+        found.append((2 * n ** 3 / min(times), n))
+        if n >= largest or 8 * min(times) > 0.25:
+            flops, n = max(found)
+            return n, flops
+        n *= 2

@@ -11,27 +11,31 @@ import codecs
 import os
 import sys
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from configurator import configure, exit_on_error
-from data.tokens import dataset_folder, load_meta, load_tokenizer
-from model import GPT, resolve
+from configurator import check_ranges, configure, exit_on_error, resolve
+from data.checkpoints import GPT2_NAMES, find_weights, good_checkpoints, is_pretrained, load_model, load_pretrained
+from data.tokenizers import load_tokenizer
+from data.tokens import dataset_folder, load_meta
+from model import beam_search
 
 # ---------------------------------------------------------------------------------------------------------------------
 # where the weights come from
 out_dir = 'out' # a run's folder; read if init_from is 'resume'
-init_from = 'resume' # resume | gpt2, gpt2-medium, gpt2-large, gpt2-xl | a checkpoint | a folder in Hugging Face's layout
-checkpoint = 'best' # best (best.pt, or ckpt.pt where there is none) | latest (ckpt.pt)
+init_from = 'resume' # resume | gpt2, gpt2-medium, gpt2-large, gpt2-xl | a checkpoint, a run's folder, or one in
+    # Hugging Face's layout
+checkpoint: Literal['best', 'latest'] = 'best' # best: best.pt, or ckpt.pt where there is none; latest: ckpt.pt
 dataset = '' # whose tokenizer a checkpoint of nanoGPT's needs; '': the one in data/ that it names, or GPT-2's
 # what is generated
-start = '\n' # the prompt; FILE:path reads it from a file, - from standard input
+start = '\n' # the prompt, in which \n is a line end; FILE:path reads it from a file, - from standard input
 num_samples = 10
 max_new_tokens = 500 # in each sample or answer
 temperature = 0.8 # 0 takes the most likely token, below 1 is less random, above 1 more
 top_k: int | None = 200 # keep only the k most likely tokens; None: all
 top_p = 1.0 # keep only the most likely tokens that together have this probability
-min_p = 0.0 # keep only tokens with at least this share of the most likely one's probability
+min_p = 0.0 # keep only tokens with at least this fraction of the most likely one's probability
 repetition_penalty = 1.0 # above 1: tokens that are in the context already become less likely
 repetition_window: int | None = None # how many of the last tokens that looks at; None: block_size
 no_repeat_ngram = 0 # no n tokens in a row come twice within that window; 0: they may
@@ -46,52 +50,91 @@ user_prefix = '\nYou: ' # stands before what you write
 bot_prefix = '\nGPT: ' # stands before the answers
 # machine
 device = 'auto' # auto | cpu | cuda | cuda:1 | mps
-dtype = 'auto' # auto | float32 | bfloat16 | float16
+dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
 compile = False # torch.compile; whether it pays here is not measured
 # ---------------------------------------------------------------------------------------------------------------------
-configure(globals())
+config, _ = configure(globals())
+
+RANGES = {
+    '[0, inf)': 'temperature no_repeat_ngram',
+    '[1, inf)': 'top_k num_samples beams max_new_tokens repetition_window',
+    '(0, inf)': 'repetition_penalty',
+    '(0, 1]': 'top_p',
+    '[0, 1]': 'min_p',
+}
+GPT2_TOKENIZER = dict(tokenizer='tiktoken', encoding='gpt2')
+
 
 def load():
     """-> (model, tokenizer), and says where they are from."""
-    project = Path(__file__).resolve().parent
-    path = next((p for p in (Path(init_from).expanduser(), project / init_from) if p.exists()), Path(init_from))
-    if init_from in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl') or (path / 'model.safetensors').is_file():
-        print(f"{init_from}, pretrained", file=sys.stderr)
-        return GPT.from_pretrained(path, dict(dropout=0.0)).eval(), load_tokenizer(dict(tokenizer='tiktoken', encoding='gpt2'))
-    if init_from == 'resume':
-        if checkpoint not in ('best', 'latest'):
-            raise ValueError(f"checkpoint={checkpoint!r} is neither 'best' nor 'latest'; for a file use --init_from=PATH")
-        path = project / os.path.expanduser(out_dir) / ('best.pt' if checkpoint == 'best' else 'ckpt.pt')
-        if not path.is_file() and checkpoint == 'best':
-            path = path.with_name('ckpt.pt')
-    model, ckpt = GPT.load(path)
-    meta = ckpt.get('meta')
-    if meta is None: # nanoGPT's checkpoint: its dataset has the tokenizer, or it is GPT-2's
-        named = Path(str(ckpt.get('config', {}).get('dataset', ''))).name # a name in data/, never a path out of it
-        meta = load_meta(dataset_folder(dataset or named))
-        meta = meta if 'tokenizer' in meta else dict(tokenizer='tiktoken', encoding='gpt2')
-    print(f"{path}: step {ckpt.get('iter_num', '?')}, best validation loss {float(ckpt.get('best_val_loss', 'nan')):.4f}",
-          file=sys.stderr)
+    if init_from != 'resume' and is_pretrained(init_from):
+        source = init_from if init_from in GPT2_NAMES else find_weights(init_from)
+        model, about = load_pretrained(source, dict(dropout=0.0)).eval(), "pretrained"
+        meta = GPT2_TOKENIZER if init_from in GPT2_NAMES else load_meta(source) or GPT2_TOKENIZER
+    else:
+        source = find_run() if init_from == 'resume' else find_weights(init_from)
+        model, ckpt = load_trained(source)
+        meta = ckpt.get('meta') or meta_of_nanogpt(ckpt)
+        about = f"step {ckpt.get('iter_num', '?')}, best validation loss {float(ckpt.get('best_val_loss', 'nan')):.4f}"
+    print(f"{source}: {about}", file=sys.stderr)
     tokenizer = load_tokenizer(meta)
     if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(f"the tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} ids, and the weights in {path} know "
-                         f"{model.config.vocab_size}: this checkpoint belongs to another dataset")
+        raise ValueError(f"the tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} ids, and the weights in {source} "
+                         f"know {model.config.vocab_size}: they belong to another tokenizer")
     return model, tokenizer
 
-def pieces(prompt, stops):
+
+def find_run():
+    """The checkpoint of the run in out_dir."""
+    folder = Path(__file__).resolve().parent / os.path.expanduser(out_dir)
+    latest, best = folder / 'ckpt.pt', folder / 'best.pt'
+    return best if checkpoint == 'best' and best.is_file() else latest
+
+
+def load_trained(path):
+    try:
+        return load_model(path)
+    except ValueError as e:
+        good = good_checkpoints(path.parent)
+        raise ValueError(f"{e}; good: {', '.join(good)}: give it by --init_from=" if good else e) from None
+
+
+def meta_of_nanogpt(ckpt):
+    """nanoGPT's checkpoints say nothing of the tokenizer: their dataset does, or it is GPT-2's."""
+    named = Path(str(ckpt.get('config', {}).get('dataset', ''))).name # a name in data/, never a path out of it
+    meta = load_meta(dataset_folder(dataset or named))
+    return meta if 'tokenizer' in meta else GPT2_TOKENIZER
+
+
+def read_prompt():
+    """The text that --start gives or names."""
+    if start == '-':
+        return sys.stdin.read()
+    if not start.startswith('FILE:'):
+        # \n becomes a line end, and two backslashes one
+        return '\\'.join(part.replace('\\n', '\n') for part in start.split('\\\\'))
+    try:
+        return Path(os.path.expanduser(start[5:])).read_text(encoding='utf-8')
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{start[5:]} is not UTF-8 at byte {e.start}: save it as UTF-8") from None
+
+
+def generate_text(prompt, stops):
     """
     The text after the prompt's ids, piece by piece as it is generated. Ends before the first of stops, and at
     <|endoftext|> unless special tokens are shown.
     """
     ids = torch.tensor([prompt], device=device)
+    options = dict(repetition_penalty=repetition_penalty, repetition_window=repetition_window,
+                   no_repeat_ngram=no_repeat_ngram, vocab_size=tokenizer.vocab_size)
+    if beams > 1:
+        eot = None if special else tokenizer.eot
+        tokens = beam_search(model, ids, max_new_tokens, beams, length_penalty, eot=eot, **options)[0, len(prompt):]
+    else:
+        tokens = model.stream(ids, max_new_tokens, temperature, top_k, top_p, min_p=min_p, generator=generator,
+                              **options)
     decoder = codecs.getincrementaldecoder('utf-8')('replace') # a character may be several tokens
     held = '' # text that may be the beginning of a stop string
-    control = dict(repetition_penalty=repetition_penalty, repetition_window=repetition_window, no_repeat_ngram=no_repeat_ngram,
-                   vocab_size=tokenizer.vocab_size)
-    if beams > 1:
-        tokens = model.beam_search(ids, max_new_tokens, beams, length_penalty, eot=None if special else tokenizer.eot, **control)[0, len(prompt):]
-    else:
-        tokens = model.stream(ids, max_new_tokens, temperature, top_k, top_p, min_p=min_p, generator=generator, **control)
     for token in tokens:
         token = token.item()
         if token == tokenizer.eot and not special:
@@ -106,10 +149,12 @@ def pieces(prompt, stops):
         held = held[len(held) - keep:]
     yield held + decoder.decode(b'', final=True)
 
+
 def show(text):
-    """Prints at once, and says what a terminal cannot show with ? instead of failing."""
+    """Prints at once, with ? for what the terminal cannot encode."""
     encoding = sys.stdout.encoding or 'utf-8'
     print(text.encode(encoding, 'replace').decode(encoding), end='', flush=True)
+
 
 def chat():
     """The history is text; as much of its end is read as leaves room for an answer."""
@@ -135,33 +180,24 @@ def chat():
             continue
         show(bot_prefix.lstrip('\n'))
         answer = ''
-        for text in pieces(prompt, stops):
+        for text in generate_text(prompt, stops):
             text = text if answer else text.lstrip()
             answer += text
             show(text)
         show('\n')
         history += user_prefix + line + bot_prefix + answer.rstrip()
 
-with torch.inference_mode(), exit_on_error(): # faster by a few percent than no_grad where a token takes a millisecond
-    for name, right, rule in [('temperature', temperature >= 0, 'at least 0'), ('top_k', top_k is None or top_k > 0, 'at least 1, or None'),
-                              ('top_p', 0 < top_p <= 1, 'above 0 and at most 1'), ('num_samples', num_samples > 0, 'at least 1'),
-                              ('min_p', 0 <= min_p <= 1, 'from 0 to 1'), ('repetition_penalty', repetition_penalty > 0, 'above 0'),
-                              ('no_repeat_ngram', no_repeat_ngram >= 0, 'at least 0'), ('beams', beams > 0, 'at least 1'),
-                              ('max_new_tokens', max_new_tokens > 0, 'at least 1')]:
-        if not right:
-            raise ValueError(f"{name}={globals()[name]!r} must be {rule}")
-    automatic, (device, dtype) = dtype == 'auto', resolve(device, dtype)
-    if start == '-':
-        start = sys.stdin.read()
-    elif start.startswith('FILE:'):
-        try:
-            start = Path(os.path.expanduser(start[5:])).read_text(encoding='utf-8')
-        except UnicodeDecodeError as e:
-            raise ValueError(f"{start[5:]} is not UTF-8 at byte {e.start}: save it as UTF-8") from None
+
+with torch.inference_mode(), exit_on_error(): # a few percent faster than no_grad where a token takes a millisecond
+    check_ranges(config, RANGES)
+    chosen_by_machine, (device, dtype) = dtype == 'auto', resolve(device, dtype)
+    text_before = read_prompt()
     model, tokenizer = load()
-    if repetition_window is not None and not 1 <= repetition_window <= model.config.block_size:
-        raise ValueError(f"repetition_window={repetition_window} must be from 1 to this model's block_size={model.config.block_size}")
-    if automatic and torch.device(device).type == 'cpu' and model.get_num_params() < 5e7:
+    block_size = model.config.block_size
+    if repetition_window is not None and repetition_window > block_size:
+        raise ValueError(f"repetition_window={repetition_window} must be from 1 to this model's "
+                         f"block_size={block_size}")
+    if chosen_by_machine and torch.device(device).type == 'cpu' and model.get_num_params() < 5e7:
         dtype = 'float32' # as fast: only large weights are worth halving
     model.to(device, getattr(torch, dtype))
     if compile:
@@ -170,13 +206,13 @@ with torch.inference_mode(), exit_on_error(): # faster by a few percent than no_
     if interactive:
         chat()
         sys.exit(0)
-    prompt = tokenizer.encode(start)
+    prompt = tokenizer.encode(text_before)
     if not prompt:
         if tokenizer.eot is None:
             raise ValueError("the prompt is empty: give one with --start")
         prompt = [tokenizer.eot]
     for _ in range(num_samples):
-        show(start)
-        for text in pieces(prompt, [s for s in stop if s]):
+        show(text_before)
+        for text in generate_text(prompt, [s for s in stop if s]):
             show(text)
         show('\n---------------\n')

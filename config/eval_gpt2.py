@@ -1,5 +1,6 @@
-# OpenAI's GPT-2 124M on the whole validation split of OpenWebText; the larger ones: --init_from=gpt2-medium, gpt2-large,
-# gpt2-xl. nanoGPT measured 3.12, 2.84, 2.67, 2.54 on its random windows; not measured here.
+# The loss of OpenAI's GPT-2 124M on the whole validation split of OpenWebText. Larger models: --init_from=gpt2-medium,
+# gpt2-large or gpt2-xl. nanoGPT reports 3.12, 2.84, 2.67 and 2.54 on random windows. Not measured here.
+# Prepare: python data/openwebtext/prepare.py
 
 dataset = 'openwebtext'
 init_from = 'gpt2'

@@ -1,4 +1,5 @@
-# The first run: Python source, byte by byte. 1000 steps of 16 x 128 bytes = 2.0M bytes. Validation loss 1.24 in a minute on two cores.
+# The first run: Python source, byte by byte. 1000 steps of 16 x 128 bytes = 2.0M bytes.
+# Reaches a validation loss of 1.24 in about a minute on 2 cores of a Xeon with AMX.
 # Prepare: python data/python_stdlib/prepare.py
 
 out_dir = 'out-quick'
@@ -7,7 +8,7 @@ eval_interval = 200
 eval_iters = 20
 log_interval = 20
 
-# a small model with what helps small models: rotary positions, squared ReLU, half of the channels from the byte before
+# What helps small models: rotary positions, squared ReLU, and half of the channels from the byte before.
 n_layer = 4
 n_head = 4
 n_embd = 128
@@ -24,4 +25,4 @@ warmup_iters = 50
 max_iters = 1000
 lr_decay_iters = 1000
 beta2 = 0.99
-compile = False # a run this short is over before a compiler pays
+compile = False # compiling takes longer than it saves in a run this short

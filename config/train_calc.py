@@ -1,6 +1,8 @@
-# Arithmetic: + - * / of numbers of up to three digits, one problem a line, held-out problems in the validation split.
-# 17.5 minutes on one CPU core, 9.3 at the speed of two; then solves + 100%, - 99.7%, * 98.5%, / 85.4% of the held-out problems of 3 digits.
-# Prepare: python data/calc/prepare.py. Evaluate: python data/calc/evaluate.py
+# Arithmetic: + - * / of numbers of up to three digits, one problem a line. The validation split has other problems.
+# 17.5 minutes on 1 core of a Xeon with AMX. It then solves these shares of the held-out problems of 3 digits:
+# + 100%, - 99.7%, * 98.5%, / 85.4%.
+# Prepare: python data/calc/prepare.py
+# Evaluate: python data/calc/evaluate.py
 
 out_dir = 'out-calc'
 dataset = 'calc'
@@ -8,7 +10,7 @@ eval_interval = 2000
 eval_iters = 20
 log_interval = 100
 
-mixer = 'gmlp' # finds the columns of a problem where attention needs far longer
+mixer = 'gmlp' # learns which columns belong together far sooner than attention
 mlp = 'none'
 pos_emb = 'none'
 time_mixing = 0.5

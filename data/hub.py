@@ -4,11 +4,13 @@ from itertools import islice
 
 from tqdm import tqdm
 
-from data.tokens import DataError, TiktokenTokenizer, Writer, prefetch
+from data.tokenizers import TiktokenTokenizer
+from data.tokens import DataError, prefetch
+from data.writer import Writer
 
 SHARD_TOKENS = 100_000_000
-BATCH = 1024        # documents that are tokenized at once
-SAVE_EVERY = 50     # batches between the points at which an interrupted run goes on
+BATCH = 1024 # documents that are tokenized at once
+SAVE_EVERY = 50 # batches between the points at which an interrupted run goes on
 
 
 def open_stream(source, subset, revision, data_files):
@@ -20,7 +22,7 @@ def open_stream(source, subset, revision, data_files):
     try:
         return load_dataset(source, subset or None, revision=revision or None, data_files=data_files or None,
                             split='train', streaming=True)
-    except RuntimeError as error:   # what the library raises for datasets that are Python scripts
+    except RuntimeError as error: # what the library raises for datasets that are Python scripts
         raise DataError(f'{source} cannot be opened ({error}): its copy as parquet files may do, with '
                         '--revision=refs/convert/parquet') from None
 
@@ -52,7 +54,7 @@ def write_shards(folder, stream, job, encoding, expected_tokens, max_tokens, val
 
         iterator = iter(stream)
 
-        def next_batch(i):   # runs ahead in a thread, so each batch comes with the stream's state after it
+        def next_batch(i): # runs ahead in a thread, so each batch comes with the stream's state after it
             return [document['text'] for document in islice(iterator, BATCH)], stream.state_dict()
 
         batches = prefetch(next_batch, 0)
@@ -63,7 +65,7 @@ def write_shards(folder, stream, job, encoding, expected_tokens, max_tokens, val
                         texts, state = next(batches)
                     except KeyError as error:
                         raise DataError(f'the documents have no field {error}, but the text is taken from it') from None
-                    except Exception as error:   # of many kinds, from the network to a parquet file
+                    except Exception as error: # of many kinds, from the network to a parquet file
                         raise DataError(f'reading stopped after {n_documents} documents ({type(error).__name__}: '
                                         f'{error}): give the same command again to go on') from error
                     if not texts:

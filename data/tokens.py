@@ -1,5 +1,5 @@
 """
-Token files and tokenizers: what the prepare scripts write, and what train.py and sample.py read.
+Reads token files: what train.py needs of a dataset.
 
 A dataset is a folder with one token file a split (train.bin, val.bin) or any number of shards (train_*.bin, val_*.bin;
 a prefix as in fineweb_train_000001.bin is fine too), and meta.json:
@@ -9,8 +9,7 @@ a prefix as in fineweb_train_000001.bin is fine too), and meta.json:
 Token files are bare little-endian ids. nanoGPT's files are read as they are, with or without their meta.pkl, and so are
 the shards of llm.c and modded-nanogpt, which begin with a header.
 
-Everything here is numpy and the standard library. Whatever is wrong with a file raises DataError, a ValueError whose
-message is one line that holds the value and the way out.
+Whatever is wrong with a file raises DataError, a ValueError whose message is one line with the value and the way out.
 """
 import hashlib
 import itertools
@@ -22,14 +21,12 @@ import queue
 import re
 import threading
 import weakref
-from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 PROJECT = Path(__file__).resolve().parent.parent
-EOT = '<|endoftext|>'
 
 
 class DataError(ValueError):
@@ -37,7 +34,7 @@ class DataError(ValueError):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# dataset folders and their metadata
+# Dataset folders and their metadata
 
 def dataset_folder(name):
     """
@@ -88,7 +85,7 @@ def load_meta(folder):
 
 
 def _check_count(path, name, value, minimum):
-    if type(value) is not int or value < minimum:   # not isinstance: True is no count
+    if type(value) is not int or value < minimum: # not isinstance: True is no count
         raise DataError(f'{path}: {name} is {value!r}, but must be a whole number from {minimum} up')
 
 
@@ -111,7 +108,7 @@ def _meta_of_pickle(path):
             raw = _PlainUnpickler(file).load()
     except OSError:
         raise
-    except Exception as error:   # damaged pickles raise nearly anything: IndexError, KeyError, UnicodeDecodeError...
+    except Exception as error: # damaged pickles raise nearly anything: IndexError, KeyError, UnicodeDecodeError...
         raise DataError(f'{path} is refused: only plain containers, strings and numbers are read from a pickle, and '
                         f'{str(error) or type(error).__name__}; prepare the dataset again for a meta.json') from None
     if not isinstance(raw, dict):
@@ -123,197 +120,14 @@ def _meta_of_pickle(path):
     stoi = raw.get('stoi')
     if isinstance(stoi, dict) and all(isinstance(c, str) and len(c) == 1 for c in stoi):
         by_id = {i: c for c, i in stoi.items() if type(i) is int}
-        if sorted(by_id) == list(range(len(stoi))):   # in any other form, what the ids mean stays unknown
+        if sorted(by_id) == list(range(len(stoi))): # in any other form, what the ids mean stays unknown
             meta.update(tokenizer='char', characters=''.join(by_id[i] for i in range(len(by_id))))
             meta.setdefault('vocab_size', len(by_id))
     return meta
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# tokenizers
-
-class Tokenizer:
-    """
-    Text to token ids and back.
-
-    name        'char', 'bytes' or the name of a tiktoken encoding
-    vocab_size  number of ids
-    eot         id of <|endoftext|>, or None
-    """
-    name = None
-    vocab_size = 0
-    eot = None
-    special = {}   # id -> text, of the special tokens
-
-    def _encode(self, text):
-        raise NotImplementedError
-
-    def _pieces(self):
-        """The bytes of every id, in order."""
-        raise NotImplementedError
-
-    def meta(self):
-        """What load_tokenizer needs to make this tokenizer again; goes to meta.json and into checkpoints."""
-        raise NotImplementedError
-
-    def encode(self, text, allow_special=True):
-        """
-        List of ids. '<|endoftext|>' in the text is the special token, unless allow_special is False; other special
-        tokens are plain text. Raises DataError for characters that the vocabulary lacks.
-        """
-        if not allow_special or self.eot is None:
-            return self._encode(text)
-        first, *rest = text.split(EOT)
-        ids = self._encode(first)
-        for part in rest:
-            ids.append(self.eot)
-            ids.extend(self._encode(part))
-        return ids
-
-    @cached_property
-    def _table(self):
-        return self._pieces()
-
-    @cached_property
-    def _lengths(self):
-        # one more entry, of 0 bytes, for ids that are not text: ignored targets (-1), a padded vocabulary's surplus
-        lengths = np.array([len(piece) for piece in self._table] + [0], dtype=np.int64)
-        lengths[list(self.special)] = 0
-        return lengths
-
-    def decode_bytes(self, ids, special=False):
-        """UTF-8 bytes of the ids; special tokens are left out unless asked for. An id beyond the vocabulary: U+FFFD."""
-        out = []
-        for i in ids:
-            i = int(i)
-            if i in self.special:
-                out.append(self.special[i].encode() if special else b'')
-            else:
-                out.append(self._table[i] if 0 <= i < len(self._table) else b'\xef\xbf\xbd')
-        return b''.join(out)
-
-    def decode(self, ids, special=False):
-        """Text of the ids; invalid UTF-8 is replaced by U+FFFD."""
-        return self.decode_bytes(ids, special).decode('utf-8', errors='replace')
-
-    def n_bytes(self, ids):
-        """How many UTF-8 bytes of text an array of ids is worth, for bits per byte; special tokens and -1 are 0."""
-        ids = np.asarray(ids, dtype=np.int64)
-        last = len(self._lengths) - 1
-        return int(self._lengths[np.where((ids >= 0) & (ids < last), ids, last)].sum())
-
-
-class CharTokenizer(Tokenizer):
-    """One id a character, in the order of `characters`; then <|endoftext|>, if eot is True."""
-    name = 'char'
-
-    def __init__(self, characters, eot=False):
-        if not isinstance(characters, str) or not characters or len(set(characters)) != len(characters):
-            raise DataError('the char tokenizer needs a string of characters, each once: prepare the dataset again')
-        self.characters = characters
-        self.ids = {c: i for i, c in enumerate(characters)}
-        self.eot = len(characters) if eot else None
-        self.special = {self.eot: EOT} if eot else {}
-        self.vocab_size = len(characters) + bool(eot)
-
-    @classmethod
-    def from_text(cls, texts, eot=False):
-        """The sorted characters of an iterable of str. <|endoftext|> within one of the texts is a token of its own."""
-        characters = set()
-        for text in texts:
-            if EOT in text:
-                eot, text = True, text.replace(EOT, '')
-            characters.update(text)
-        return cls(''.join(sorted(characters)), eot)
-
-    def _encode(self, text):
-        try:
-            return [self.ids[c] for c in text]
-        except KeyError:
-            unknown = sorted(set(text) - self.ids.keys())
-            more = f' and {len(unknown) - 10} more' if len(unknown) > 10 else ''
-            raise DataError(f'the vocabulary of {len(self.characters)} characters lacks '
-                            f'{", ".join(repr(c) for c in unknown[:10])}{more}: leave them out, or prepare the data '
-                            f'with another tokenizer (bytes can write anything)') from None
-
-    def _pieces(self):
-        return [c.encode('utf-8', 'replace') for c in self.characters] + [EOT.encode()] * (self.eot is not None)
-
-    def meta(self):
-        meta = {'tokenizer': 'char', 'vocab_size': self.vocab_size, 'characters': self.characters}
-        return meta if self.eot is None else {**meta, 'eot': True}
-
-
-class ByteTokenizer(Tokenizer):
-    """UTF-8 bytes, and 256 for <|endoftext|>."""
-    name = 'bytes'
-    vocab_size = 257
-    eot = 256
-    special = {256: EOT}
-
-    def _encode(self, text):
-        return list(text.encode('utf-8', errors='replace'))   # a lone surrogate, as from a bad argv, becomes '?'
-
-    def _pieces(self):
-        return [bytes([i]) for i in range(256)] + [EOT.encode()]
-
-    def meta(self):
-        return {'tokenizer': 'bytes', 'vocab_size': 257}
-
-
-class TiktokenTokenizer(Tokenizer):
-    """One of tiktoken's own encodings, by name: gpt2, cl100k_base, o200k_base..."""
-
-    def __init__(self, name):
-        try:
-            import tiktoken
-        except ImportError:
-            raise DataError(f'the tokenizer {name!r} needs tiktoken: pip install tiktoken') from None
-        if name not in tiktoken.list_encoding_names():   # also keeps names that are paths or addresses away from it
-            raise DataError(f'unknown tokenizer {name!r}: it is none of char, bytes, '
-                            f'{", ".join(tiktoken.list_encoding_names())}')
-        try:
-            self.encoding = tiktoken.get_encoding(name)
-        except OSError as error:
-            raise DataError(f'cannot get the vocabulary of {name!r}, which tiktoken downloads once ({error}): connect, '
-                            'or set TIKTOKEN_CACHE_DIR to a folder that has it') from None
-        self.name = name
-        self.vocab_size = self.encoding.n_vocab
-        self.special = {self.encoding.encode_single_token(s): s for s in self.encoding.special_tokens_set}
-        self.eot = next((i for i, s in self.special.items() if s == EOT), None)
-
-    def _encode(self, text):
-        return self.encoding.encode_ordinary(text)
-
-    def _pieces(self):
-        pieces = []
-        for i in range(self.vocab_size):
-            try:
-                pieces.append(self.encoding.decode_single_token_bytes(i))
-            except KeyError:   # some encodings have gaps in front of their special tokens
-                pieces.append(b'\xef\xbf\xbd')
-        return pieces
-
-    def meta(self):
-        return {'tokenizer': 'tiktoken', 'encoding': self.name, 'vocab_size': self.vocab_size}
-
-
-def load_tokenizer(meta):
-    """The tokenizer that a meta dict describes, or None where it names none. Opens no file that meta could name."""
-    name = meta.get('tokenizer')
-    if name is None:
-        return None
-    if name == 'char':
-        return CharTokenizer(meta.get('characters'), bool(meta.get('eot')))
-    if name == 'bytes':
-        return ByteTokenizer()
-    if name == 'tiktoken':
-        return TiktokenTokenizer(meta.get('encoding'))
-    raise DataError(f'unknown tokenizer {name!r} in the metadata: it must be char, bytes or tiktoken')
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# reading
+# Splits and their batches
 
 _HEADER_BYTES = 256 * 4
 # magic -> (version, dtype), of llm.c's data files for GPT-2 (and modded-nanogpt's) and for Llama 3
@@ -323,7 +137,7 @@ _HEADERS = {20240520: (1, '<u2'), 20240801: (7, '<u4')}
 class Shard(NamedTuple):
     path: str
     dtype: np.dtype
-    start: int      # byte at which the tokens begin
+    start: int # byte at which the tokens begin
     n_tokens: int
 
 
@@ -453,19 +267,19 @@ class Split:
         step = 1 << 22
         for shard in self.shards:
             for offset in range(0, shard.n_tokens, step):
-                tokens = self._read(shard, offset, min(step, shard.n_tokens - offset))
+                tokens = map_tokens(shard)[offset:offset + step]
                 self._check(shard, offset, tokens, vocab_size)
                 if progress:
                     progress(len(tokens))
         return self.n_tokens
 
     def fingerprint(self):
-        """A hash of the shards' names and sizes and of the ends of their tokens: tells one dataset from another, at once."""
+        """A hash of the shards' names, sizes and ends: tells one dataset from another, at once."""
         digest = hashlib.sha256()
         for shard in self.shards:
-            n = min(4096, shard.n_tokens)
             digest.update(f'{os.path.basename(shard.path)} {shard.n_tokens} '.encode())
-            digest.update(self._read(shard, 0, n).tobytes() + self._read(shard, shard.n_tokens - n, n).tobytes())
+            tokens = map_tokens(shard)
+            digest.update(tokens[:4096].tobytes() + tokens[-4096:].tobytes())
         return digest.hexdigest()[:16]
 
     def _require(self, counts, length):
@@ -479,29 +293,30 @@ class Split:
     def _windows(self, shards, offsets, block_size, pad=False):
         x = np.zeros((len(shards), block_size), dtype=np.int64)
         y = np.full_like(x, -1)
+        maps = {shard: map_tokens(self.shards[shard]) for shard in set(shards.tolist())}
         for row, (shard, offset) in enumerate(zip(shards.tolist(), offsets.tolist())):
-            shard = self.shards[shard]
-            n = min(block_size, shard.n_tokens - 1 - offset) if pad else block_size
-            tokens = self._read(shard, offset, n + 1)
+            n = min(block_size, len(maps[shard]) - 1 - offset) if pad else block_size
+            tokens = maps[shard][offset:offset + n + 1]
             if self.vocab_size:
-                self._check(shard, offset, tokens, self.vocab_size)
+                self._check(self.shards[shard], offset, tokens, self.vocab_size)
             x[row, :n], y[row, :n] = tokens[:-1], tokens[1:]
         return x, y
-
-    def _read(self, shard, offset, n):
-        # Opening the file for each window (13 us for 1025 tokens) costs more than a memory map that stays open (3 us),
-        # but pages read through such a map count as this process's memory until it ends: with a large dataset it seems
-        # to leak, and limits on memory kill it. A new map for each window (22 us) is slower than this.
-        tokens = np.fromfile(shard.path, shard.dtype, n, offset=shard.start + offset * shard.dtype.itemsize)
-        if len(tokens) != n:
-            raise DataError(f'{shard.path} has become shorter while in use: start again when it is complete')
-        return tokens
 
     def _check(self, shard, offset, tokens, vocab_size):
         if tokens.max() >= vocab_size:
             at = int(np.argmax(tokens >= vocab_size))
             raise DataError(f'{shard.path}: token {offset + at} is {tokens[at]}, but vocab_size is {vocab_size}: the '
                             'file is damaged or belongs to another tokenizer, prepare the dataset again')
+
+
+def map_tokens(shard):
+    """
+    A shard's tokens as a memory map. It is made anew for each batch: pages that are read through a map count as this
+    process's memory until the map is closed, so that a map which stays open looks like a leak.
+    """
+    if os.path.getsize(shard.path) < shard.start + shard.n_tokens * shard.dtype.itemsize:
+        raise DataError(f'{shard.path} has become shorter while in use: start again when it is complete')
+    return np.memmap(shard.path, shard.dtype, 'r', shard.start, (shard.n_tokens,))
 
 
 def _locate(index, counts):
@@ -517,7 +332,7 @@ _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 def _mix(z):
     """Splitmix64's finalizer (Steele, Lea and Flood 2014), a bijection of uint64 that scatters; of arrays too."""
-    z = np.atleast_1d(z) + _GAMMA   # an array even for one value: numpy warns of overflow in scalars only
+    z = np.atleast_1d(z) + _GAMMA # an array even for one value: numpy warns of overflow in scalars only
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
@@ -569,7 +384,7 @@ def prefetch(make, first, depth=2):
 
     thread = threading.Thread(target=work, name='prefetch', daemon=True)
     thread.start()
-    # called when Python ends, too: in the teardown after that daemon threads stand still, and from 3.13 on a join never returns
+    # called when Python ends, too: afterwards daemon threads stand still, and from Python 3.13 on a join never returns
     end = weakref.finalize(thread, stop)
     try:
         while True:
@@ -580,168 +395,3 @@ def prefetch(make, first, depth=2):
             yield result
     finally:
         end()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# writing
-
-class Writer:
-    """
-    Writes a dataset folder:
-
-        with Writer(folder, tokenizer) as out:
-            out.write('train', ids)   # list or array of ids, as often as needed
-            out.write('val', ids)
-
-    Everything goes to *.tmp files, and takes the place of what the folder held before when the block ends without an
-    exception; after an exception the folder is as it was. If the process is killed in the moment of replacing, the
-    folder is marked as unfinished, which load_meta refuses.
-
-    shard_tokens  None: one file a split; else shards of that many tokens, train_000000.bin...
-    job           a dict of plain values that describes what is written: then an interruption keeps the *.tmp files, and
-                  a Writer for the same job goes on from the last out.save(state) (out.state is that state, or None).
-    """
-
-    def __init__(self, folder, tokenizer, shard_tokens=None, job=None):
-        self.folder, self.tokenizer, self.shard_tokens, self.job = Path(folder), tokenizer, shard_tokens, job
-        self.dtype = np.dtype('<u2' if tokenizer.vocab_size <= 65536 else '<u4')
-        self.tokens = {'train': 0, 'val': 0}
-        self.n_bytes = 0   # of text, in both splits
-        self.state = None
-        self._files = {}   # split -> the file that is being written
-
-    def __enter__(self):
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if self.job is not None and self._progress_path.is_file():
-            self._resume()
-        else:
-            self._remove_temporary()
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        try:
-            if kind is None:
-                self._finish()
-        finally:
-            for file in self._files.values():
-                file.close()
-            if self.job is None:
-                self._remove_temporary()
-
-    def write(self, split, ids):
-        """Appends ids to a split, 'train' or 'val'."""
-        ids = np.asarray(ids)
-        if len(ids) == 0:
-            return
-        if ids.min() < 0 or ids.max() >= self.tokenizer.vocab_size:
-            raise DataError(f'id {ids.max()} is outside the vocabulary of {self.tokenizer.vocab_size}')
-        self.n_bytes += self.tokenizer.n_bytes(ids)
-        ids = ids.astype(self.dtype)
-        while len(ids):
-            room = len(ids)
-            if self.shard_tokens:
-                room = self.shard_tokens - self.tokens[split] % self.shard_tokens
-            self._file(split).write(ids[:room].data)
-            self.tokens[split] += min(room, len(ids))
-            ids = ids[room:]
-            if self.shard_tokens and self.tokens[split] % self.shard_tokens == 0:
-                self._sync(self._files[split])
-                self._files.pop(split).close()
-
-    def save(self, state):
-        """Makes what is written so far outlast an interruption; `state` is any plain value to go on from."""
-        for file in self._files.values():
-            self._sync(file)
-        self.state = state
-        progress = {'job': self.job, 'shard_tokens': self.shard_tokens, 'state': state, 'tokens': self.tokens,
-                    'n_bytes': self.n_bytes}
-        self._write_json(self._progress_path, progress)
-
-    @property
-    def _progress_path(self):
-        return self.folder / 'progress.json.tmp'
-
-    def _names(self, split):
-        if not self.shard_tokens:
-            return [f'{split}.bin']
-        return [f'{split}_{i:06d}.bin' for i in range(-(-self.tokens[split] // self.shard_tokens))]
-
-    def _file(self, split):
-        if split not in self._files:
-            name = f'{split}.bin'
-            if self.shard_tokens:
-                name = f'{split}_{self.tokens[split] // self.shard_tokens:06d}.bin'
-            self._files[split] = open(self.folder / f'{name}.tmp', 'ab')   # appends: see _resume
-        return self._files[split]
-
-    def _resume(self):
-        progress = json.loads(self._progress_path.read_text(encoding='utf-8'))
-        if progress['job'] != self.job or progress['shard_tokens'] != self.shard_tokens:
-            changed = [f'{key}={progress["job"].get(key)!r}' for key in self.job
-                       if progress['job'].get(key) != self.job[key]] or ['another shard size']
-            raise DataError(f'{self.folder} holds an unfinished preparation with {", ".join(changed)}: repeat those '
-                            f'settings to finish it, or delete {self.folder / "*.tmp"} to start again')
-        self.state, self.tokens, self.n_bytes = progress['state'], progress['tokens'], progress['n_bytes']
-        kept = []
-        for split, count in self.tokens.items():
-            for i, name in enumerate(self._names(split)):
-                path = self.folder / f'{name}.tmp'
-                if not path.exists() and (self.folder / name).exists():
-                    os.replace(self.folder / name, path)   # interrupted within _finish, after this one was renamed
-                tokens = min(self.shard_tokens, count - i * self.shard_tokens) if self.shard_tokens else count
-                if not path.exists() or path.stat().st_size < tokens * self.dtype.itemsize:
-                    raise DataError(f'{path} is missing or has lost its end: delete '
-                                    f'{self.folder / "*.tmp"} to start again')
-                os.truncate(path, tokens * self.dtype.itemsize)   # what came after the last save is done again
-                kept.append(path)
-        for path in self.folder.glob('*.bin.tmp'):
-            if path not in kept:
-                path.unlink()
-
-    def _finish(self):
-        for split, count in self.tokens.items():
-            if count == 0:
-                raise DataError(f'{self.folder}: the {split} split is empty: give more text, or another val_fraction')
-        for file in self._files.values():
-            self._sync(file)
-            file.close()
-        meta = self.folder / 'meta.json'
-        names = [name for split in self.tokens for name in self._names(split)]
-        self._write_json(meta, {'unfinished': True})
-        for name in names:
-            os.replace(self.folder / f'{name}.tmp', self.folder / name)
-        for path in self.folder.glob('*.bin'):
-            if path.name not in names and re.fullmatch(r'(train|val)(_\d+)?\.bin', path.name):
-                path.unlink()   # left over from an earlier preparation with other shards
-        self._write_json(meta, {'dtype': self.dtype.name, **self.tokenizer.meta(), 'tokens': self.tokens})
-        self._progress_path.unlink(missing_ok=True)
-
-    def _remove_temporary(self):
-        for path in [*self.folder.glob('*.bin.tmp'), *self.folder.glob('*.json.tmp')]:
-            path.unlink(missing_ok=True)
-
-    @staticmethod
-    def _sync(file):
-        file.flush()
-        os.fsync(file.fileno())
-
-    def _write_json(self, path, value):
-        new = path.with_name(path.name + '.new.json.tmp')
-        with open(new, 'w', encoding='utf-8') as file:
-            json.dump(value, file, indent=1)
-            self._sync(file)
-        os.replace(new, path)
-
-
-def summarize(out, command):
-    """Prints what a prepare script ends with: the numbers of a finished Writer and the command to run next."""
-    print(f'train has {out.tokens["train"]:,} tokens, val has {out.tokens["val"]:,}')
-    print(f'vocab_size {out.tokenizer.vocab_size:,} ({out.tokenizer.name}), '
-          f'{out.n_bytes / sum(out.tokens.values()):.2f} bytes a token')
-    print(f'written to {out.folder}')
-    print(f'next: {command}')
-
-
-def fraction(key):
-    """A number in [0, 1) that looks random and depends on the string alone: what is held out stays so on every run."""
-    return int.from_bytes(hashlib.sha256(key.encode('utf-8', 'surrogatepass')).digest()[:8], 'big') / 2 ** 64

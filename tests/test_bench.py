@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.tokens import CharTokenizer, Writer
+from data.tokenizers import CharTokenizer
+from data.writer import Writer
 from model import GPT, GPTConfig, save_checkpoint
 
 PROJECT = Path(__file__).resolve().parent.parent

@@ -20,8 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from data import hub
 from data import tokens as T
-from data.tokens import (EOT, ByteTokenizer, CharTokenizer, DataError, Split, TiktokenTokenizer, Writer, dataset_folder,
-                         load_meta, load_tokenizer, prefetch)
+from data.tokenizers import EOT, ByteTokenizer, CharTokenizer, TiktokenTokenizer, load_tokenizer
+from data.tokens import DataError, Split, dataset_folder, load_meta, prefetch
+from data.writer import Writer
 
 needs_gpt2 = pytest.mark.skipif('TIKTOKEN_CACHE_DIR' not in os.environ,
                                 reason='TIKTOKEN_CACHE_DIR names no folder with the vocabulary of GPT-2')

@@ -1,10 +1,13 @@
 """What the README and the configs say is what happens."""
+import ast
+import json
 import re
 import shutil
 import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -13,13 +16,16 @@ from model import GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
+RESULTS = ROOT / 'tests' / 'results'
+TABLES = (RESULTS / 'README.md').read_text(encoding='utf-8')
 
 
 @pytest.fixture(scope='module')
 def project(tmp_path_factory):
     """A copy of the project with the README's mixer pasted in as it says."""
     folder = tmp_path_factory.mktemp('copy') / 'project'
-    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns('.git', '__pycache__', 'out*', '*.bin', 'meta.json', 'results'))
+    ignored = shutil.ignore_patterns('.git', '__pycache__', 'out*', '*.bin', 'meta.json', 'results')
+    shutil.copytree(ROOT, folder, ignore=ignored)
     code = re.search(r'```python\n(class MovingAverage.*?)```', README, re.DOTALL)[1]
     entry = re.search(r"add `('moving_average': MovingAverage,)` to `MIXERS`", README)[1]
     model = (folder / 'model.py').read_text(encoding='utf-8')
@@ -52,16 +58,17 @@ def test_a_leaking_mixer_of_ones_own_fails(project):
     model.write_text(source.replace('x.cumsum(dim=1) / count', 'x.mean(dim=1, keepdim=True) + 0 * count + 0 * x'),
                      encoding='utf-8')
     try:
-        done = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', 'tests/test_mixers.py', '-k',
-                               'moving_average'], cwd=project, capture_output=True, text=True)
-        assert done.returncode == 1 and 'AssertionError' in done.stdout
+        command = [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', 'tests/test_mixers.py', '-k']
+        done = subprocess.run([*command, 'moving_average'], cwd=project, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert re.search(r'^E .*changes the logits of position \d', done.stdout, re.MULTILINE), done.stdout[-2000:]
     finally:
         model.write_text(source, encoding='utf-8')
 
 
 def settings(*files):
     """What train.py would make of these config files."""
-    namespace = {'__file__': str(ROOT / 'train.py'), '__name__': 'train'}
+    namespace = {'__file__': str(ROOT / 'train.py'), '__name__': 'train', 'Literal': Literal}
     source = (ROOT / 'train.py').read_text(encoding='utf-8')
     exec(source[source.index('# files and evaluation'):source.index('config, given = configure(')], namespace)
     return configure(namespace, GPTConfig, [str(f) for f in files])[0]
@@ -84,10 +91,122 @@ def test_mixers_are_compared_at_equal_parameters(file):
     assert abs(model.get_num_params(False) / 804096 - 1) < 0.015
 
 
-def test_paths_and_settings_that_the_readme_names_exist():
-    for path in re.findall(r'(?:config|data|tests)/[\w/]+\.(?:py|json)', README):
+def names_assigned(script):
+    """The names that a script sets at its top level: its settings are among them."""
+    names = set()
+    for node in ast.parse((ROOT / script).read_text(encoding='utf-8')).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, 'target', None)]
+        names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return names
+
+
+def commands_of(script):
+    """The first words that bench.py or studies.py takes: COMMANDS = dict(name=function, ...) or a dict literal."""
+    for node in ast.parse((ROOT / script).read_text(encoding='utf-8')).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', '') == 'COMMANDS':
+            value = node.value
+            return {k.arg for k in value.keywords} if isinstance(value, ast.Call) else {k.value for k in value.keys}
+
+
+def commands(text):
+    """Each `python SCRIPT ...` of a page, in a block of code or in a line, without the comment behind it."""
+    inline = re.findall(r'`(python [^`\n]+)`', text)
+    return [line.split(' #')[0] for line in inline + re.findall(r'^(?:python|torchrun) .*', text, re.MULTILINE)]
+
+
+PAGES = {'README.md': README, 'tests/results/README.md': TABLES}
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_the_paths_that_a_page_names_exist(page):
+    named = set(re.findall(r'(?:config|data|tests)/[\w/]+\.\w+', PAGES[page]))
+    assert named
+    for path in named:
         assert (ROOT / path.replace('NAME', 'gmlp')).exists(), path
-    known = settings() | dict.fromkeys(['input', 'tokenizer', 'out', 'nproc_per_node', 'standalone', 'start', 'num_samples',
-                                        'interactive', 'checkpoint', 'help', 'key', 'NAME', 'upgrade', 'peer', 'iterations', 'seeds'])
-    for name in re.findall(r'--(\w+)', README):
-        assert name in known, name
+    for target in re.findall(r'\]\(([^)]+)\)', PAGES[page]): # links and pictures, from the page's own folder
+        path, _, heading = target.partition('#')
+        assert ((ROOT / page).parent / path).exists(), target
+        if heading:
+            text = ((ROOT / page).parent / path).read_text(encoding='utf-8')
+            titles = [re.sub(r'[^\w -]', '', title).lower() for title in re.findall(r'^#+ (.*)', text, re.MULTILINE)]
+            assert heading in [title.replace(' ', '-') for title in titles], target
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_each_command_of_a_page_takes_the_settings_it_is_given(page):
+    for command in commands(PAGES[page]):
+        known = {f.name for f in fields(GPTConfig)} | {'help', 'key', 'nproc_per_node', 'standalone'}
+        for script in re.findall(r'[\w/]+\.py', command):
+            known |= names_assigned(script.replace('NAME', 'gmlp'))
+        if 'tests/studies.py' in command:
+            known |= names_assigned('tests/bench.py') # the machine's settings are shared
+        for name in re.findall(r'--(\w+)', command):
+            assert name in known, (command, name)
+        measured = re.match(r'python (tests/(?:bench|studies)\.py) (\w+)', command)
+        if measured and measured[2] != 'COMMAND':
+            assert measured[2] in commands_of(measured[1]), command
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_settings_named_in_the_text_exist(page):
+    words = set(re.findall(r'`--(\w+)', PAGES[page])) - {'help', 'key', 'tokenizer'}
+    known = settings().keys() | names_assigned('tests/bench.py')
+    assert words and words <= known, words - known
+
+
+def test_settings_that_were_removed_are_gone():
+    removed = re.search(r'\(`(\w+)`, `(\w+)`, `(\w+)`\) were\s+removed', README).groups()
+    assert not set(removed) & settings().keys()
+
+
+def test_the_tables_of_the_results_name_every_file():
+    for file in RESULTS.iterdir():
+        if file.suffix in ('.json', '.png', '.svg'):
+            assert file.name in TABLES, file.name
+
+
+def test_every_mixer_has_its_loss_in_the_table():
+    measured = json.loads((RESULTS / 'mixers-loss.json').read_text(encoding='utf-8'))['results']
+    rows = re.findall(r'^\| `(\w+)` \|.*\| ([\d.]+) \|$', README, re.MULTILINE)
+    assert dict(rows) == {name: f"{result['val_loss']:.3f}" for name, result in measured.items()}
+
+
+def test_the_picture_is_what_its_script_draws(tmp_path):
+    shutil.copy(RESULTS / 'draw.py', tmp_path)
+    subprocess.run([sys.executable, 'draw.py'], cwd=tmp_path, check=True)
+    assert (tmp_path / 'architecture.svg').read_bytes() == (RESULTS / 'architecture.svg').read_bytes()
+
+
+def test_ci_runs_the_commands_of_the_readme():
+    block = re.search(r'```sh\n(pip install.*?)```', README, re.DOTALL)[1].splitlines()
+    tests = re.search(r'`(pip install[^`]*pytest[^`]*)`', README)[1].split(' && ')
+    lines = (ROOT / '.ci' / 'run').read_text(encoding='utf-8').replace('pip install -q', 'pip install')
+    for command in block + tests:
+        assert re.sub(r' --out_dir=\S+', '', command) in lines, command
+
+
+def packages(file):
+    lines = (ROOT / file).read_text(encoding='utf-8').splitlines()
+    return {re.match(r'[\w-]+', line)[0] for line in lines if not line.startswith('-r')}
+
+
+def imported(files):
+    """The packages that these Python files import, without Python's own modules and the project's."""
+    found = set()
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding='utf-8'))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split('.')[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                found.add(node.module.split('.')[0])
+    own = {'data'} | {file.stem for file in [*ROOT.glob('*.py'), *(ROOT / 'tests').glob('*.py')]}
+    return found - set(sys.stdlib_module_names) - own
+
+
+def test_requirements_hold_what_is_imported():
+    user, tests = packages('requirements.txt'), packages('tests/requirements.txt')
+    user.add('huggingface_hub') # comes with datasets
+    scripts = [*ROOT.glob('*.py'), *(ROOT / 'data').rglob('*.py'), *(ROOT / 'config').rglob('*.py')]
+    assert not imported(scripts) - user
+    assert not imported((ROOT / 'tests').glob('*.py')) - user - tests
+    assert (ROOT / 'tests' / 'requirements.txt').read_text(encoding='utf-8').startswith('-r ../requirements.txt')

@@ -15,7 +15,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from data.tokens import ByteTokenizer, CharTokenizer, DataError, Split, Writer
+from data.tokenizers import ByteTokenizer, CharTokenizer
+from data.tokens import DataError, Split
+from data.writer import Writer
 from model import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from data.tokens import ByteTokenizer, CharTokenizer, load_tokenizer
+from data.tokenizers import ByteTokenizer, CharTokenizer, load_tokenizer
 from model import GPT, GPTConfig
 from test_train import (ENV, JOBS, PROJECT, V, WORDS, flags, job, jobs, random_model, run, tree, well,  # noqa: F401
                         write_checkpoint, write_malicious, write_nano, write_nano_data)

@@ -16,7 +16,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data.tokens import CharTokenizer, Writer
+from data.tokenizers import CharTokenizer
+from data.writer import Writer
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 
 PROJECT = Path(__file__).resolve().parent.parent

@@ -1,5 +1,5 @@
-# Random Synthesizer, causal.
-# Use after config/shakespeare_small.py; reaches 2.055 over the whole validation split (one seed).
+# Random Synthesizer (arXiv 2005.00743), causal: the attention weights are learned and ignore the tokens.
+# Give it after config/shakespeare_small.py. Reaches 2.055 on the whole validation split (one seed).
 out_dir = 'out-synthesizer-random'
 mixer = 'synthesizer'
 synthesizer = 'random'

@@ -1,4 +1,4 @@
-# Attention whose input is half from the previous token.
-# Use after config/shakespeare_small.py; reaches 1.849 over the whole validation split (one seed).
+# Attention with minGPT-tuned's time-mixing: half of the input channels come from the previous token.
+# Give it after config/shakespeare_small.py. Reaches 1.849 on the whole validation split (one seed).
 out_dir = 'out-time-mixing'
 time_mixing = 0.5

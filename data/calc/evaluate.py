@@ -15,7 +15,8 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from configurator import configure, exit_on_error
-from data.tokens import DataError, Split, dataset_folder, load_tokenizer
+from data.tokenizers import load_tokenizer
+from data.tokens import DataError, Split, dataset_folder
 
 out_dir = 'out-calc' # folder of the run
 checkpoint = 'ckpt.pt' # file in out_dir: ckpt.pt is the latest, best.pt the one of the lowest validation loss
@@ -33,7 +34,7 @@ def read_problems(folder):
         raise DataError(f'{folder} is no calc dataset: run python data/calc/prepare.py')
     ids = []
     for x, y, _ in split.all_batches(64, 1024):
-        ids.extend([int(x[0, 0])] * (not ids))   # the very first token is nobody's target
+        ids.extend([int(x[0, 0])] * (not ids)) # the very first token is nobody's target
         ids.extend(y[y >= 0].tolist())
     problems = [re.fullmatch(r'(\d+[-+*/]\d+=)([-+*=\d]*\d)', line) for line in tokenizer.decode(ids).splitlines()]
     if not problems or None in problems:
@@ -54,7 +55,7 @@ def accuracy(generate_answers, problems, batch_size=256, progress=None):
     for group in by_length.values():
         for i in range(0, len(group), batch_size):
             batch = group[i:i + batch_size]
-            longest = max(len(answer) for _, answer in batch) + 1   # and the end of the line
+            longest = max(len(answer) for _, answer in batch) + 1 # and the end of the line
             texts = generate_answers([prompt for prompt, _ in batch], longest)
             for (prompt, answer), text in zip(batch, texts):
                 a, operator, b = re.fullmatch(r'(\d+)([-+*/])(\d+)=', prompt).groups()

@@ -16,7 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import configure, exit_on_error
-from data.tokens import CharTokenizer, DataError, Writer, dataset_folder, fraction, summarize
+from data.tokenizers import CharTokenizer
+from data.tokens import DataError, dataset_folder
+from data.writer import Writer, fraction, summarize
 
 digits = 3 # of the operands, at most (of the divisor and the result, in a division)
 examples = 100000 # problems of each operator, training and validation together; longer problems have more tokens
@@ -34,7 +36,7 @@ def problem(operator, i):
     """The i-th problem of an operator -> (a, b, result), for i below n_problems."""
     n = 10 ** digits
     a, b = divmod(i, n - (operator == '/'))
-    if operator == '/':   # a is the result so far
+    if operator == '/': # a is the result so far
         return a * (b + 1), b + 1, a
     return a, b, {'+': a + b, '-': a - b, '*': a * b}[operator]
 

@@ -14,7 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import configure, exit_on_error
 from data.hub import open_stream, write_shards
-from data.tokens import DataError, dataset_folder, summarize
+from data.tokens import DataError, dataset_folder
+from data.writer import summarize
 
 max_tokens = 0 # stop after that many; 0: take all
 val_fraction = 0.0005 # share of the documents that are held out

@@ -15,7 +15,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import configure, exit_on_error
-from data.tokens import ByteTokenizer, DataError, Writer, dataset_folder, fraction, summarize
+from data.tokenizers import ByteTokenizer
+from data.tokens import DataError, dataset_folder
+from data.writer import Writer, fraction, summarize
 
 val_fraction = 0.1 # share of the files that are held out
 max_bytes = 0 # stop after that many bytes of source; 0: take all of it

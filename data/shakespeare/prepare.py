@@ -10,7 +10,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import configure, exit_on_error
 from data.shakespeare_char.text import tiny_shakespeare
-from data.tokens import TiktokenTokenizer, Writer, dataset_folder, summarize
+from data.tokenizers import TiktokenTokenizer
+from data.tokens import dataset_folder
+from data.writer import Writer, summarize
 
 input_file = '' # take the text from this file instead of downloading it
 out = 'shakespeare' # dataset to write: a name in data/, or a folder

@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import configure, exit_on_error
-from data.tokens import (EOT, ByteTokenizer, CharTokenizer, DataError, TiktokenTokenizer, Writer, dataset_folder,
-                         fraction, summarize)
+from data.tokenizers import EOT, ByteTokenizer, CharTokenizer, TiktokenTokenizer
+from data.tokens import DataError, dataset_folder
+from data.writer import Writer, fraction, summarize
 
 input = '' # files and folders, with commas between them
 tokenizer = 'bytes' # char: an id for each character that occurs; bytes: UTF-8; or tiktoken's gpt2, o200k_base...
@@ -31,7 +32,7 @@ suffixes = '.txt,.md,.jsonl' # files that are taken from folders
 out = 'text' # dataset to write: a name in data/, or a folder
 configure(globals())
 
-CHUNK = 1 << 22   # bytes that are read at once
+CHUNK = 1 << 22 # bytes that are read at once
 
 
 def find_files(names, suffixes):
@@ -65,7 +66,7 @@ def read_plain(path, progress):
         while not final:
             data = file.read(CHUNK)
             final = not data
-            pending = len(decoder.getstate()[0])   # bytes of a character that the last chunk has cut
+            pending = len(decoder.getstate()[0]) # bytes of a character that the last chunk has cut
             try:
                 buffer += decoder.decode(data, final)
             except UnicodeDecodeError as error:
@@ -116,7 +117,7 @@ def read_jsonl(path, progress):
 
 def read(files, label):
     """Yields (piece of text, whether a document ends after it) of all files, without empty documents and pieces."""
-    begun = False   # some of the current document has come; what separates it from the next may come by itself
+    begun = False # some of the current document has come; what separates it from the next may come by itself
     total = sum(path.stat().st_size for path in files)
     with tqdm(total=total, unit='B', unit_scale=True, desc=label, disable=None) as bar:
         for path in files:
@@ -149,7 +150,7 @@ with exit_on_error():
     elif tokenizer == 'char':
         codec = CharTokenizer(''.join(sorted(characters)), eot=several)
 
-    cut = int(n_characters * (1 - val_fraction))   # where validation begins, if not by documents
+    cut = int(n_characters * (1 - val_fraction)) # where validation begins, if not by documents
     position = document = 0
     with Writer(dataset_folder(out), codec) as writer:
         for text, ends in read(files, 'writing'):

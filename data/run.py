@@ -1,0 +1,131 @@
+"""A run's folder: its checkpoints' names, metrics.jsonl, loss.png, config.json, and the lock against a second run."""
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+class RunFolder:
+    """
+    A run's folder, which need not exist yet.
+
+    latest, best    paths of the checkpoints: the latest, and the one of the lowest validation loss
+    metrics         path of metrics.jsonl, one JSON object a line
+    """
+    def __init__(self, path):
+        self.path = Path(path)
+        self.latest, self.best, self.metrics = (self.path / name for name in ('ckpt.pt', 'best.pt', 'metrics.jsonl'))
+        self.locked = None
+
+    def snapshots(self):
+        """Paths of the checkpoints that snapshot_interval keeps."""
+        return sorted(self.path.glob('step-*.pt'))
+
+    def has_checkpoint(self):
+        return self.latest.exists() or self.best.exists()
+
+    def refuse_if_taken(self, restart):
+        """ValueError if the folder holds a run. restart: unless the run died before its first checkpoint."""
+        taken = f"out_dir={str(self.path)!r} already holds a run"
+        if self.has_checkpoint():
+            raise ValueError(f"{taken}: go on with it by --init_from=resume, choose another --out_dir, or replace it "
+                             "by --overwrite=True")
+        begun = self.metrics.exists() and self.metrics.stat().st_size
+        if self.snapshots() or begun and not restart:
+            raise ValueError(f"{taken}, which left no ckpt.pt to go on with: choose another --out_dir, or replace it "
+                             "by --overwrite=True")
+
+    def lock(self):
+        """Keeps other runs out of the folder until this process ends, however it ends. ValueError if one is in it."""
+        try:
+            import fcntl
+        except ImportError: # Windows
+            return
+        if self.locked is not None or not self.path.is_dir():
+            return
+        self.locked = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another run is at work in out_dir={str(self.path)!r}: wait for its end, stop it, or "
+                             "choose another --out_dir") from None
+        except OSError: # a file system without locks
+            pass
+
+    def remove_run(self):
+        """Deletes a run's files, and nothing else that lies there."""
+        for path in (self.latest, self.best, self.metrics, self.path / 'loss.png', *self.snapshots()):
+            path.unlink(missing_ok=True)
+
+    def read_metrics(self):
+        """The lines of metrics.jsonl as dicts."""
+        lines = []
+        for line in open(self.metrics, encoding='utf-8') if self.metrics.exists() else ():
+            try:
+                lines.append(json.loads(line))
+            except ValueError: # a line that a crash cut short
+                pass
+        return lines
+
+    def forget_after(self, step):
+        """Drops the metrics that a run resumed at step writes again: later steps, and this step's evaluation."""
+        kept = [line for line in self.read_metrics()
+                if line['step'] < step or line['step'] == step and 'loss' in line]
+        self.metrics.write_text(''.join(json.dumps(line) + '\n' for line in kept), encoding='utf-8')
+
+    def log(self, **values):
+        """Appends a line to metrics.jsonl."""
+        for name, value in values.items(): # JSON has no NaN
+            values[name] = None if isinstance(value, float) and not math.isfinite(value) else value
+        with open(self.metrics, 'a', encoding='utf-8') as f:
+            f.write(json.dumps(values) + '\n')
+
+    def write_config(self, config):
+        """config.json: every setting, and what else decides a run's numbers."""
+        about = dict(python=sys.version.split()[0], torch=torch.__version__, git=git_commit())
+        (self.path / 'config.json').write_text(json.dumps(config | about, indent=1), encoding='utf-8')
+
+    def plot(self):
+        """loss.png: training and validation loss against tokens."""
+        from matplotlib.figure import Figure # takes a while, so not at start-up
+        lines = self.read_metrics()
+        figure = Figure(figsize=(8, 5))
+        axes = figure.subplots()
+        curves = dict(loss=('training', dict(alpha=0.5, linewidth=0.8)), val_loss=('validation', dict(marker='.')))
+        for key, (label, style) in curves.items():
+            points = [line for line in lines if key in line]
+            axes.plot([line['tokens'] for line in points], [line[key] for line in points], label=label, **style)
+        best = min((line['val_loss'] for line in lines if line.get('val_loss') is not None), default=math.nan)
+        axes.set(xlabel='tokens', ylabel='nats a token', title=f'{self.path.name}: best validation loss {best:.4f}')
+        axes.legend()
+        axes.grid(alpha=0.3)
+        figure.savefig(self.path / 'loss.png.tmp', format='png', dpi=120)
+        os.replace(self.path / 'loss.png.tmp', self.path / 'loss.png')
+
+
+def git_commit():
+    """The project's commit, with a + if files differ from it; None outside of git."""
+    def git(*args):
+        done = subprocess.run(['git', '-C', PROJECT, *args], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+    try:
+        return git('rev-parse', 'HEAD') + ('+' if git('status', '--porcelain') else '')
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def peak_memory(device):
+    """Bytes: of the GPU, or of the process; None where the system does not say."""
+    if torch.device(device).type == 'cuda':
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+    except ImportError: # Windows
+        return None
