@@ -32,7 +32,7 @@ BOOLS = {'true': True, 'false': False, '1': True, '0': False}
 
 class Setting(typing.NamedTuple):
     default: object
-    hint: object # the type that it must have: int, float | None, tuple[int, ...]
+    hint: object # what it may be: int, float | None, tuple[int, ...], Literal['cosine', 'linear']
     comment: str
     group: str # its title in --help
 
@@ -160,28 +160,23 @@ def scan(source):
 
 # types ---------------------------------------------------------------------------------------------------------------
 
-def options(hint):
-    """The types that a hint allows, as a list; a Literal counts as the types of its choices."""
-    if typing.get_origin(hint) is typing.Literal:
-        return list({type(choice) for choice in typing.get_args(hint)})
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return [option for part in typing.get_args(hint) for option in options(part)]
-    return [hint]
+def parts(hint):
+    """What a hint allows, as a list: the parts of a union, or the hint itself."""
+    return list(typing.get_args(hint)) if typing.get_origin(hint) in (typing.Union, types.UnionType) else [hint]
+
+
+def is_literal(hint):
+    return typing.get_origin(hint) is typing.Literal
 
 
 def choices(hint):
-    """The values that Literals in a hint allow, as a list; empty where there are none."""
-    if typing.get_origin(hint) is typing.Literal:
-        return list(typing.get_args(hint))
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return [choice for part in typing.get_args(hint) for choice in choices(part)]
-    return []
+    """The values that the Literals in a hint allow, as a list."""
+    return [choice for part in filter(is_literal, parts(hint)) for choice in typing.get_args(part)]
 
 
-def is_choice(value, hint):
-    """Whether a value that has one of the hint's types is also among its choices."""
-    allowed = choices(hint)
-    return value in allowed or type(value) not in {type(choice) for choice in allowed}
+def options(hint):
+    """The types that a hint allows, as a list; a choice counts as its type."""
+    return [part for part in parts(hint) if not is_literal(part)] + [type(choice) for choice in choices(hint)]
 
 
 def elements(hint):
@@ -202,7 +197,8 @@ def type_of(default):
 def fit(value, hint):
     """value as hint wants it: int for float and whole float for int converted, list to tuple.
 
-    Raises TypeError where it does not fit: bool for int, too, and nan or more than 64 bits for anything.
+    Raises TypeError where it does not fit: bool for int, a value that is none of the choices, and nan or more than
+    64 bits for anything.
     """
     allowed = options(hint)
     if isinstance(value, (tuple, list)):
@@ -216,6 +212,8 @@ def fit(value, hint):
         value = float(value)
     if type(value) not in allowed or value != value or type(value) is int and value.bit_length() > 64:
         raise TypeError(f'{type(value).__name__} is not {hint}')
+    if value not in choices(hint) and any(type(value) is type(choice) for choice in choices(hint)):
+        raise TypeError(f'{value!r} is none of the choices')
     return value
 
 
@@ -225,7 +223,7 @@ def parse(text, hint):
     if type(None) in allowed and text == 'None':
         return None
     if set(allowed) <= {str, type(None)}: # as it is: a run's name may be 2024
-        return text
+        return fit(text, hint)
     if bool in allowed and word in BOOLS and not (word in '01' and {int, float} & set(allowed)):
         return BOOLS[word]
     tuples = [inner for inner in map(elements, allowed) if inner]
@@ -279,11 +277,9 @@ def read_arguments(argv, folder, settings):
             try:
                 flags[name] = parse(text, settings[name].hint) if equals else True
             except TypeError:
-                mistakes.append(f'--{name}={text!r}: expected {type_name(settings[name])}, '
+                mistakes.append(no_choice(name, text, settings[name]) or
+                                f'--{name}={text!r}: expected {type_name(settings[name])}, '
                                 f'as in {example(name, settings[name])}')
-                continue
-            if not is_choice(flags[name], settings[name].hint):
-                mistakes.append(no_choice(name, flags[name], settings[name]))
     return files, flags, mistakes
 
 
@@ -301,6 +297,7 @@ def run_file(path, known, settings, mistakes):
         line = lines[-1] if lines else getattr(e, 'lineno', None) # a SyntaxError has run nothing yet
         mistakes.append(f'{path}{f":{line}" if line else ""}: {type(e).__name__}: {getattr(e, "msg", None) or e}')
         return {}
+    # what the file imports is no setting: only what it assigns
     lines = {node.id: f':{node.lineno}' for node in ast.walk(ast.parse(source))
              if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     values = {}
@@ -310,12 +307,11 @@ def run_file(path, known, settings, mistakes):
             try:
                 values[name] = fit(value, settings[name].hint)
             except TypeError:
-                mistakes.append(f'{where}: {name} = {value!r}: expected {type_name(settings[name])}, '
+                wrong = no_choice(name, value, settings[name])
+                mistakes.append(f'{where}: {wrong}' if wrong else
+                                f'{where}: {name} = {value!r}: expected {type_name(settings[name])}, '
                                 f'as in {name} = {settings[name].default!r}')
-                continue
-            if not is_choice(values[name], settings[name].hint):
-                mistakes.append(f'{where}: {no_choice(name, values[name], settings[name])}')
-        elif name in lines and not (name.startswith('_') or callable(value)): # what was imported is no setting
+        elif name in lines and not (name.startswith('_') or callable(value) or isinstance(value, types.ModuleType)):
             mistakes.append(f'{where}: unknown setting {name!r}{nearest(name, settings)}; '
                             'a helper\'s name must start with an underscore')
     return values
@@ -328,18 +324,21 @@ def nearest(name, settings, dashes=''):
     return f', did you mean {dashes}{match[0]}?' if match else ''
 
 
-def no_choice(name, value, setting):
-    others = [option.__name__ for option in options(setting.hint) if option not in (str, type(None))]
-    names = ', '.join(map(str, choices(setting.hint)))
-    return f"{name}={value!r} is not one of {names}{' or a ' if others else ''}{' or '.join(others)}"
+def names_of_parts(hint):
+    names = [inspect.formatannotation(part) for part in parts(hint) if not is_literal(part)]
+    return [str(choice) for choice in choices(hint)] + [name.replace('typing.', '').replace('NoneType', 'None') for name in names]
 
 
 def type_name(setting):
     """The choices and types of a setting: "cosine | linear", "int | None"."""
-    names = [str(choice) for choice in choices(setting.hint)]
-    kinds = {type(choice) for choice in choices(setting.hint)}
-    names += [inspect.formatannotation(option) for option in options(setting.hint) if option not in kinds]
-    return ' | '.join(names).replace('NoneType', 'None')
+    return ' | '.join(names_of_parts(setting.hint))
+
+
+def no_choice(name, value, setting):
+    """What to say of a value that is none of the setting's choices; '' if the setting has no choices."""
+    words = dict(bool='True, False', float='a float', int='an int')
+    names = ', '.join(words.get(part, part) for part in names_of_parts(setting.hint))
+    return f'{name}={value!r} is not one of {names}' if choices(setting.hint) else ''
 
 
 def example(name, setting):
@@ -391,7 +390,8 @@ def check_ranges(config, ranges):
             too_low = value <= low if open_low else value < low
             too_high = value >= high if open_high else value > high
             if too_low or too_high:
-                mistakes.append(f"{name}={value!r} must be {' and '.join(words)}")
+                finite = ['finite'] if value == high == float('inf') else []
+                mistakes.append(f"{name}={value!r} must be {' and '.join(words + finite)}")
     if mistakes:
         raise ValueError('; '.join(mistakes))
 
@@ -402,12 +402,12 @@ def take_settings(namespace, config, given, stored, but):
     stored: the run's settings. but: names that are not taken. Returns {name: (the run's value, the value now)} of those
     that were asked for and differ.
     """
-    kept = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()
-            if name in config and name not in given and name not in but}
+    stored = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()
+              if name in config and name not in but}
+    kept = {name: value for name, value in stored.items() if name not in given}
     config.update(kept)
     namespace.update({name: value for name, value in kept.items() if name in namespace})
-    return {name: (stored[name], value) for name, value in given.items()
-            if name in stored and stored[name] != value and name not in but}
+    return {name: (stored[name], value) for name, value in given.items() if name in stored and stored[name] != value}
 
 
 # what `auto` means on this machine ----------------------------------------------------------------------------------

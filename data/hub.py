@@ -1,5 +1,6 @@
-"""Streams a dataset of the Hugging Face hub into token shards; for openwebtext and fineweb_edu."""
+"""Streams a dataset of the Hugging Face hub into token shards. openwebtext and fineweb_edu share it."""
 import shutil
+from contextlib import closing
 from itertools import islice
 
 from tqdm import tqdm
@@ -10,30 +11,65 @@ from data.writer import Writer
 
 SHARD_TOKENS = 100_000_000
 BATCH = 1024 # documents that are tokenized at once
-SAVE_EVERY = 50 # batches between the points at which an interrupted run goes on
+SAVE_EVERY = 50 # batches between the points from which an interrupted run goes on
 
 
 def open_stream(source, subset, revision, data_files):
-    """A streaming dataset of the hub, or of local files: source 'json' with data_files."""
+    """A streaming dataset of the hub, or of local files (source 'json' and data_files)."""
     try:
         from datasets import load_dataset
     except ImportError:
-        raise DataError('this dataset comes through the library of Hugging Face\'s hub: pip install datasets') from None
+        raise DataError("this dataset comes through the library of Hugging Face's hub: pip install datasets") from None
     try:
         return load_dataset(source, subset or None, revision=revision or None, data_files=data_files or None,
                             split='train', streaming=True)
-    except RuntimeError as error: # what the library raises for datasets that are Python scripts
-        raise DataError(f'{source} cannot be opened ({error}): its copy as parquet files may do, with '
-                        '--revision=refs/convert/parquet') from None
+    except RuntimeError as error: # which the library raises for datasets that are Python scripts
+        raise DataError(f"{source} cannot be opened ({error}): try its copy as parquet files, with "
+                        "--revision=refs/convert/parquet") from None
+
+
+def check_disk(folder, needed, bytes_per_token):
+    """Prints the bytes that are needed and free. DataError if they do not fit."""
+    free = shutil.disk_usage(folder).free
+    print(f"needs about {needed / 1e9:.1f} GB of disk in {folder}, where {free / 1e9:.1f} GB are free")
+    if needed > free:
+        raise DataError(f"{folder} has {free / 1e9:.1f} GB free, but {needed / 1e9:.1f} GB are needed: make room, or "
+                        f"take less with --max_tokens={int(free * 0.9) // bytes_per_token}")
+
+
+def read_batches(stream, n_documents):
+    """
+    Yields (texts, state of the stream after them). A thread reads ahead. n_documents is the number of documents before,
+    for the message that says where reading stopped.
+    """
+    documents = iter(stream)
+
+    def next_batch(i):
+        return [document['text'] for document in islice(documents, BATCH)], stream.state_dict()
+
+    with closing(prefetch(next_batch, 0)) as batches:
+        while True:
+            try:
+                texts, state = next(batches)
+            except KeyError as error:
+                raise DataError(f"the documents have no field {error}, from which the text is taken") from None
+            except Exception as error: # of many kinds, from the network to a parquet file
+                raise DataError(f"reading stopped after {n_documents} documents ({type(error).__name__}: {error}): "
+                                "give the same command again to go on") from error
+            if not texts:
+                return
+            yield texts, state
+            n_documents += len(texts)
 
 
 def write_shards(folder, stream, job, encoding, expected_tokens, max_tokens, val_fraction, n_threads):
     """
-    Tokenizes the documents of `stream` and ends each with <|endoftext|>; every 1/val_fraction-th is held out. Takes
-    the documents in their order until there are max_tokens (0: all). expected_tokens, where it is known (else 0), tells
-    how much disk that takes. Returns the finished Writer.
+    Tokenizes the documents of `stream` in their order, ends each with <|endoftext|>, and holds out every
+    1/val_fraction-th. Stops at max_tokens (0: takes all). expected_tokens says how many there are (0: unknown), from
+    which follows how much disk they need. Returns the finished Writer.
 
-    An interrupted run with the same `job` (a dict of the settings that decide what is written) goes on where it was.
+    `job` is a dict of the settings that decide what is written. An interrupted run with the same job goes on where it
+    was.
     """
     tokenizer = TiktokenTokenizer(encoding)
     val_every = round(1 / val_fraction)
@@ -42,51 +78,27 @@ def write_shards(folder, stream, job, encoding, expected_tokens, max_tokens, val
         if out.state:
             n_documents = out.state['documents']
             stream.load_state_dict(out.state['stream'])
-            print(f'going on after {n_documents:,} documents and {total:,} tokens')
+            print(f"going on after {n_documents:,} documents and {total:,} tokens")
         wanted = max_tokens or expected_tokens
         if wanted:
-            needed = max(0, wanted - total) * out.dtype.itemsize
-            free = shutil.disk_usage(folder).free
-            print(f'needs about {needed / 1e9:.1f} GB of disk in {folder}, where {free / 1e9:.1f} GB are free')
-            if needed > free:
-                raise DataError(f'{folder} has {free / 1e9:.1f} GB free, but {needed / 1e9:.1f} GB are needed: make '
-                                f'room, or take less with --max_tokens={int(free * 0.9) // out.dtype.itemsize}')
-
-        iterator = iter(stream)
-
-        def next_batch(i): # runs ahead in a thread, so each batch comes with the stream's state after it
-            return [document['text'] for document in islice(iterator, BATCH)], stream.state_dict()
-
-        batches = prefetch(next_batch, 0)
-        try:
-            with tqdm(total=wanted or None, initial=total, unit='tok', unit_scale=True, disable=None) as bar:
-                for n_batches in range(1, 1 << 62):
-                    try:
-                        texts, state = next(batches)
-                    except KeyError as error:
-                        raise DataError(f'the documents have no field {error}, but the text is taken from it') from None
-                    except Exception as error: # of many kinds, from the network to a parquet file
-                        raise DataError(f'reading stopped after {n_documents} documents ({type(error).__name__}: '
-                                        f'{error}): give the same command again to go on') from error
-                    if not texts:
-                        break
-                    ids = {'train': [], 'val': []}
-                    before = total
-                    for document in tokenizer.encoding.encode_ordinary_batch(texts, num_threads=n_threads):
-                        document.append(tokenizer.eot)
-                        ids['val' if n_documents % val_every == 0 else 'train'].extend(document)
-                        n_documents += 1
-                        total += len(document)
-                        if max_tokens and total >= max_tokens:
-                            break
-                    for split in ids:
-                        out.write(split, ids[split])
-                    bar.update(total - before)
+            check_disk(folder, max(0, wanted - total) * out.dtype.itemsize, out.dtype.itemsize)
+        bar = tqdm(total=wanted or None, initial=total, unit='tok', unit_scale=True, disable=None)
+        with bar, closing(read_batches(stream, n_documents)) as batches:
+            for n_batches, (texts, state) in enumerate(batches, 1):
+                ids, before = {'train': [], 'val': []}, total
+                for document in tokenizer.encoding.encode_ordinary_batch(texts, num_threads=n_threads):
+                    document.append(tokenizer.eot)
+                    ids['val' if n_documents % val_every == 0 else 'train'].extend(document)
+                    n_documents += 1
+                    total += len(document)
                     if max_tokens and total >= max_tokens:
                         break
-                    if n_batches % SAVE_EVERY == 0:
-                        out.save({'documents': n_documents, 'stream': state})
-        finally:
-            batches.close()
-    print(f'{n_documents:,} documents')
+                for split in ids:
+                    out.write(split, ids[split])
+                bar.update(total - before)
+                if max_tokens and total >= max_tokens:
+                    break
+                if n_batches % SAVE_EVERY == 0:
+                    out.save({'documents': n_documents, 'stream': state})
+    print(f"{n_documents:,} documents")
     return out

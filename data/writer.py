@@ -1,4 +1,4 @@
-"""Writes dataset folders, which data/tokens.py reads: what the prepare scripts share."""
+"""Writes the dataset folders that data/tokens.py reads. The prepare scripts share it."""
 import hashlib
 import json
 import os
@@ -18,155 +18,154 @@ class Writer:
             out.write('train', ids) # list or array of ids, as often as needed
             out.write('val', ids)
 
-    Everything goes to *.tmp files, and takes the place of what the folder held before when the block ends without an
-    exception; after an exception the folder is as it was. If the process is killed in the moment of replacing, the
-    folder is marked as unfinished, which load_meta refuses.
+    Everything goes to *.tmp files. When the block ends without an exception, they replace what the folder held before.
+    After an exception the folder is as it was. If the process is killed while it replaces files, the folder stays
+    marked as unfinished, which load_meta refuses.
 
-    shard_tokens  None: one file a split; else shards of that many tokens, train_000000.bin...
-    job           a dict of plain values that describes what is written: then an interruption keeps the *.tmp files, and
-                  a Writer for the same job goes on from the last out.save(state) (out.state is that state, or None).
+    shard_tokens  None: one file per split; else tokens per shard (train_000000.bin...)
+    job           a dict of plain values that describes what is written. Then an interruption keeps the *.tmp files, and
+                  a Writer with the same job goes on from the last out.save(state)
+    state         that state; None: nothing to go on from
+    tokens        tokens written so far, by split
+    n_bytes       bytes of text in both splits
     """
-
     def __init__(self, folder, tokenizer, shard_tokens=None, job=None):
         self.folder, self.tokenizer, self.shard_tokens, self.job = Path(folder), tokenizer, shard_tokens, job
         self.dtype = np.dtype('<u2' if tokenizer.vocab_size <= 65536 else '<u4')
         self.tokens = {'train': 0, 'val': 0}
-        self.n_bytes = 0 # of text, in both splits
+        self.n_bytes = 0
         self.state = None
-        self._files = {} # split -> the file that is being written
+        self.progress = self.folder / 'progress.json.tmp'
+        self.files = {} # split -> the open file
 
     def __enter__(self):
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self.job is not None and self._progress_path.is_file():
-            self._resume()
+        if self.job is not None and self.progress.is_file():
+            self.resume()
         else:
-            self._remove_temporary()
+            self.remove_temporary()
         return self
 
     def __exit__(self, kind, error, traceback):
         try:
             if kind is None:
-                self._finish()
+                self.finish()
         finally:
-            for file in self._files.values():
+            for file in self.files.values():
                 file.close()
             if self.job is None:
-                self._remove_temporary()
+                self.remove_temporary()
 
     def write(self, split, ids):
         """Appends ids to a split, 'train' or 'val'."""
         ids = np.asarray(ids)
         if len(ids) == 0:
             return
-        if ids.min() < 0 or ids.max() >= self.tokenizer.vocab_size:
-            raise DataError(f'id {ids.max()} is outside the vocabulary of {self.tokenizer.vocab_size}')
+        wrong = ids[(ids < 0) | (ids >= self.tokenizer.vocab_size)]
+        if len(wrong):
+            raise DataError(f"id {wrong[0]} is outside the vocabulary of {self.tokenizer.vocab_size}")
         self.n_bytes += self.tokenizer.n_bytes(ids)
         ids = ids.astype(self.dtype)
         while len(ids):
             room = len(ids)
             if self.shard_tokens:
                 room = self.shard_tokens - self.tokens[split] % self.shard_tokens
-            self._file(split).write(ids[:room].data)
+            if split not in self.files:
+                name = self.name(split, self.tokens[split] // (self.shard_tokens or 1))
+                self.files[split] = open(self.folder / f'{name}.tmp', 'ab') # a resumed file has tokens already
+            self.files[split].write(ids[:room].data)
             self.tokens[split] += min(room, len(ids))
             ids = ids[room:]
             if self.shard_tokens and self.tokens[split] % self.shard_tokens == 0:
-                self._sync(self._files[split])
-                self._files.pop(split).close()
+                flush_to_disk(self.files[split])
+                self.files.pop(split).close()
 
     def save(self, state):
-        """Makes what is written so far outlast an interruption; `state` is any plain value to go on from."""
-        for file in self._files.values():
-            self._sync(file)
+        """What is written so far survives an interruption. `state` is any plain value to go on from."""
+        for file in self.files.values():
+            flush_to_disk(file)
         self.state = state
-        progress = {'job': self.job, 'shard_tokens': self.shard_tokens, 'state': state, 'tokens': self.tokens,
-                    'n_bytes': self.n_bytes}
-        self._write_json(self._progress_path, progress)
+        write_json(self.progress, {'job': self.job, 'shard_tokens': self.shard_tokens, 'state': state,
+                                   'tokens': self.tokens, 'n_bytes': self.n_bytes})
 
-    @property
-    def _progress_path(self):
-        return self.folder / 'progress.json.tmp'
+    def name(self, split, shard):
+        return f'{split}_{shard:06d}.bin' if self.shard_tokens else f'{split}.bin'
 
-    def _names(self, split):
-        if not self.shard_tokens:
-            return [f'{split}.bin']
-        return [f'{split}_{i:06d}.bin' for i in range(-(-self.tokens[split] // self.shard_tokens))]
-
-    def _file(self, split):
-        if split not in self._files:
-            name = f'{split}.bin'
-            if self.shard_tokens:
-                name = f'{split}_{self.tokens[split] // self.shard_tokens:06d}.bin'
-            self._files[split] = open(self.folder / f'{name}.tmp', 'ab') # appends: see _resume
-        return self._files[split]
-
-    def _resume(self):
-        progress = json.loads(self._progress_path.read_text(encoding='utf-8'))
-        if progress['job'] != self.job or progress['shard_tokens'] != self.shard_tokens:
-            changed = [f'{key}={progress["job"].get(key)!r}' for key in self.job
-                       if progress['job'].get(key) != self.job[key]] or ['another shard size']
-            raise DataError(f'{self.folder} holds an unfinished preparation with {", ".join(changed)}: repeat those '
-                            f'settings to finish it, or delete {self.folder / "*.tmp"} to start again')
-        self.state, self.tokens, self.n_bytes = progress['state'], progress['tokens'], progress['n_bytes']
-        kept = []
+    def sizes(self):
+        """Name -> tokens of every file written so far."""
+        sizes = {}
         for split, count in self.tokens.items():
-            for i, name in enumerate(self._names(split)):
-                path = self.folder / f'{name}.tmp'
-                if not path.exists() and (self.folder / name).exists():
-                    os.replace(self.folder / name, path) # interrupted within _finish, after this one was renamed
-                tokens = min(self.shard_tokens, count - i * self.shard_tokens) if self.shard_tokens else count
-                if not path.exists() or path.stat().st_size < tokens * self.dtype.itemsize:
-                    raise DataError(f'{path} is missing or has lost its end: delete '
-                                    f'{self.folder / "*.tmp"} to start again')
-                os.truncate(path, tokens * self.dtype.itemsize) # what came after the last save is done again
-                kept.append(path)
+            step = self.shard_tokens or max(count, 1)
+            for shard, begin in enumerate(range(0, count, step)):
+                sizes[self.name(split, shard)] = min(step, count - begin)
+        return sizes
+
+    def resume(self):
+        progress = json.loads(self.progress.read_text(encoding='utf-8'))
+        if progress['job'] != self.job or progress['shard_tokens'] != self.shard_tokens:
+            before = progress['job']
+            changed = [f'{key}={before.get(key)!r}' for key in self.job if before.get(key) != self.job[key]]
+            raise DataError(f"{self.folder} holds an unfinished preparation with "
+                            f"{', '.join(changed) or 'another shard size'}: repeat those settings to finish it, or "
+                            f"delete {self.folder / '*.tmp'} to start again")
+        self.state, self.tokens, self.n_bytes = progress['state'], progress['tokens'], progress['n_bytes']
+        sizes = self.sizes()
+        for name, count in sizes.items():
+            path, n_bytes = self.folder / f'{name}.tmp', count * self.dtype.itemsize
+            if not path.exists() and (self.folder / name).exists():
+                os.replace(self.folder / name, path) # finish() was interrupted after it had renamed this one
+            if not path.exists() or path.stat().st_size < n_bytes:
+                raise DataError(f"{path} is missing or has lost its end: delete {self.folder / '*.tmp'} to start again")
+            os.truncate(path, n_bytes) # what came after the last save is written again
         for path in self.folder.glob('*.bin.tmp'):
-            if path not in kept:
+            if path.stem not in sizes:
                 path.unlink()
 
-    def _finish(self):
+    def finish(self):
         for split, count in self.tokens.items():
             if count == 0:
-                raise DataError(f'{self.folder}: the {split} split is empty: give more text, or another val_fraction')
-        for file in self._files.values():
-            self._sync(file)
+                raise DataError(f"{self.folder}: the {split} split is empty: give more text, or another val_fraction")
+        for file in self.files.values():
+            flush_to_disk(file)
             file.close()
-        meta = self.folder / 'meta.json'
-        names = [name for split in self.tokens for name in self._names(split)]
-        self._write_json(meta, {'unfinished': True})
+        meta, names = self.folder / 'meta.json', self.sizes()
+        write_json(meta, {'unfinished': True})
         for name in names:
             os.replace(self.folder / f'{name}.tmp', self.folder / name)
         for path in self.folder.glob('*.bin'):
             if path.name not in names and re.fullmatch(r'(train|val)(_\d+)?\.bin', path.name):
-                path.unlink() # left over from an earlier preparation with other shards
-        self._write_json(meta, {'dtype': self.dtype.name, **self.tokenizer.meta(), 'tokens': self.tokens})
-        self._progress_path.unlink(missing_ok=True)
+                path.unlink() # of an earlier preparation, with other shards
+        write_json(meta, {'dtype': self.dtype.name, **self.tokenizer.meta(), 'tokens': self.tokens})
+        self.progress.unlink(missing_ok=True)
 
-    def _remove_temporary(self):
+    def remove_temporary(self):
         for path in [*self.folder.glob('*.bin.tmp'), *self.folder.glob('*.json.tmp')]:
             path.unlink(missing_ok=True)
 
-    @staticmethod
-    def _sync(file):
-        file.flush()
-        os.fsync(file.fileno())
 
-    def _write_json(self, path, value):
-        new = path.with_name(path.name + '.new.json.tmp')
-        with open(new, 'w', encoding='utf-8') as file:
-            json.dump(value, file, indent=1)
-            self._sync(file)
-        os.replace(new, path)
+def flush_to_disk(file):
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def write_json(path, value):
+    """Replaces path in one step."""
+    new = path.with_name(f'{path.name}.new.json.tmp')
+    with open(new, 'w', encoding='utf-8') as file:
+        json.dump(value, file, indent=1)
+        flush_to_disk(file)
+    os.replace(new, path)
 
 
 def summarize(out, command):
-    """Prints what a prepare script ends with: the numbers of a finished Writer and the command to run next."""
-    print(f'train has {out.tokens["train"]:,} tokens, val has {out.tokens["val"]:,}')
-    print(f'vocab_size {out.tokenizer.vocab_size:,} ({out.tokenizer.name}), '
-          f'{out.n_bytes / sum(out.tokens.values()):.2f} bytes a token')
-    print(f'written to {out.folder}')
-    print(f'next: {command}')
+    """Prints what a prepare script ends with: the numbers of a finished Writer, and the command to run next."""
+    print(f"train has {out.tokens['train']:,} tokens, val has {out.tokens['val']:,}")
+    print(f"vocab_size {out.tokenizer.vocab_size:,} ({out.tokenizer.name}), "
+          f"{out.n_bytes / sum(out.tokens.values()):.2f} bytes per token")
+    print(f"written to {out.folder}")
+    print(f"next: {command}")
 
 
 def fraction(key):
-    """A number in [0, 1) that looks random and depends on the string alone: what is held out stays so on every run."""
+    """A number in [0, 1) that looks random and depends on the string alone. So every run holds out the same things."""
     return int.from_bytes(hashlib.sha256(key.encode('utf-8', 'surrogatepass')).digest()[:8], 'big') / 2 ** 64

@@ -1,24 +1,22 @@
 """
-Measures the speed and memory of this project, and of a peer: a checkout of nanoGPT.
+Measures the speed and memory of this project and, in turn with it, of a peer: a checkout of nanoGPT.
 
-    python tests/bench.py train --preset=baby --peer=PATH   tokens/s, MFU, peak memory, where a step's time goes
-    python tests/bench.py sample --peer=PATH                tokens/s of the prompt and of decoding, short and long
+    python tests/bench.py train --preset=baby --peer=PATH   tokens/s, MFU, peak memory
+    python tests/bench.py sample --peer=PATH                tokens/s of prompt and decoding, short and long context
     python tests/bench.py mixers                            every token mixer and a UNet, and their cost as T grows
     python tests/bench.py unet                              the published UNet, 100 blocks inside, beside a flat GPT
-    python tests/bench.py scale                             cost against T, width, depth and the dataset's size
+    python tests/bench.py scale                             cost against T, width and depth
     python tests/bench.py startup --peer=PATH               seconds from the command to the end of the first step
     python tests/bench.py process --peer=PATH               nanoGPT's small CPU run, from start to end
     python tests/bench.py profile --peer=PATH               the operators that a training step's time goes to
     python tests/bench.py head                              the head's loss: in chunks, by torch, with all logits
     python tests/bench.py loss --peer=PATH                  losses from the same weights on the same batches
-    python tests/bench.py all --device=cuda --peer=PATH     all of it, and each goal beside what was measured
+    python tests/bench.py all --device=cuda --peer=PATH     all of it, with the models that suit the device
 
-Every measurement is a fresh process. This project and the peer run in turn: A B A B. Tables show medians over the
-rounds; a ratio is taken within each round, and its lowest and highest stand in brackets. The raw numbers go to
-tests/results/COMMAND-DEVICE.json. GPTConfig's fields change the model of any command: --n_layer=2. Memory on a CPU is
-the whole process's. What ideas are worth, not speed, is measured by tests/studies.py.
+Every measurement is a fresh process, ours and the peer's in turn: A B A B. Tables show medians over the rounds. A ratio
+is taken within each round; its lowest and highest follow in brackets. Raw numbers go to tests/results/. GPTConfig's
+fields change the model of any command: --n_layer=2. Memory on a CPU is the whole process's.
 """
-import datetime
 import importlib.util
 import itertools
 import json
@@ -41,6 +39,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
@@ -54,15 +53,15 @@ from model import GPT, GPTConfig, LinearCrossEntropy, MIXERS, cost, keep_freed_m
 # what is measured
 preset: Literal['auto', 'readme', 'baby', 'gpt2', 'gpt2-medium'] = 'auto' # auto: what suits the command
 peer: str | None = None # a checkout of nanoGPT, measured in turn with this project
-peer_compile = True # the peer's torch.compile in training, as it has it; False is faster for some models
+peer_compile = True # the peer's torch.compile in training, which is its default; False is faster for some models
 device = 'auto' # auto | cpu | cuda | cuda:1 | mps
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto' # auto: what train.py and sample.py choose
-compile: bool | Literal['auto', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs'] = 'auto' # auto: too
+compile: bool | Literal['auto', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs'] = 'auto' # the same
 batch_size = 0 # sequences in a micro-batch; 0: the preset's
 gradient_accumulation_steps = 1 # micro-batches in a training step
 dataset = '' # a folder in data/, or any folder given with a slash; '': synthetic tokens
 repeats = 5 # rounds
-steps = 5 # timings in a round of training; on a GPU each is the mean of 10 steps
+steps = 5 # timings in a round; in training on a GPU each is the mean of 10 steps
 iterations = 0 # training steps of process and loss; 0: 2000 and 500
 out = '' # the JSON file; '': tests/results/COMMAND-DEVICE.json
 # sample
@@ -71,7 +70,7 @@ contexts = (1, 900) # tokens of the prompt
 new_tokens = 64 # generated after each prompt
 # mixers and scale
 variants: tuple[str, ...] = () # mixers by their names in the table; (): all
-equal_params = False # mixers with as many parameters as attention, by n_layer and mlp_ratio, not of equal width
+equal_params = False # mixers of about as many parameters as attention, by n_layer
 lengths = (256, 512, 1024, 2048, 4096, 8192) # T
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -84,32 +83,34 @@ PRESETS = { # fields of GPTConfig, and the batch size
 NANOGPT_FIELDS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size', 'dropout', 'bias')
 # the flags of nanoGPT's README for a CPU, which both projects take
 SMALL_RUN = dict(device='cpu', compile=False, eval_iters=20, log_interval=1, block_size=64, batch_size=12, n_layer=4,
-                 n_head=4, n_embd=128, dropout=0.0)
+                 n_head=4, n_embd=128, dropout=0.0, max_iters=2000, lr_decay_iters=2000)
 WIDTHS, DEPTHS = (128, 256, 512, 1024), (2, 4, 8, 16) # of scale
-SIZES = (10**6, 10**8, 10**10, 10**11) # tokens of a dataset
+UNET = dict(unet_layers=(5, 2, 2, 2, 2), n_layer=100) # merges 32 tokens into one: the 100 blocks see 32 of 1024
 LONGEST = 10.0 # seconds after which a generation is cut short
-report = dict(about={}, errors={}, tables={}) # what the JSON file holds
-temporary = tempfile.TemporaryDirectory() # of the datasets
+READ = 2 ** 28 # weights that are read to measure the memory's speed: a GiB
+given = {} # what the command line set
+report = dict(about={}, errors={}, tables={}) # the JSON file
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Inside a worker process: a job is a dict of plain values, and so is its result
+# Inside a worker process: a job is a dict of plain values, and its result the columns of a table
 
 def work(job):
-    """Does a job with the choices that train.py makes."""
+    """Makes the choices that train.py makes, then does the job."""
     job = SimpleNamespace(**job)
-    job.device, job.dtype = resolve(job.device, 'float32' if job.peer and 'cpu' in job.device else job.dtype)
-    job.on_gpu = torch.device(job.device).type == 'cuda'
-    job.amp = nullcontext()
-    if job.dtype != 'float32':
-        job.amp = torch.autocast(torch.device(job.device).type, getattr(torch, job.dtype))
+    kind = torch.device(job.device).type
+    job.on_gpu = kind == 'cuda'
+    job.dtype = resolve(job.device, job.dtype)[1]
+    if job.peer and kind == 'cpu':
+        job.dtype = 'float32' # nanoGPT has no autocast there
+    job.amp = torch.autocast(kind, getattr(torch, job.dtype)) if job.dtype != 'float32' else nullcontext()
     if job.compile == 'auto':
         job.compile = job.on_gpu and can_compile(job.device)
     torch.set_float32_matmul_precision('high')
-    if not job.on_gpu:
+    if not job.peer and kind == 'cpu':
         keep_freed_memory()
-    if job.on_gpu and job.compile and not job.peer:
+    if not job.peer and job.on_gpu and job.compile:
         recompute_what_is_cheap()
-    return WORK[job.kind](job)
+    return {'how': job.dtype + (', compiled' if job.compile else '')} | WORK[job.kind](job)
 
 
 def can_compile(device):
@@ -130,66 +131,65 @@ def build(job, source):
     return module.GPT(module.GPTConfig(**{name: job.config[name] for name in NANOGPT_FIELDS})).to(job.device)
 
 
+def on_meta(config):
+    """A model without memory, of a dict of GPTConfig's fields."""
+    with torch.device('meta'):
+        return GPT(GPTConfig(**config))
+
+
 def make_step(job):
-    """-> (model, step): step(i, micro_batches, lr, mark) trains as train.py's i-th step, and returns the loss."""
-    model = build(job, job.peer)
+    """-> step(i, micro_batches), which trains as train.py's i-th step does, and returns the loss."""
+    model, kind = build(job, job.peer), torch.device(job.device).type
     if job.init: # the peer's weights
         load_weights(model, build(job, job.init).state_dict())
-    kind = torch.device(job.device).type
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), kind)
     scaler = torch.amp.GradScaler(kind, enabled=job.dtype == 'float16')
-    mode = job.compile if isinstance(job.compile, str) else None
-    forward = torch.compile(model, dynamic=False, mode=mode) if job.compile else model
+    forward = model
+    if job.compile:
+        forward = torch.compile(model, dynamic=False, mode=job.compile if isinstance(job.compile, str) else None)
     model.train()
 
-    def step(i, micro_batches, lr=1e-3, mark=lambda name: None):
+    def step(i, micro_batches):
         if not job.peer:
             torch.manual_seed((1337 * 1_000_003 + i) * 4096)
         for group in optimizer.param_groups:
-            group['lr'] = lr * group.get('lr_scale', 1.0)
+            group['lr'] = 1e-3 * min(1.0, (i + 1) / 100) * group.get('lr_scale', 1.0)
         loss_sum = 0.0
         for x, y in micro_batches:
             with job.amp:
                 loss = forward(x, y)[1] / len(micro_batches)
-            mark('forward')
             scaler.scale(loss).backward()
             loss_sum += loss.detach()
-            mark('backward')
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        if not job.peer and not scaler.is_enabled(): # train.py skips a step that is not finite
+        if not job.peer and not scaler.is_enabled(): # a step that is not finite is skipped
             optimizer.grad_scale, optimizer.found_inf = None, (~torch.isfinite(norm)).float()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        mark('optimizer')
         return loss_sum
 
-    return model, step
+    return step
 
 
 def load_batches(job):
-    """Yields the micro-batches of each step, fetched ahead by a thread as in train.py."""
-    split, B, T = Split(job.data, 'train'), job.batch_size, job.config['block_size']
+    """Yields (i, the micro-batches of step i), fetched ahead by a thread as in train.py."""
+    split, n = Split(job.data, 'train'), job.accumulation
 
     def to_device(array):
         tensor = torch.from_numpy(array)
         return tensor.pin_memory().to(job.device, non_blocking=True) if job.on_gpu else tensor.to(job.device)
 
     def load(i):
-        first = i * job.accumulation
-        return [[to_device(array) for array in split.batch(n * B, B, T)] for n in range(first, first + job.accumulation)]
+        samples = [k * job.batch_size for k in range(i * n, i * n + n)]
+        pairs = [split.batch(first, job.batch_size, job.config['block_size']) for first in samples]
+        return i, [[to_device(array) for array in pair] for pair in pairs]
     return prefetch(load, 0)
 
 
-def wait():
-    """Until the GPU has done what it was given."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-
-
 def seconds(function):
-    """How long a call takes."""
+    """How long a call takes, with what it leaves the GPU to do."""
+    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
     wait()
     t0 = time.perf_counter()
     function()
@@ -198,148 +198,86 @@ def seconds(function):
 
 
 def work_train(job):
-    _, step = make_step(job)
-    batches, numbers = load_batches(job), itertools.count()
+    """Training steps of at_once between two looks at the clock: train.py does not wait for a GPU in every step."""
+    step, batches, losses = make_step(job), load_batches(job), []
 
-    def take(n, mark=lambda name: None):
-        for i in itertools.islice(numbers, n):
-            micro_batches = next(batches)
-            mark('data')
-            step(i, micro_batches, mark=mark)
-
-    at_once = 10 if job.on_gpu else 1 # train.py does not wait for the GPU in every step either
-    take(max(2, at_once)) # compilation, first allocations, the optimizer's state
+    def take_steps():
+        for i, micro_batches in itertools.islice(batches, job.at_once):
+            losses.append(step(i, micro_batches))
+    for _ in range(2): # compilation, first allocations, the optimizer's state
+        seconds(take_steps)
     if job.on_gpu:
-        wait()
         torch.cuda.reset_peak_memory_stats()
-    times = [seconds(partial(take, at_once)) / at_once for _ in range(job.steps)]
+    times = [seconds(take_steps) / job.at_once for _ in range(job.steps)]
     memory = peak_memory(job.device)
-
-    parts, last = dict(data=0.0, forward=0.0, backward=0.0, optimizer=0.0), time.perf_counter()
-    def mark(name): # waits for the device, so the parts are longer together than a step
-        nonlocal last
-        wait()
-        now = time.perf_counter()
-        parts[name] += (now - last) / job.steps
-        last = now
-    take(job.steps, mark)
     batches.close()
-
-    with torch.device('meta'):
-        model = GPT(GPTConfig(**job.config))
-    flops = cost(model, dtype=getattr(torch, job.dtype), device_type=torch.device(job.device).type)[0]
-    peak, _ = find_peak_flops('auto', job.device, getattr(torch, job.dtype))
+    model, dtype = on_meta(job.config), getattr(torch, job.dtype)
+    flops, peak = cost(model)[0], find_peak_flops('auto', job.device, dtype)[0]
     speed = job.accumulation * job.batch_size * job.config['block_size'] / median(times)
-    how = f"{job.dtype}, {job.compile if isinstance(job.compile, str) else 'compiled' if job.compile else 'eager'}"
-    return dict(how=how, step=median(times), times=times, memory=memory, speed=speed, parts=parts, flops=flops,
-                mfu=speed * flops / peak if peak else None, parameters=model.get_num_params(False))
-
-
-def generator(job):
-    """-> stream(idx, n), which yields n new tokens as sample.py does; the peer's are those of its generate()."""
-    model, options = build(job, job.peer).eval(), dict(temperature=0.8, top_k=200)
-    if not job.peer:
-        if job.choose_dtype and not job.on_gpu and model.get_num_params() < 5e7:
-            job.dtype = 'float32' # as sample.py
-        model.to(getattr(torch, job.dtype))
-        if job.compile:
-            model.hidden = torch.compile(model.hidden, dynamic=True)
-        return partial(model.stream, **options)
-
-    def stream(idx, n): # what generate(idx, n) does, one turn of its loop at a time
-        for _ in range(n):
-            with job.amp:
-                idx = model.generate(idx, 1, **options)
-            yield idx[:, -1:]
-    return stream
-
-
-def time_generation(stream, idx, n, on_gpu):
-    """-> (tokens/s of the prompt, tokens/s of decoding)"""
-    tokens = stream(idx, n)
-    prompt = idx.numel() / seconds(lambda: next(tokens))
-    if on_gpu:
-        next(tokens) # captures a CUDA graph
-    wait()
-    start, count = time.perf_counter(), 0
-    for _ in tokens:
-        count += 1
-        if time.perf_counter() - start > LONGEST:
-            break
-    wait()
-    return prompt, idx.size(0) * count / (time.perf_counter() - start)
+    losses = torch.stack(losses).tolist()
+    return {'M parameters': model.get_num_params(False) / 1e6, 'MFLOP/token': flops / 1e6, 'tokens/s': speed,
+            'MFU': speed * flops / peak if peak else None, 'ms/step': median(times) * 1e3, 'GB': memory / 1e9,
+            'loss': sum(losses[-20:]) / len(losses[-20:]), 'losses': losses, 'times': times}
 
 
 @torch.inference_mode()
 def work_sample(job):
-    """Tokens/s, and which share that is of what the machine can do, for each (batch, context)."""
-    weights = torch.ones(2 ** 14, 2 ** 14, device=job.device) # a GiB, read as decoding reads weights
+    """Tokens/s of the prompt and of decoding, and which share that is of what the machine can do."""
+    bare, dtype = on_meta(job.config), getattr(torch, job.dtype)
+    weights = torch.ones(READ // 2 ** 14, 2 ** 14, device=job.device)
     bandwidth = weights.nbytes / min(seconds(lambda: weights @ weights[0]) for _ in range(5))
     del weights
-    stream, results = generator(job), []
-    peak, _ = find_peak_flops('auto', job.device, getattr(torch, job.dtype))
-    config = GPTConfig(**job.config)
-    with torch.device('meta'):
-        model = GPT(config)
-    width = 4 if job.peer else getattr(torch, job.dtype).itemsize # autocast keeps float32 weights
-    for batch, context in job.shapes:
-        idx = torch.randint(config.vocab_size, (batch, context), device=job.device)
-        time_generation(stream, idx, job.new_tokens, job.on_gpu) # warms up
-        prompt, decode = time_generation(stream, idx, job.new_tokens, job.on_gpu)
-        flops = cost(model, context)[0] / 3 - 2 * config.n_embd * config.vocab_size # forward, without logits
-        results.append(dict(batch=batch, context=context, how=job.dtype, prompt=prompt, decode=decode,
-                            of_peak=prompt * flops / peak if peak else None,
-                            of_bandwidth=decode / batch * width * model.get_num_params(False) / bandwidth))
-    return results
+    peak = find_peak_flops('auto', job.device, dtype)[0]
+    model = build(job, job.peer).eval()
+    if not job.peer:
+        model.to(dtype)
+        if job.compile:
+            model.hidden = torch.compile(model.hidden, dynamic=True)
 
+    def generate(idx, options=dict(temperature=0.8, top_k=200)):
+        """As sample.py; of the peer what its generate() does, one turn of its loop at a time."""
+        if not job.peer:
+            yield from model.stream(idx, job.new_tokens, **options)
+            return
+        for _ in range(job.new_tokens):
+            with job.amp:
+                idx = model.generate(idx, 1, **options)
+            yield idx
 
-def work_loss(job):
-    """The losses of the first training steps, and at the end the one of the validation split."""
-    model, step = make_step(job)
-    batches = load_batches(job)
-    losses = [step(i, next(batches), lr=1e-3 * min(1.0, (i + 1) / 100)) for i in range(job.steps)]
-    batches.close()
-    model.eval()
-    val = []
-    with torch.no_grad(), job.amp:
-        for batch in Split(job.data, 'val').fixed_batches(20, job.batch_size, job.config['block_size']):
-            val.append(model(*(torch.from_numpy(array).to(job.device) for array in batch))[1].item())
-    return dict(how=job.dtype, losses=torch.stack(losses).tolist(), val_loss=sum(val) / len(val))
-
-
-def work_fetch(job):
-    """Seconds to open a dataset and to fetch a batch from it; its shards are holes that take no disk."""
-    with tempfile.TemporaryDirectory() as folder:
-        for first in range(0, job.tokens, 10 ** 8):
-            with open(Path(folder) / f'train_{first // 10 ** 8:06d}.bin', 'wb') as f:
-                f.truncate(2 * min(10 ** 8, job.tokens - first))
-        splits = []
-        opened = seconds(lambda: splits.append(Split(folder, 'train')))
-        fetch = median(seconds(lambda: splits[0].batch(12 * i, 12, 1024)) for i in range(200))
-    return dict(open=opened, fetch=fetch, memory=peak_memory('cpu'))
+    idx = torch.randint(bare.config.vocab_size, (job.batch_size, job.context), device=job.device)
+    for _ in range(2): # the first time warms up
+        tokens, n = generate(idx), 0
+        prompt = idx.numel() / seconds(lambda: next(tokens))
+        if job.on_gpu:
+            next(tokens) # captures a CUDA graph
+        def decode():
+            nonlocal n
+            end = time.perf_counter() + LONGEST
+            while time.perf_counter() < end and next(tokens, None) is not None:
+                n += 1
+        decoding = seconds(decode)
+    # forward, and logits of the last position only
+    flops = cost(bare, job.context)[0] / 3 - 2 * bare.config.n_embd * bare.config.vocab_size
+    n_bytes = bare.get_num_params(False) * (4 if job.peer else dtype.itemsize) # autocast keeps float32 weights
+    return {'prompt tokens/s': prompt, 'of matmul peak': prompt * flops / peak if peak else None,
+            'decode tokens/s': n * job.batch_size / decoding, 'of bandwidth': n / decoding * n_bytes / bandwidth}
 
 
 def work_profile(job):
-    """Milliseconds a step of the ten operators that take longest, and their share of all."""
-    _, step = make_step(job)
-    batches = load_batches(job)
-    for i in range(2):
-        step(i, next(batches))
+    """The ten operators that take longest."""
+    step, batches = make_step(job), load_batches(job)
+    for _ in range(2):
+        step(*next(batches))
     with torch.profiler.profile() as profile:
-        for i in range(job.steps):
-            step(2 + i, next(batches))
-        wait()
+        seconds(lambda: [step(*next(batches)) for _ in range(job.steps)])
     batches.close()
-    took = {}
-    for event in profile.key_averages():
-        if event.device_type == torch.autograd.DeviceType.CPU: # a GPU's kernels are counted at their operators
-            time_us = event.self_device_time_total if job.on_gpu else event.self_cpu_time_total
-            took[event.key] = time_us / job.steps / 1e3
-    total = sum(took.values())
-    if not total:
-        raise ValueError("torch's profiler saw no work on the GPU: this user may not read its counters")
+    key = 'self_device_time_total' if job.on_gpu else 'self_cpu_time_total'
+    # a GPU's kernels are counted at their operators
+    events = [event for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CPU]
+    took = {event.key: getattr(event, key) / job.steps / 1e3 for event in events}
     longest = sorted(took, key=took.get, reverse=True)[:10]
-    return [{'operator': name, 'ms/step': took[name], 'share': took[name] / total} for name in longest]
+    total = sum(took.values())
+    return {'operators': [{'operator': op, 'ms/step': took[op], 'share': took[op] / total} for op in longest]}
 
 
 def work_head(job):
@@ -348,7 +286,6 @@ def work_head(job):
     x = torch.randn(N, C, device=job.device, requires_grad=True)
     weight = (torch.randn(V, C, device=job.device) * 0.02).requires_grad_()
     y = torch.randint(V, (N,), device=job.device)
-    F = torch.nn.functional
 
     def loss(x, weight):
         if job.way == 'chunks':
@@ -358,88 +295,88 @@ def work_head(job):
         return F.cross_entropy(F.linear(x, weight), y)
     fast_loss = torch.compile(loss, dynamic=False) if job.compile else loss
 
-    losses = []
     def step():
+        x.grad = weight.grad = None
         with job.amp:
             losses.append(fast_loss(x, weight))
         losses[-1].backward()
-        losses[-1] = losses[-1].item()
-        x.grad = weight.grad = None
 
-    before = peak_memory(job.device)
-    step()
-    times = [seconds(step) for _ in range(job.steps)]
-    return dict(step=median(times), times=times, memory=peak_memory(job.device) - before, loss=losses[-1],
-                how='compiled' if job.compile else 'eager')
+    losses, before = [], peak_memory(job.device)
+    times = [seconds(step) for _ in range(job.steps + 1)][1:]
+    return {'ms': median(times) * 1e3, 'GB above the start': (peak_memory(job.device) - before) / 1e9,
+            'loss': losses[-1].item(), 'times': times}
 
 
-WORK = dict(train=work_train, sample=work_sample, loss=work_loss, fetch=work_fetch, profile=work_profile,
-            head=work_head)
+WORK = dict(train=work_train, sample=work_sample, profile=work_profile, head=work_head)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Starting processes
 
-def job_of(kind, config, batch, theirs=False, **more):
-    """What a worker needs to know."""
-    job = dict(kind=kind, config=vars(config), peer=peer if theirs else None, init=None, device=device, dtype=dtype,
-               compile=peer_compile if theirs else compile, batch_size=batch, steps=steps,
-               accumulation=gradient_accumulation_steps, data=data(config.vocab_size))
-    return partial(run_worker, job | more)
-
-
-def both(kind, config, batch, **more):
-    """The same job for this project and, if there is one, for the peer."""
-    jobs = {'ours': job_of(kind, config, batch, **more)}
-    if peer:
-        jobs['peer'] = job_of(kind, config, batch, True, **more)
+def both(kind, config, batch, theirs=True, **more):
+    """{'ours': a function that does this job in a worker, 'peer': the same for the peer, if there is one}"""
+    job = dict(kind=kind, config=vars(config), batch_size=batch, accumulation=gradient_accumulation_steps,
+               data=write_data(config.vocab_size, dataset), device=device, dtype=dtype, compile=compile, peer=None,
+               init=None, steps=steps, at_once=1 if device == 'cpu' else 10)
+    jobs = {'ours': partial(run_worker, job | more)}
+    if peer and theirs:
+        jobs['peer'] = partial(run_worker, job | dict(compile=peer_compile) | more | dict(peer=peer, init=None))
     return jobs
 
 
 def run_worker(job):
     """The result of a job, from a fresh process. RuntimeError if it failed."""
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / 'result.json' # not stdout: the peer prints there
-        command = [sys.executable, __file__, 'worker', json.dumps(job), str(result)]
-        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors='replace')
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or [f'ended with status {done.returncode}, without a word']
-            raise RuntimeError(next((line for line in lines if 'OutOfMemory' in line), lines[-1]))
-        return json.loads(result.read_text(encoding='utf-8'))
+    command = [sys.executable, __file__, 'worker', json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, text=True, errors='replace')
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f'ended with status {done.returncode}, without a word']
+        raise RuntimeError(next((line for line in lines if 'OutOfMemory' in line), lines[-1]))
+    return json.loads(done.stdout.splitlines()[-1]) # the peer prints, too
 
 
-def run_train(folder, config_file, flags, until_first_step=False):
-    """
-    train.py in folder -> seconds of the process, seconds to the first step, seconds without evaluations (each lasts
-    from the line before it to its own), the last validation loss, and the lines of metrics.jsonl.
-    """
-    with tempfile.TemporaryDirectory() as parent:
-        run = Path(parent) / 'run'
-        command = [sys.executable, '-u', 'train.py', config_file, *words(flags), f'--out_dir={run}']
-        t0 = last = time.perf_counter()
-        lines, evaluating, result = [], 0.0, dict(first_step=None, val_loss=None)
-        with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                              errors='replace') as process:
-            for line in process.stdout:
-                now = time.perf_counter()
-                lines.append(line)
-                found = re.match(r'step \d+: train loss [\d.]+, val loss ([\d.]+)', line)
-                if found:
-                    result |= dict(training=last - t0 - evaluating, val_loss=float(found[1]))
-                    evaluating += now - last
-                if result['first_step'] is None and re.match(r'iter \d+:', line):
-                    result['first_step'] = now - t0
-                    if until_first_step:
-                        process.kill()
-                last = now
-        if result['first_step'] is None or process.returncode and not until_first_step:
-            raise RuntimeError((lines or ['train.py said nothing'])[-1].strip())
-        metrics = run / 'metrics.jsonl' # nanoGPT has none
-        logged = metrics.read_text(encoding='utf-8').splitlines() if metrics.exists() else []
-        return result | dict(seconds=time.perf_counter() - t0, metrics=[json.loads(line) for line in logged])
+def run_train(folder, *files, **flags):
+    """train.py in folder -> [(seconds since its start, line that it printed)], with an empty line at its end."""
+    command = [sys.executable, '-u', 'train.py', *files, *(f'--{name}={value}' for name, value in flags.items())]
+    lines, t0 = [], time.perf_counter()
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                          errors='replace') as process:
+        for line in process.stdout:
+            lines.append((time.perf_counter() - t0, line.strip()))
+    if process.returncode:
+        raise RuntimeError(lines[-1][1] if lines else 'train.py said nothing')
+    return [*lines, (time.perf_counter() - t0, '')]
 
 
-def words(flags):
-    return [f'--{name}={value}' for name, value in flags.items()]
+def write_data(vocab_size, dataset):
+    """The folder of a dataset for both projects; '': a million tokens, each followed by one of four others."""
+    folder = Path(temporary.name) / str(vocab_size)
+    if folder.exists():
+        return str(folder)
+    folder.mkdir()
+    for path in dataset_folder(dataset).glob('*.bin') if dataset else ():
+        (folder / path.name).symlink_to(path.resolve())
+    if not dataset:
+        strides = np.random.default_rng(0).choice((1, 2, 5, 17), p=(0.6, 0.2, 0.1, 0.1), size=1_100_000)
+        tokens = (strides.cumsum() % vocab_size).astype('<u2')
+        tokens[:1_000_000].tofile(folder / 'train.bin')
+        tokens[1_000_000:].tofile(folder / 'val.bin')
+    (folder / 'meta.pkl').write_bytes(pickle.dumps(dict(vocab_size=vocab_size))) # as nanoGPT has it
+    return str(folder)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rounds and tables
+
+def begin(command, device, out):
+    """An empty report, with what must be known of the machine and the code."""
+    global temporary
+    temporary = tempfile.TemporaryDirectory() # for datasets
+    info, kind = Path('/proc/cpuinfo'), torch.device(device).type
+    cpu = re.search(r'model name\s*: (.*)', info.read_text()) if info.exists() else None
+    about = dict(command=' '.join(sys.argv), date=time.ctime(), commit=git_commit(), system=platform.platform(),
+                 cpu=cpu[1] if cpu else platform.processor(), cores=os.cpu_count(), threads=torch.get_num_threads(),
+                 gpu=torch.cuda.get_device_name(device) if kind == 'cuda' else None,
+                 python=platform.python_version(), torch=torch.__version__,
+                 file=out or str(PROJECT / 'tests' / 'results' / f'{command}-{kind}.json'))
+    report.update(about=about, errors={}, tables={})
 
 
 def in_turn(title, jobs, rounds):
@@ -458,31 +395,230 @@ def in_turn(title, jobs, rounds):
     return results
 
 
-def data(vocab_size):
-    return write_data(Path(temporary.name) / str(vocab_size), vocab_size, dataset)
+def compare(title, jobs, base='peer', ratios=()):
+    """Runs jobs in turn and shows a row for each, with the ratios of these columns to the job `base`. -> {name: row}"""
+    runs, rows = in_turn(title, jobs, repeats), {}
+    for name, results in runs.items():
+        rows[name] = {'': name}
+        for key, value in results[0].items() if results else ():
+            if isinstance(value, (int, float)):
+                rows[name][key] = median(result[key] for result in results)
+            elif not isinstance(value, list):
+                rows[name][key] = value
+        if name != base and results and runs.get(base):
+            for key in ratios:
+                values = [a[key] / b[key] for a, b in zip(results, runs[base])]
+                rows[name][f'{key} to {base}'] = median(values), min(values), max(values)
+        rows[name]['raw'] = results
+    show(title, list(rows.values()))
+    return rows
 
 
-def write_data(folder, vocab_size, dataset):
-    """
-    A dataset folder for both projects: the dataset's files, or a million synthetic tokens. Each of these is followed by
-    one of four others, so that there is something to learn.
-    """
-    if folder.exists():
-        return str(folder)
-    folder.mkdir()
+def cell(value):
+    if isinstance(value, tuple):
+        return f'{value[0]:.3g}x ({value[1]:.3g}-{value[2]:.3g})'
+    if isinstance(value, float):
+        return f'{value:,.0f}' if abs(value) >= 1000 else f'{value:.4g}'
+    return '-' if value is None else str(value)
+
+
+def show(title, rows):
+    """Prints rows (dicts; 'raw' is for the file only) as a table, and writes the file with all there is so far."""
+    report['tables'][title] = rows
+    columns = list(dict.fromkeys(key for row in rows for key in row if key != 'raw'))
+    table = [columns] + [[cell(row.get(key)) for key in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    print(f'\n{title}')
+    for first, *rest in table:
+        print('  '.join([first.ljust(widths[0])] + [text.rjust(n) for text, n in zip(rest, widths[1:])]).rstrip())
+    print(flush=True)
+    path = Path(report['about']['file'])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix('.tmp').write_text(json.dumps(report, indent=1), encoding='utf-8')
+    os.replace(path.with_suffix('.tmp'), path)
+
+
+def picture(panels, y, scale='log'):
+    """Curves beside the JSON file; panels: {x label: {name: [(x, y), ...]}}."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(5 * len(panels), 4.5))
+    for axes, (x, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        for name, points in curves.items():
+            axes.plot(*zip(*points), marker='.', label=name)
+        axes.set(xlabel=x, ylabel=y, xscale=scale, yscale=scale)
+        axes.grid(alpha=0.3, which='both')
+        axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(Path(report['about']['file']).with_suffix('.png'), dpi=100)
+
+
+def end():
+    """Names the file. Status 1 if something failed, unless it was too large for the GPU."""
+    print(f"raw numbers: {report['about']['file']}")
+    if any('OutOfMemory' not in error for error in report['errors'].values()):
+        sys.exit(1)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands
+
+def model_of(default, **changes):
+    """-> (GPTConfig, batch size) of the preset asked for, with what the command line changes."""
+    args, batch = PRESETS[default if preset == 'auto' else preset]
     if dataset:
-        for path in dataset_folder(dataset).glob('*.bin'):
-            (folder / path.name).symlink_to(path.resolve())
-    else:
-        rng = np.random.default_rng(0)
-        successors = rng.integers(vocab_size, size=(vocab_size, 4))
-        choices = rng.choice(4, p=(0.6, 0.2, 0.1, 0.1), size=(1000, 1100))
-        chains = [rng.integers(vocab_size, size=1100)] # side by side, one row a step
-        for choice in choices[1:]:
-            chains.append(successors[chains[-1], choice])
-        tokens = np.stack(chains, axis=1).astype('<u2')
-        tokens[:1000].tofile(folder / 'train.bin')
-        tokens[1000:].tofile(folder / 'val.bin')
-    (folder / 'meta.pkl').write_bytes(pickle.dumps(dict(vocab_size=vocab_size))) # as nanoGPT has it; ours reads it too
-    return str(folder)
+        size = load_meta(dataset_folder(dataset)).get('vocab_size', 50257)
+        changes['vocab_size'] = size if size < 1024 else math.ceil(size / 64) * 64
+    args = args | changes | {name: value for name, value in given.items() if name in GPTConfig.__dataclass_fields__}
+    return GPTConfig(**args), batch_size or batch
 
+
+def train():
+    config, batch = model_of('baby' if device == 'cpu' else 'gpt2')
+    title = f'train, width {config.n_embd}, batch {batch} x {config.block_size}, dropout {config.dropout}'
+    compare(title, both('train', config, batch), ratios=('tokens/s', 'GB'))
+
+
+def sample():
+    config, _ = model_of('gpt2')
+    n = min(new_tokens, config.block_size - 1) # the window never restarts, which would count as decoding
+    # as sample.py: in float32 where bfloat16 is not faster, and not compiled
+    more = dict(new_tokens=n, compile=compile is True)
+    if dtype == 'auto' and device == 'cpu' and on_meta(vars(config)).get_num_params() < 5e7:
+        more['dtype'] = 'float32'
+    for batch, context in itertools.product(batches, contexts):
+        context = min(context, config.block_size - n)
+        jobs = both('sample', config, batch, context=context, **more)
+        compare(f'sample, batch {batch}, context {context}', jobs, ratios=('decode tokens/s', 'prompt tokens/s'))
+
+
+def sweep(title, cases, base=None):
+    """{name: (config, batch)} -> {name: tokens/s in training}"""
+    jobs = {name: both('train', config, batch, theirs=False)['ours'] for name, (config, batch) in cases.items()}
+    rows = compare(title, jobs, base, ['tokens/s', 'GB'])
+    return {name: row['tokens/s'] for name, row in rows.items() if 'tokens/s' in row}
+
+
+def equalized(config, target):
+    """config with the n_layer that brings it closest to `target` parameters."""
+    def distance(n):
+        return abs(on_meta(vars(replace(config, n_layer=n))).get_num_params(False) - target)
+    return replace(config, n_layer=min(range(1, 3 * config.n_layer), key=distance))
+
+
+def mixers():
+    base, batch = model_of('baby' if device == 'cpu' else 'gpt2')
+    a = max(1, base.n_layer // 6) # the UNet has as many blocks as the flat stack
+    every = {name: dict(mixer=name) for name in MIXERS} | {
+        'time-weighting circulant': dict(time_weighting='circulant'),
+        'time-weighting full': dict(time_weighting='full'), 'time-mixing': dict(time_mixing=0.5),
+        'rope': dict(pos_emb='rope'), 'relative': dict(pos_emb='relative'),
+        'unet': dict(unet_layers=(a, a), n_layer=max(1, base.n_layer - 4 * a))}
+    for name in variants:
+        if name not in every:
+            raise ValueError(f"variants={name!r} is not one of {', '.join(every)}")
+    names = ['attention', *(name for name in every if name != 'attention' and (not variants or name in variants))]
+    curves = {name: [] for name in names}
+    for T in lengths:
+        flat = replace(base, block_size=T)
+        cases = {name: (replace(flat, **every[name]), max(1, batch * base.block_size // T)) for name in names}
+        if equal_params:
+            target = on_meta(vars(flat)).get_num_params(False)
+            cases = {name: (equalized(config, target), n) for name, (config, n) in cases.items()}
+        for name, speed in sweep(f'mixers, T={T}', cases, 'attention').items():
+            curves[name].append((T, speed))
+    picture({'T': curves}, 'tokens/s')
+
+
+def unet():
+    flat, batch = model_of('gpt2')
+    sweep('published UNet', {'flat': (flat, batch), 'unet': (replace(flat, **UNET), batch)}, 'flat')
+
+
+def scale():
+    base, batch = model_of('baby')
+    cases = {
+        'T': {T: (replace(base, block_size=T), max(1, batch * base.block_size // T)) for T in lengths},
+        'width': {C: (replace(base, n_embd=C, n_head=max(1, C // 64)), batch) for C in WIDTHS},
+        'depth': {n: (replace(base, n_layer=n), batch) for n in DEPTHS}}
+    panels = {what: {'training': list(sweep(f'scale, {what}', values).items())} for what, values in cases.items()}
+    picture(panels, 'tokens/s')
+
+
+def small_run(max_iters=None):
+    """nanoGPT's small CPU run, from start to end; the first step shows how long the start takes."""
+    max_iters = max_iters or iterations or 2000
+    flags = SMALL_RUN | {name: given[name] for name in NANOGPT_FIELDS if name in given and name != 'vocab_size'}
+    flags |= dict(max_iters=max_iters, dataset=write_data(model_of('readme')[0].vocab_size, dataset))
+
+    def run(folder):
+        with tempfile.TemporaryDirectory() as parent:
+            lines = run_train(folder, 'config/train_shakespeare_char.py', out_dir=f'{parent}/run', **flags)
+        first = next(seconds for seconds, line in lines if re.match(r'iter \d+:', line))
+        losses = [float(loss) for _, line in lines for loss in re.findall(r'val loss ([\d.]+)', line)]
+        return {'s to the first step': first, 's to the end': lines[-1][0], 'val loss': losses[-1]}
+
+    jobs = {'ours': partial(run, PROJECT)} | ({'peer': partial(run, peer)} if peer else {})
+    compare(f'small CPU run, {max_iters} steps', jobs, ratios=('s to the first step', 's to the end'))
+
+
+def profile():
+    config, batch = model_of('baby')
+    for name, results in in_turn('profile', both('profile', config, batch, compile=False), 1).items():
+        for result in results:
+            show(f"profile of {name}, {result['how']}, batch {batch} x {config.block_size}", result['operators'])
+
+
+def head():
+    config, batch = model_of('gpt2')
+    batch = batch if batch_size or device != 'cpu' else 1
+    ways = ['chunks', 'logits'] + (['torch'] if hasattr(torch.nn, 'LinearCrossEntropyOptions') else [])
+    jobs = {way: both('head', config, batch, theirs=False, way=way)['ours'] for way in ways}
+    compare(f'head: {batch * config.block_size} tokens, vocabulary {config.vocab_size}', jobs, 'chunks', ['ms'])
+
+
+def loss():
+    config, batch = model_of('readme' if device == 'cpu' else 'baby', dropout=0.0) # two models draw other masks
+    n = iterations or 500
+    jobs = both('train', config, batch, init=peer, steps=n, at_once=1)
+    compare(f'loss of the last 20 of {n} steps', jobs, ratios=['loss'])
+
+
+def everything():
+    for name, command in COMMANDS.items():
+        if name != 'all':
+            command()
+
+
+COMMANDS:
+        if name not in ('train', 'all'):
+            COMMANDS[name]()
+
+
+COMMANDS = dict(train=train, sample=sample, mixers=mixers, unet=unet, scale=scale, startup=partial(small_run, 1),
+                process=small_run, profile=profile, head=head, loss=loss, all=everything)
+
+
+def choose(argv, commands, namespace):
+    """The command that argv begins with, after the settings behind it have been read. -> (its name, what is given)"""
+    name = argv[0] if argv else ''
+    if name not in commands and not {'-h', '--help'} & set(argv):
+        fail(f"the first argument must be a command, not {name!r}: {', '.join(commands)}; --help explains them")
+    return name, configure(namespace, GPTConfig, argv[1:] if name in commands else argv)[1]
+
+
+def main(argv):
+    global given, device
+    if argv[:1] == ['worker']:
+        print('\n' + json.dumps(work(json.loads(argv[1]))))
+        return
+    name, given = choose(argv, COMMANDS, globals())
+    with exit_on_error():
+        device = resolve(device, 'float32')[0]
+        if peer and not (Path(peer) / 'model.py').is_file():
+            raise ValueError(f"peer={peer!r} has no model.py: give the folder of a checkout of nanoGPT")
+        begin(name, device, out)
+        COMMANDS[name]()
+        end()
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])

@@ -5,13 +5,16 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
+import typing
 import warnings
 
 import pytest
+import torch
 from hypothesis import HealthCheck, example, given as given_, settings as hypothesis_settings, strategies as st
 
 import configurator
-from configurator import configure, exit_on_error, fail
+from configurator import check_ranges, configure, exit_on_error, fail, find_peak_flops, resolve, take_settings
 
 ROOT = os.path.dirname(os.path.abspath(configurator.__file__))
 
@@ -22,6 +25,7 @@ Second paragraph: 50% off {braces}.
 """
 import os
 from dataclasses import dataclass
+from typing import Literal
 # ---------------------------------
 # input and output
 # (files)
@@ -29,6 +33,7 @@ out_dir = 'oüüt' # where it all göes, # included
 eval_only = False # evaluate and stop
 # optimizer
 learning_rate = 6e-4 # peak
+schedule: Literal['cosine', 'linear'] = 'cosine' # its decay
 max_iters = 1000 # steps,
                  # in all
 betas = (0.9, 0.95); _after = 1
@@ -38,6 +43,9 @@ top_k: int | None = 200 # None: all
 start: str | None = None # prompt
 peak_flops: float | str = 'auto' # a number, auto or measure
 compile: 'bool | str' = True # or auto
+kernels: Literal['auto', 'fast'] | bool = 'auto' # which
+limit: float | Literal['auto', 'measure'] = 'auto' # how much
+parts: tuple[Literal['a', 'b'], ...] | Literal['none', 'all'] | None = None
 shape: int | tuple[int, ...] = 3
 stop: tuple[str, ...] = ()
 either: bool | int = 2
@@ -49,8 +57,8 @@ class Helper: pass
 module = os
 here = os.getcwd
 '''
-NAMES = ['out_dir', 'eval_only', 'learning_rate', 'max_iters', 'betas', 'top_k', 'start', 'peak_flops', 'compile',
-         'shape', 'stop', 'either', 'anything']
+NAMES = ['out_dir', 'eval_only', 'learning_rate', 'schedule', 'max_iters', 'betas', 'top_k', 'start', 'peak_flops',
+         'compile', 'kernels', 'limit', 'parts', 'shape', 'stop', 'either', 'anything']
 
 
 @dataclasses.dataclass
@@ -61,6 +69,7 @@ class NetConfig:
     levels: tuple[int, ...] = () # blocks at each
                                  # resolution
     mixer: 'str | None' = 'attention'
+    mlp: typing.Literal['gelu', 'none'] = 'gelu'
     scales: list = dataclasses.field(default_factory=lambda: [1, 2.5])
 
     def method(self):
@@ -131,7 +140,7 @@ def test_dataclass_fields_are_settings(script):
     config, given = script.run('--width=128', '--levels=5,2', dataclass=NetConfig)
     assert given == {'width': 128, 'levels': (5, 2)}
     assert {'mixer': 'attention', 'scales': (1, 2.5), 'width': 128}.items() <= config.items()
-    assert list(config)[-4:] == ['width', 'levels', 'mixer', 'scales']
+    assert list(config)[-5:] == ['width', 'levels', 'mixer', 'mlp', 'scales']
 
 
 def test_script_default_wins_and_dataclass_annotation_fills_in(script):
@@ -175,6 +184,9 @@ def test_config_is_json(script):
     ('--shape=4,', (4,)),
     ('--betas=0.9,1', (0.9, 1.0)), ('--betas=5', (5.0,)), ('--betas=()', ()), ('--betas=', ()),
     ('--stop=a,b', ('a', 'b')), ('--stop=5', ('5',)), ('--stop=("a,b", "c")', ('a,b', 'c')), ('--stop=', ()),
+    ('--schedule=linear', 'linear'), ('--kernels=fast', 'fast'), ('--kernels=True', True), ('--kernels', True),
+    ('--limit=measure', 'measure'), ('--limit=2', 2.0), ('--parts=all', 'all'), ('--parts=None', None),
+    ('--parts=("a", "b")', ('a', 'b')),
     ('--anything=5', 5), ('--anything=word', 'word'), ('--anything=', ''), ('--anything=None', None),
 ])
 def test_value(script, arg, value):
@@ -206,6 +218,31 @@ def test_value(script, arg, value):
 def test_mistaken_argument(mistakes, arg, words):
     lines = mistakes(arg)
     assert len(lines) == 1 and words in lines[0]
+
+
+CHOICES = [
+    ('schedule', 'straight', "'straight' is not one of cosine, linear"),
+    ('schedule', 5, '{} is not one of cosine, linear'),
+    ('kernels', 'slow', "'slow' is not one of auto, fast, True, False"),
+    ('kernels', 2, '{} is not one of auto, fast, True, False'),
+    ('limit', 'much', "'much' is not one of auto, measure, a float"),
+    ('mlp', 'relu', "'relu' is not one of gelu, none"),
+    ('parts', 'some', "'some' is not one of none, all, tuple[Literal['a', 'b'], ...], None"),
+    ('parts', ('a', 'c'), "{} is not one of none, all, tuple[Literal['a', 'b'], ...], None"),
+]
+
+
+@pytest.mark.parametrize('name, value, words', CHOICES)
+def test_value_that_is_no_choice(script, mistakes, name, value, words):
+    file = script.file('bad.py', f'\n{name} = {value!r}')
+    assert mistakes(f'--{name}={value}', dataclass=NetConfig) == [f'{name}=' + words.format(repr(str(value)))]
+    assert mistakes(file, dataclass=NetConfig) == [f'{file}:2: {name}=' + words.format(repr(value))]
+
+
+def test_file_sets_choices(script):
+    path = script.file('a.py', "schedule = 'linear'\nkernels = False\nlimit = 3\nmlp = 'none'\nparts = ['b']")
+    given = script.run(path, dataclass=NetConfig)[1]
+    assert given == dict(schedule='linear', kernels=False, limit=3.0, mlp='none', parts=('b',))
 
 
 def test_word_for_a_tuple_of_anything(mistakes):
@@ -301,6 +338,22 @@ def test_file_is_found_from_here_then_from_the_scripts_folder(script, tmp_path_f
     assert script.run('config/x.py')[1] == {'max_iters': 2}
 
 
+def test_only_what_a_file_assigns_can_be_a_setting(script, mistakes):
+    path = script.file('good.py', '''
+        import importlib
+        import math as mathematics
+        from dataclasses import MISSING, dataclass
+        from math import pi, tau as turn
+        from string import digits
+        module = importlib.import_module('json')
+        max_iters = int(turn + pi) + len(digits)
+    ''')
+    assert script.run(path)[1] == {'max_iters': 19}
+    path = script.file('bad.py', 'from math import pi\npi = pi + 1\nfor i in (1, 2): pass')
+    assert [line.partition(';')[0] for line in mistakes(path)] == [
+        f"{path}:2: unknown setting 'pi'", f"{path}:3: unknown setting 'i'"]
+
+
 def test_mistakes_in_a_file(script, mistakes):
     path = script.file('bad.py', '''\
         import os
@@ -380,6 +433,7 @@ def test_help_shows_everything_in_order(script, capsys, monkeypatch):
         '--eval_only=False evaluate and stop (bool)',
         'optimizer',
         '--learning_rate=0.0006 peak (float)',
+        '--schedule=cosine its decay (cosine | linear)',
         '--max_iters=1000 steps, in all (int)',
         '--betas=0.9,0.95 (tuple[float, ...])',
         'chat',
@@ -387,6 +441,9 @@ def test_help_shows_everything_in_order(script, capsys, monkeypatch):
         '--start=None prompt (str | None)',
         '--peak_flops=auto a number, auto or measure (float | str)',
         '--compile=True or auto (bool | str)',
+        '--kernels=auto which (auto | fast | bool)',
+        '--limit=auto how much (auto | measure | float)',
+        "--parts=None (none | all | tuple[Literal['a', 'b'], ...] | None)",
         '--shape=3 (int | tuple[int, ...])',
         '--stop=() (tuple[str, ...])',
         '--either=2 (bool | int)',
@@ -396,6 +453,7 @@ def test_help_shows_everything_in_order(script, capsys, monkeypatch):
         '--width=64 channels, é (int)',
         '--levels=() blocks at each resolution (tuple[int, ...])',
         '--mixer=attention (str | None)',
+        '--mlp=gelu (gelu | none)',
         '--scales=1,2.5 (list)',
     ]
 
@@ -442,6 +500,106 @@ def test_exit_on_error_lets_bugs_through(capsys):
     assert e.value.code == 130 and capsys.readouterr().err == ''
     with exit_on_error():
         pass
+
+
+# ranges --------------------------------------------------------------------------------------------------------------
+
+INF = float('inf')
+
+
+@pytest.mark.parametrize('interval, inside, outside, words', [
+    ('[1, inf)', (1, 10 ** 12), (0, -3), 'at least 1'),
+    ('(0, inf)', (1e-9, 7), (0, -0.5), 'above 0'),
+    ('[0, 1)', (0, 0.0, 0.999), (1, 1.5, -0.1), 'at least 0 and below 1'),
+    ('(0, 1]', (1e-9, 1.0), (0, 1.1), 'above 0 and at most 1'),
+    ('(-1, 0.5]', (0, -0.9, 0.5), (-1, 0.6), 'above -1 and at most 0.5'),
+    ('(-inf, 3)', (-5, 2.9), (3, INF), 'below 3'),
+    ('[0, inf)', (0, 1e300), (INF,), 'at least 0 and finite'),
+    ('[0, inf]', (0, INF), (-1,), 'at least 0'),
+])
+def test_range(interval, inside, outside, words):
+    for value in (*inside, None):
+        check_ranges({'x': value}, {interval: 'x'})
+    for value in outside:
+        with pytest.raises(ValueError) as e:
+            check_ranges({'x': value}, {interval: 'x'})
+        assert str(e.value) == f'x={value!r} must be {words}'
+
+
+def test_all_values_out_of_range_are_reported_at_once():
+    ranges = {'[1, inf)': 'batch_size eval_iters', '[0, 1)': 'beta1 beta2', '(0, 1]': 'top_p'}
+    config = dict(batch_size=0, eval_iters=1, beta1=1.5, beta2=0.95, top_p=0, other=-1)
+    with pytest.raises(ValueError) as e:
+        check_ranges(config, ranges)
+    assert str(e.value) == ('batch_size=0 must be at least 1; beta1=1.5 must be at least 0 and below 1; '
+                            'top_p=0 must be above 0 and at most 1')
+    with pytest.raises(KeyError, match='eval_itres'): # a bug of the script
+        check_ranges(config, {'[1, inf)': 'eval_itres'})
+
+
+# settings of a run that goes on --------------------------------------------------------------------------------------
+
+def test_settings_are_taken_from_the_run(script):
+    namespace = script.namespace()
+    config, given = configure(namespace, NetConfig, ['--max_iters=7', '--betas=0.9,0.95', '--out_dir=new'])
+    stored = dict(max_iters=5, betas=[0.9, 0.95], learning_rate=1.0, shape=[1, 2], width=8, out_dir='old', start='old',
+                  gone=1)
+    changed = take_settings(namespace, config, given, stored, ('out_dir', 'start'))
+    assert changed == {'max_iters': (5, 7)} # betas are the run's, asked for anew; a name that is not taken is no change
+    for name, value in dict(max_iters=7, betas=(0.9, 0.95), learning_rate=1.0, shape=(1, 2), out_dir='new', start=None).items():
+        assert config[name] == namespace[name] == value, name
+    assert config['width'] == 8 and 'width' not in namespace and 'gone' not in config
+
+
+# this machine --------------------------------------------------------------------------------------------------------
+
+def test_device_and_dtype():
+    assert resolve('cpu', 'auto') in [('cpu', 'float32'), ('cpu', 'bfloat16')]
+    assert resolve('cpu', 'float16') == ('cpu', 'float16')
+    for device in ('cuda:99', 'toaster'):
+        with pytest.raises(ValueError, match=f"device='{device}' is not there .*this machine has cpu.*--device=auto"):
+            resolve(device, 'auto')
+
+
+@pytest.mark.parametrize('name, flops', [
+    ('NVIDIA H100 80GB HBM3', 989.4e12), ('NVIDIA H100 PCIe', 756e12), ('NVIDIA H100 NVL', 835.5e12),
+    ('NVIDIA H200', 989.4e12), ('NVIDIA A100-SXM4-80GB', 312e12), ('NVIDIA A10G', 70e12),
+    ('NVIDIA A10', 125e12), ('NVIDIA L4', 121e12),
+    ('NVIDIA L40S', 362e12), ('Tesla T4', 65e12), ('Tesla V100-SXM2-16GB', 125e12),
+    ('NVIDIA GeForce RTX 4090', 165.2e12), ('AMD Instinct MI300X', 1307.4e12), ('NVIDIA B200', 2250e12),
+    ('NVIDIA GeForce GTX 1080', None), ('NVIDIA L400', None),
+])
+def test_peak_flops_of_a_card(name, flops, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: name)
+    found, source = find_peak_flops('auto', 'cuda', torch.bfloat16)
+    assert found == flops
+    assert 'datasheet' in source if flops else name in source and '--peak_flops=' in source
+    assert find_peak_flops('auto', 'cuda', torch.float32)[0] is None
+
+
+def test_peak_flops_settings():
+    assert find_peak_flops(3e12, 'cpu', torch.float32) == (3e12, 'as set')
+    assert find_peak_flops(3, 'cuda', torch.float32) == (3.0, 'as set')
+    assert find_peak_flops('auto', 'mps', torch.float32)[0] is None
+    for wrong in (-1.0, 0.0, INF):
+        with pytest.raises(ValueError, match=f'peak_flops={wrong} must be above 0.*auto or measure'):
+            find_peak_flops(wrong, 'cpu', torch.float32)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_peak_flops_measured(dtype):
+    """It takes a moment, also where the processor lacks the dtype, and is what training's products reach."""
+    started = time.perf_counter()
+    flops, source = find_peak_flops('auto', 'cpu', dtype)
+    seconds = time.perf_counter() - started
+    assert 'measured' in source and str(dtype).removeprefix('torch.') in source and seconds < 10, (source, seconds)
+    x, w = (torch.randn(256, 256).to(dtype) for _ in range(2))
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        torch.nn.functional.linear(x, w)
+        times.append(time.perf_counter() - started)
+    assert flops > 0.2 * 2 * 256 ** 3 / min(times) # a @ w is 5 times slower in an emulated bfloat16
 
 
 # whole processes -----------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +104,7 @@ def test_special_token(tokenizer):
     assert ids[1] == ids[3] == tokenizer.eot and len(ids) == 4
     assert tokenizer.decode(ids) == 'ab'
     assert tokenizer.decode(ids, special=True) == 'a' + EOT + 'b' + EOT
-    assert tokenizer.n_bytes(np.array([ids, [-1, -1, ids[0], 10 ** 6]])) == 3   # targets of -1 and surplus ids: none
+    assert tokenizer.n_bytes(np.array([ids, [-1, -1, ids[0], 10 ** 6]])) == 3 # targets of -1 and surplus ids: none
     assert tokenizer.decode([ids[0], 10 ** 6, -1]) == 'a\ufffd\ufffd'
     if tokenizer.name != 'char':
         plain = tokenizer.encode(EOT, allow_special=False)
@@ -153,12 +154,12 @@ def test_no_tokenizer_in_metadata():
 # ---- metadata
 
 def test_meta_pkl_of_nanogpt(tmp_path):
-    characters = 'zab\n'   # ids as given, not as sorted
+    characters = 'zab\n' # ids as given, not as sorted
     meta = {'vocab_size': 4, 'itos': dict(enumerate(characters)), 'stoi': {c: i for i, c in enumerate(characters)}}
     (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(meta))
     assert load_meta(tmp_path) == {'vocab_size': 4, 'tokenizer': 'char', 'characters': characters}
     assert load_tokenizer(load_meta(tmp_path)).encode('az') == [1, 0]
-    (tmp_path / 'meta.json').write_text('{"vocab_size": 7}', encoding='utf-8')   # goes first
+    (tmp_path / 'meta.json').write_text('{"vocab_size": 7}', encoding='utf-8') # goes first
     assert load_meta(tmp_path) == {'vocab_size': 7}
 
 
@@ -192,7 +193,7 @@ def test_damaged_pickle(tmp_path, data):
 
 
 def test_pickle_that_asks_for_memory(tmp_path):
-    (tmp_path / 'meta.pkl').write_bytes(b'\x80\x02}r\xff\xff\xff\x7f.')   # memo entry 2**31 - 1
+    (tmp_path / 'meta.pkl').write_bytes(b'\x80\x02}r\xff\xff\xff\x7f.') # memo entry 2**31 - 1
     with pytest.raises(DataError, match='memo entry 2147483647'):
         load_meta(tmp_path)
 
@@ -242,7 +243,7 @@ def test_uint32_files(tmp_path):
 def test_shards_with_header(tmp_path, names, magic, version, dtype):
     for i, name in enumerate(names):
         sharded(tmp_path / name, range(10 * i, 10 * i + 10), magic, version, dtype)
-    sharded(tmp_path / 'fineweb_val_000000.bin', [7] * 5)   # neither one of train
+    sharded(tmp_path / 'fineweb_val_000000.bin', [7] * 5) # neither one of train
     (tmp_path / 'training.bin').write_bytes(b'123')
     split = Split(tmp_path, 'train')
     assert split.n_tokens == 10 * len(names)
@@ -322,9 +323,9 @@ def test_dataset_folder(tmp_path, monkeypatch):
 def test_random_batches_are_a_pure_function(tmp_path):
     split = shards_of(tmp_path, [50, 30, 80])
     x, y = split.batch(1000, 64, 16, seed=3)
-    assert (y[:, :-1] == x[:, 1:]).all() and (np.diff(x, axis=1) == 1).all()   # windows stay within a shard
+    assert (y[:, :-1] == x[:, 1:]).all() and (np.diff(x, axis=1) == 1).all() # windows stay within a shard
     again = np.concatenate([Split(tmp_path, 'train').batch(1000 + i, 8, 16, seed=3)[0] for i in range(0, 64, 8)])
-    assert (again == x).all()   # however the samples are cut in batches
+    assert (again == x).all() # however the samples are cut in batches
     assert (split.batch(1001, 64, 16, seed=3)[0][:-1] == x[1:]).all()
     assert (split.batch(1000, 64, 16, seed=4)[0] != x).any()
     assert split.batch(10 ** 15, 1, 16, seed=-1)[0].shape == (1, 16)
@@ -333,7 +334,7 @@ def test_random_batches_are_a_pure_function(tmp_path):
 def test_random_batches_reach_every_start(tmp_path):
     split = shards_of(tmp_path, [20, 4, 18])
     starts = split.batch(0, 20000, 8)[0][:, 0]
-    valid = [*range(12), *range(2000, 2010)]   # the shard of 4 has no window of 8
+    valid = [*range(12), *range(2000, 2010)] # the shard of 4 has no window of 8
     assert abs(np.corrcoef(starts[1:], starts[:-1])[0, 1]) < 0.05
     values, counts = np.unique(starts, return_counts=True)
     assert values.tolist() == valid
@@ -355,7 +356,7 @@ def test_epoch_covers_every_window_once(tmp_path, lengths):
     if n > 10:
         assert orders[0] != orders[1] != orders[2] and orders[0] != windows
         assert split.batch(0, n, 5, 'epoch', seed=8)[0][:, 0].tolist() != orders[0]
-    x = split.batch(0, 2 * n, 3, 'epoch', seed=9, stride=5)[0]   # shorter windows, over the end of an epoch
+    x = split.batch(0, 2 * n, 3, 'epoch', seed=9, stride=5)[0] # shorter windows, over the end of an epoch
     assert x.shape == (2 * n, 3) and x[:, 0].tolist() == orders[0] + orders[1]
 
 
@@ -371,13 +372,13 @@ def test_epoch_on_several_ranks(tmp_path):
 def test_permutation_is_one():
     for n in [*range(1, 70), 1000, 4096, 4097]:
         key = np.full(n, n * 77, np.uint64)
-        assert sorted(T._permute(np.arange(n, dtype=np.uint64), n, key).tolist()) == list(range(n))
+        assert sorted(T.permute(np.arange(n, dtype=np.uint64), n, key).tolist()) == list(range(n))
 
 
 def test_permutation_looks_random():
     # of a random permutation, the correlation with the order and between neighbours is about 1/sqrt(n)
     n = 10000
-    p = T._permute(np.arange(n, dtype=np.uint64), n, np.zeros(n, np.uint64)).astype(float)
+    p = T.permute(np.arange(n, dtype=np.uint64), n, np.zeros(n, np.uint64)).astype(float)
     assert abs(np.corrcoef(p, np.arange(n))[0, 1]) < 0.05
     assert abs(np.corrcoef(p[1:], p[:-1])[0, 1]) < 0.05
 
@@ -388,9 +389,9 @@ def test_fixed_batches(tmp_path):
     assert len(batches[0]) == 4
     assert all((a[0] == b[0]).all() and (a[1] == b[1]).all() for a, b in zip(*batches))
     starts = [start for x, _ in batches[0] for start in x[:, 0].tolist()]
-    assert len(set(starts)) == 20 and min(starts) < 20 and max(starts) > 1250   # from one end to the other
+    assert len(set(starts)) == 20 and min(starts) < 20 and max(starts) > 1250 # from one end to the other
     assert all((x + 1 == y).all() for x, y in batches[0])
-    small = list(split.fixed_batches(100, 5, 100))   # there are but 1 + 2 windows of 100
+    small = list(split.fixed_batches(100, 5, 100)) # there are but 1 + 2 windows of 100
     assert [x[:, 0].tolist() for x, _ in small] == [[0, 1000, 1100]]
 
 
@@ -435,7 +436,7 @@ def test_ids_beyond_the_vocabulary(tmp_path, monkeypatch):
         Split(tmp_path, 'train').scan(65)
     read = []
     assert Split(tmp_path, 'train').scan(66, read.append) == 200 == sum(read)
-    (tmp_path / 'meta.json').write_text('{"vocab_size": 65}', encoding='utf-8')   # known without being told
+    (tmp_path / 'meta.json').write_text('{"vocab_size": 65}', encoding='utf-8') # known without being told
     with pytest.raises(DataError, match=words):
         Split(tmp_path, 'train').batch(0, 100, 30)
 
@@ -514,15 +515,15 @@ def test_prefetch_shuts_down():
     batches = prefetch(make, 0, depth=3)
     next(batches)
     assert full.wait(10)
-    time.sleep(0.05)   # the thread now waits for room
+    time.sleep(0.05) # the thread now waits for room
     batches.close()
     assert not prefetch_threads() and made == [0, 1, 2, 3]
-    prefetch(make, 0).close()   # never begun
+    prefetch(make, 0).close() # never begun
     assert not prefetch_threads()
 
 
 def test_prefetch_ends_before_python_does():
-    """Its thread has ended when the first exit handler, which is the last to be called, looks: Python 3.13 hangs otherwise."""
+    """The first exit handler is the last to be called. The thread has ended by then, or Python 3.13 would hang."""
     code = """
         import atexit, sys, threading
         atexit.register(lambda: print([t.name for t in threading.enumerate()]))
@@ -530,7 +531,8 @@ def test_prefetch_ends_before_python_does():
         batches = prefetch(lambda i: i, 0)
         next(batches)
         sys.exit(3)"""
-    done = subprocess.run([sys.executable, '-c', textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, '-c', textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True,
+                          timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (3, "['MainThread']\n", '')
 
 
@@ -583,7 +585,7 @@ def test_writer_shards(tmp_path, n):
     names = [f'train_{i:06d}.bin' for i in range(-(-n // 10))]
     assert sorted(p.name for p in tmp_path.glob('train*')) == names
     assert np.concatenate([np.fromfile(tmp_path / name, '<u2') for name in names]).tolist() == ids.tolist()
-    write(tmp_path, {'train': [1], 'val': [1]}, shard_tokens=10)   # fewer shards: the old ones go
+    write(tmp_path, {'train': [1], 'val': [1]}, shard_tokens=10) # fewer shards: the old ones go
     assert sorted(content(tmp_path)) == ['meta.json', 'train_000000.bin', 'val_000000.bin']
     write(tmp_path, {'train': [1], 'val': [1]})
     assert sorted(content(tmp_path)) == ['meta.json', 'train.bin', 'val.bin']
@@ -592,7 +594,7 @@ def test_writer_shards(tmp_path, n):
 @pytest.mark.parametrize('exception', [KeyboardInterrupt, OSError, DataError])
 @pytest.mark.parametrize('shard_tokens', [None, 10])
 def test_interrupted_writer_leaves_nothing(tmp_path, exception, shard_tokens):
-    for before in ({}, {'train': [1, 2], 'val': [3]}):   # a new folder, and one that holds a dataset
+    for before in ({}, {'train': [1, 2], 'val': [3]}): # a new folder, and one that holds a dataset
         if before:
             write(tmp_path, before, shard_tokens=shard_tokens)
         files = content(tmp_path)
@@ -605,7 +607,7 @@ def test_interrupted_writer_leaves_nothing(tmp_path, exception, shard_tokens):
 
 
 @pytest.mark.parametrize('given, words', [({'train': [1, 2]}, 'val split is empty'), ({'val': [1]}, 'train split'),
-                                          ({'train': [257], 'val': [1]}, 'id 257'), ({'train': [-1]}, 'outside')])
+                                          ({'train': [257], 'val': [1]}, 'id 257'), ({'train': [7, -1]}, 'id -1 is')])
 def test_writer_refuses(tmp_path, given, words):
     with pytest.raises(DataError, match=words):
         write(tmp_path, given)
@@ -627,7 +629,7 @@ def test_writer_killed_while_replacing(tmp_path, monkeypatch):
             replace(source, target)
 
         monkeypatch.setattr(os, 'replace', dies)
-        if last <= 4:   # the mark, two splits, meta.json
+        if last <= 4: # the mark, two splits, meta.json
             with pytest.raises(KeyboardInterrupt):
                 write(folder, {'train': [2] * 10, 'val': [2] * 10})
         else:
@@ -670,6 +672,18 @@ def test_writer_resumes(tmp_path, shard_tokens):
             assert job(folder, 12, shard_tokens=shard_tokens) == begins
     assert content(folder) == content(tmp_path / 'whole') and not list(folder.glob('*.tmp'))
     assert Split(folder, 'train').n_tokens == 84
+
+
+def test_writer_resumes_before_a_split_has_tokens(tmp_path):
+    for interrupted in True, False:
+        with suppress(KeyboardInterrupt), Writer(tmp_path, ByteTokenizer(), job={}) as out:
+            if interrupted:
+                out.write('train', [1])
+                out.save(1)
+                out.write('val', [2])
+                raise KeyboardInterrupt
+            out.write('val', [3])
+    assert out.state == 1 and [text_of(tmp_path, split) for split in ('train', 'val')] == ['\x01', '\x03']
 
 
 def test_writer_resumes_after_dying_while_replacing(tmp_path, monkeypatch):
@@ -758,7 +772,8 @@ def test_prepare_calc(tmp_path):
 
 
 def test_prepare_calc_small_space_and_reversed(tmp_path):
-    printed = prepare('calc', f'--out={tmp_path}', *PLAIN_CALC, '--digits=1', '--operators=+-/', '--reverse=+-/', '--examples=95')
+    printed = prepare('calc', f'--out={tmp_path}', *PLAIN_CALC, '--digits=1', '--operators=+-/', '--reverse=+-/',
+                      '--examples=95')
     assert printed.count('using all') == 1 and 'only 90 problems a/b' in printed
     problems = problems_of(tmp_path, 'train') + problems_of(tmp_path, 'val')
     assert len(problems) == 95 + 95 + 90
@@ -772,8 +787,9 @@ def test_prepare_calc_small_space_and_reversed(tmp_path):
 @pytest.mark.parametrize('pad', [False, True])
 @pytest.mark.parametrize('reverse', ['', '+*'])
 def test_prepare_calc_with_its_steps(tmp_path, reverse, pad):
-    """Every number of every step is right, and the last one is the answer; padded, lines have one length an operator."""
-    prepare('calc', f'--out={tmp_path}', *PLAIN_CALC, '--digits=3', '--examples=300', '--scratch=True', f'--reverse={reverse}', f'--pad={pad}')
+    """Each number of each step is right, and the last is the answer. Padded, an operator's lines have one length."""
+    prepare('calc', f'--out={tmp_path}', *PLAIN_CALC, '--digits=3', '--examples=300', '--scratch=True',
+            f'--reverse={reverse}', f'--pad={pad}')
     read = lambda text: int(text[::-1] if operator in reverse else text)
     written, lengths = 0, set()
     for line in (text_of(tmp_path, 'train') + text_of(tmp_path, 'val')).splitlines():
@@ -799,7 +815,8 @@ def test_prepare_calc_with_its_steps(tmp_path, reverse, pad):
             for step in steps[0].split('+'):
                 digit, product, left = re.fullmatch(r'(\d)\*(\d+)-(\d+)', step).groups()
                 digits += digit
-                assert read(product) == int(digit) * b * 10 ** (len(steps[0].split('+')) - len(digits)) and read(left) == a - read(product)
+                zeros = len(steps[0].split('+')) - len(digits)
+                assert read(product) == int(digit) * b * 10 ** zeros and read(left) == a - read(product)
                 a = read(left)
             assert a == 0 and len(steps) == 1 and int(digits) == read(answer)
     assert written > 400 and (len(lengths) == 4) == pad
@@ -822,7 +839,8 @@ def test_calc_accuracy(tmp_path):
     counts = accuracy(generate, problems, batch_size=8, progress=done.append)
     assert sum(done) == len(problems) == sum(total for _, total in counts.values())
     steps = [('12*34=', '48+360=408')] # what comes before the answer does not count, whatever it is
-    assert [accuracy(lambda prompts, n: [text], steps)['*', 2][0] for text in ('48+360=408\n', '1=2=408\n', '408=48\n', '4081\n')] == [1, 1, 0, 0]
+    for text, right in ('48+360=408\n', 1), ('1=2=408\n', 1), ('408=48\n', 0), ('4081\n', 0):
+        assert accuracy(lambda prompts, n: [text], steps) == {('*', 2): (right, 1)}
     for (operator, digits), (solved, total) in counts.items():
         assert solved == (total if operator in '+*' else 0)
     n_products = sum('*' in p for p, _ in problems)
@@ -836,7 +854,8 @@ def test_calc_accuracy(tmp_path):
 def test_calc_evaluate_a_checkpoint(tmp_path):
     import torch
     from data.calc.evaluate import load_generator
-    from model import GPT, GPTConfig, save_checkpoint
+    from data.checkpoints import save_checkpoint
+    from model import GPT, GPTConfig
     prepare('calc', f'--out={tmp_path}/calc', '--examples=20', *PLAIN_CALC)
     meta = load_meta(tmp_path / 'calc')
     torch.manual_seed(0)
@@ -886,7 +905,7 @@ def test_prepare_text_by_documents(tmp_path):
     assert train.endswith(EOT) and val.endswith(EOT)
     train, val = train.split(EOT)[:-1], val.split(EOT)[:-1]
     assert sorted(train + val) == sorted(documents) and 15 < len(val) < 50
-    assert [d for d in documents if d in set(train)] == train   # order is kept
+    assert [d for d in documents if d in set(train)] == train # order is kept
     assert '300 documents' in printed and 'whole documents' in printed
     assert load_meta(tmp_path / 'out')['eot'] is True
 
@@ -900,7 +919,7 @@ def test_prepare_text_few_documents(tmp_path):
 
 
 def test_prepare_text_mistakes(tmp_path):
-    (tmp_path / 'bad.txt').write_bytes(b'a' + 'é'.encode() * 3_000_000 + b'\xff')   # pieces end within an é
+    (tmp_path / 'bad.txt').write_bytes(b'a' + 'é'.encode() * 3_000_000 + b'\xff') # pieces end within an é
     (tmp_path / 'bad.jsonl').write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
     (tmp_path / 'torn.jsonl').write_bytes(b'{"text": "a"}\n{"text": "b\n')
     (tmp_path / 'other.jsonl').write_bytes(b'{"body": "a"}\n')
@@ -945,7 +964,7 @@ def test_text_is_read_in_pieces(tmp_path_factory, text, chunk):
 def test_text_pieces_give_the_same_tokens():
     tokenizer = TiktokenTokenizer('gpt2')
     cut = text_script(10000)['place_to_cut']
-    source = Path(T.__file__).read_text(encoding='utf-8').replace('\n    ', '\n')   # has lines of each kind
+    source = Path(T.__file__).read_text(encoding='utf-8').replace('\n    ', '\n') # has lines of each kind
     rest, ids, n_pieces = source, [], 0
     while rest:
         at = cut(rest[:500]) or cut(rest[:2000]) or cut(rest[:8000]) or len(rest)
@@ -976,7 +995,7 @@ def test_download_is_all_or_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(module, 'SHA256', module.hashlib.sha256(b'thou').hexdigest())
     assert module.tiny_shakespeare() == 'thou'
     monkeypatch.setattr(module, 'URL', (tmp_path / 'gone.txt').as_uri())
-    assert module.tiny_shakespeare() == 'thou'   # not downloaded again
+    assert module.tiny_shakespeare() == 'thou' # not downloaded again
     (tmp_path / 'input.txt').unlink()
     with pytest.raises(DataError, match='cannot download.*--input_file'):
         module.tiny_shakespeare()
@@ -1014,7 +1033,7 @@ def test_prepare_from_the_hub(tmp_path, jsonl, name):
     assert val.startswith(f'Document 0 has {EOT} in its text.{EOT}Document 100 has')
     assert Split(out, 'train').shards[0].path.endswith('train_000000.bin')
     eot = np.fromfile(out / 'train_000000.bin', '<u2') == 50256
-    assert eot.sum() == 990 and eot[-1]   # what looks like it in a document is text
+    assert eot.sum() == 990 and eot[-1] # what looks like it in a document is text
 
 
 @needs_gpt2

@@ -17,7 +17,9 @@ import torch
 import torch._inductor.config
 import torch.nn as nn
 
-from model import GPT, FusedAttention, GPTConfig, MIXERS, MLP, Mixer, Stack, TimeLinear, TimeMixing, UNet, recompute_what_is_cheap, save_checkpoint
+from data.checkpoints import load_model, save_checkpoint
+from model import (GPT, MIXERS, MLP, Cache, FusedAttention, GPTConfig, Mixer, Stack, TimeLinear, TimeMixing, UNet,
+                   optimizer_groups, recompute_what_is_cheap)
 
 TOLERANCE = 1e-9 # the largest difference, in logits of size 1 to 10, that float64 rounding may make
 
@@ -88,7 +90,7 @@ def check_chunks(model):
     whole, _ = model(idx)
     largest = 0.0
     for chunks in ([T], [1] * T, random_chunks(T), random_chunks(T)):
-        cache = {}
+        cache = Cache()
         logits = torch.cat([model(part, cache=cache)[0] for part in idx.split(chunks, dim=1)], dim=1)
         deviation = (logits - whole).abs().max().item()
         assert deviation < TOLERANCE, \
@@ -116,7 +118,7 @@ def check_gradients(model):
 
 def check_groups(model):
     """Every parameter is in one optimizer group; matrices of Linear and Embedding layers decay, and nothing else."""
-    groups = {key: [name for name, _ in group] for key, group in model.optimizer_groups().items()}
+    groups = {key: [name for name, _ in group] for key, group in optimizer_groups(model).items()}
     rest = groups.pop('rest')
     decayed = sum(groups.values(), [])
     assert sorted(decayed + rest) == sorted(name for name, _ in model.named_parameters())
@@ -152,7 +154,7 @@ def check_round_trip(model, path):
     """A saved checkpoint loads with the same weights, bit for bit, and gives the same logits."""
     model = model.float() # what GPT.load builds
     save_checkpoint(path, dict(model=model.state_dict(), model_args=asdict(model.config)))
-    loaded, _ = GPT.load(path)
+    loaded, _ = load_model(path)
     assert loaded.config == model.config
     assert loaded.state_dict().keys() == model.state_dict().keys()
     for (name, p), q in zip(model.named_parameters(), loaded.parameters(), strict=True):
@@ -543,7 +545,7 @@ def test_definition(mixer, options, size):
             # rope's angles are float32, whose rounding grows with the position
             tolerance = 1e-7 * T if pos_emb == 'rope' else 1e-11
             torch.testing.assert_close(layer(x), expected, rtol=tolerance, atol=tolerance)
-            cache = {}
+            cache = Cache()
             chunks = [layer(part, cache) for part in x.split([T // 3, 1, T - 1 - T // 3], dim=1)]
             torch.testing.assert_close(torch.cat(chunks, dim=1), expected, rtol=tolerance, atol=tolerance)
 

@@ -6,9 +6,10 @@ import math
 import pytest
 import torch
 
-from model import GPT, SM3, clip_adaptively, load_checkpoint
-from test_model import network
-from test_train import T, assert_same, flags, job, jobs, losses, metrics, naive_nats, run, train, val_ids, val_losses, well, write_data  # noqa: F401
+from data.checkpoints import load_checkpoint, load_model
+from helpers import (T, assert_same, flags, job, jobs, losses, metrics, naive_nats, network, run, train, val_ids,  # noqa: F401
+                     val_losses, well, write_data)
+from model import SM3, clip_adaptively, optimizer_groups
 
 MIX = dict(mixer='gmlp', gmlp_attn=4, mlp='swiglu', pos_emb='learned') # matrices in one, two and three parts, a table, vectors
 
@@ -221,11 +222,11 @@ def test_the_average_is_evaluated_and_kept(muon):
     found = load_checkpoint(muon / 'whole/ckpt.pt')['average']
     for name, value in average.items():
         torch.testing.assert_close(found[name].double(), value, rtol=1e-4, atol=1e-6)
-    loaded, _ = GPT.load(muon / 'whole/best.pt')
+    loaded, _ = load_model(muon / 'whole/best.pt')
     assert torch.equal(loaded.transformer.wte.weight, load_checkpoint(muon / 'whole/best.pt')['average']['transformer.wte.weight'])
     ids = val_ids(muon / 'data')
     ids = ids[:(len(ids) - 1) // T * T + 1]
-    assert val_losses(muon / 'whole')[20] == pytest.approx(naive_nats(GPT.load(muon / 'whole/ckpt.pt')[0], ids) / (len(ids) - 1), abs=1e-5)
+    assert val_losses(muon / 'whole')[20] == pytest.approx(naive_nats(load_model(muon / 'whole/ckpt.pt')[0], ids) / (len(ids) - 1), abs=1e-5)
 
 
 def test_norms_are_reported(muon, sm3):

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from data.tokenizers import ByteTokenizer, CharTokenizer
 from data.tokens import DataError, Split
 from data.writer import Writer
-from model import load_checkpoint
+from data.checkpoints import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ['--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_size=4', '--gradient_accumulation_steps=2',

@@ -9,7 +9,7 @@ import torch
 
 from data.tokenizers import ByteTokenizer, CharTokenizer, load_tokenizer
 from model import GPT, GPTConfig
-from test_train import (ENV, JOBS, PROJECT, V, WORDS, flags, job, jobs, random_model, run, tree, well,  # noqa: F401
+from helpers import (ENV, JOBS, PROJECT, V, WORDS, flags, job, jobs, random_model, run, tree, well,  # noqa: F401
                         write_checkpoint, write_malicious, write_nano, write_nano_data)
 
 # After each byte comes the next one of this cycle: no byte is in it twice, é and 日 have two and three.
@@ -185,7 +185,7 @@ def test_nanogpt(nanogpt):
 def tiktoken(folder):
     model = random_model(50304, n_layer=1, n_embd=8, n_head=1)
     write_checkpoint(folder / 'out/ckpt.pt', model, meta=dict(tokenizer='tiktoken', encoding='gpt2', vocab_size=50257))
-    model.save_pretrained(folder / 'weights')
+    save_pretrained(model, folder / 'weights')
     settings = dict(start='Tokyo is 東京', max_new_tokens=12)
     return model, sample(folder, **settings), sample(folder, init_from=folder / 'weights', **settings)
 

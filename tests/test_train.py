@@ -2,267 +2,24 @@
 import json
 import math
 import os
-import pickle
 import re
 import subprocess
 import sys
-import tempfile
-import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from data.checkpoints import load_checkpoint
 from data.tokenizers import CharTokenizer
 from data.writer import Writer
-from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
-
-PROJECT = Path(__file__).resolve().parent.parent
-ENV = dict(os.environ, OMP_NUM_THREADS='1', PYTHONIOENCODING='utf-8', CUDA_VISIBLE_DEVICES='', WANDB_MODE='offline',
-           COLUMNS='200', PYTHONUNBUFFERED='')
-TINY = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=4, gradient_accumulation_steps=2, max_iters=20,
-            eval_interval=5, eval_iters=4, lr_decay_iters=20, warmup_iters=3, learning_rate=1e-2, min_lr=1e-3,
-            device='cpu', dtype='float32', peak_flops=1e12)
-T = TINY['block_size']
-WORDS = ['the cat sat. ', 'a dog ran. ', 'one is two. ', 'été où? ']
-V = len(set(''.join(WORDS)))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# running
-
-def flags(**settings):
-    return [f'--{name}={value}' for name, value in settings.items()]
-
-
-# Importing torch takes longer than most of the runs. So they are forks of a process that has done it: each runs the script
-# as `python script` would, and ends as that would. The server answers with the exit status.
-SERVER = """
-import json, os, runpy, signal, sys
-import matplotlib.figure, torch.distributed.fsdp, tqdm
-for line in sys.stdin:
-    script, args, cwd, files = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        break
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-else:
-    sys.exit()
-signal.alarm(240) # ends it if it hangs
-for i, path in enumerate(files):
-    os.dup2(os.open(path, os.O_RDWR), i)
-sys.stdin = open(0, encoding='utf-8')
-os.chdir(cwd)
-sys.argv, sys.path[0] = [script, *args], os.path.dirname(script)
-runpy.run_path(script, run_name='__main__')
-"""
-SERVERS = threading.local() # one for each thread
-
-
-def run(script, args, cwd=None, text='', command=()):
-    """The script in a process -> CompletedProcess with stdout and stderr as bytes. text: its standard input."""
-    argv = [sys.executable, *command, str(PROJECT / script), *args]
-    if command or not hasattr(os, 'fork'):
-        return subprocess.run(argv, cwd=cwd, env=ENV, input=text.encode(), capture_output=True, timeout=240, check=False)
-    if not hasattr(SERVERS, 'process'):
-        SERVERS.process = subprocess.Popen([sys.executable, '-c', SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENV)
-    with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder) / name for name in ('stdin', 'stdout', 'stderr')]
-        for path in files:
-            path.write_bytes(text.encode() if path.name == 'stdin' else b'')
-        job = [str(PROJECT / script), args, str(cwd or os.getcwd()), [str(path) for path in files]]
-        SERVERS.process.stdin.write(json.dumps(job).encode() + b'\n')
-        SERVERS.process.stdin.flush()
-        status = int(SERVERS.process.stdout.readline())
-        return subprocess.CompletedProcess(argv, status, *[path.read_bytes() for path in files[1:]])
-
-
-def train(folder, out='out', command=(), cwd=None, **settings):
-    """train.py with TINY's settings on folder/data into folder/out -> what it printed; it must end well."""
-    args = flags(**{**TINY, 'dataset': folder / 'data', 'out_dir': folder / out, **settings})
-    return well(run('train.py', args, command=command, cwd=cwd))
-
-
-def well(process):
-    assert process.returncode == 0, process.stderr.decode() + process.stdout.decode()
-    return process.stdout.decode()
-
-
-JOBS = {}
-
-
-def job(work):
-    """
-    A fixture with what work(folder) returns. A process takes seconds to import torch, so each job runs once for all the
-    tests that ask for it, and two at a time in the background, in the order of the tests.
-    """
-    JOBS[work.__name__] = work
-    return pytest.fixture(scope='module', name=work.__name__)(lambda jobs: jobs[work.__name__].result())
-
-
-@pytest.fixture(scope='module')
-def jobs(request, tmp_path_factory):
-    asked = [name for item in request.session.items if item.path == request.path
-             for name in [*item.fixturenames, *getattr(item, 'callspec', item).__dict__.get('params', {}).values()]]
-    with ThreadPoolExecutor(2) as pool:
-        yield {name: pool.submit(JOBS[name], tmp_path_factory.mktemp('job')) for name in dict.fromkeys(asked) if name in JOBS}
-        pool.shutdown(cancel_futures=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# inputs
-
-def corpus(n=600):
-    rng = np.random.default_rng(1)
-    return ''.join(WORDS[i] for i in rng.integers(len(WORDS), size=n))
-
-
-def write_data(folder, tokenizer=None, text=None):
-    """A dataset in folder, of characters unless said otherwise -> its tokenizer."""
-    text = text or corpus()
-    tokenizer = tokenizer or CharTokenizer.from_text([text])
-    with Writer(folder, tokenizer) as out:
-        out.write('train', tokenizer.encode(text))
-        out.write('val', tokenizer.encode(text[-701:]))
-    return tokenizer
-
-
-def random_model(vocab_size, seed=0, std=0.3, **settings):
-    """All weights random, so that nothing is zero. Draws from a generator of its own: jobs run in threads."""
-    model = GPT(GPTConfig(**dict(n_layer=2, n_head=2, n_embd=16, block_size=T, bias=False, vocab_size=vocab_size) | settings))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(0, std, generator=generator)
-    return model.eval()
-
-
-def write_checkpoint(path, model, **more):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(path, dict(format=1, model=model.state_dict(), model_args=vars(model.config), iter_num=7,
-                               best_val_loss=1.5, config={}) | more)
-
-
-def write_run(out):
-    """A run's folder at step 7, with an optimizer that has not begun."""
-    model = random_model(V)
-    write_checkpoint(out / 'ckpt.pt', model, optimizer=model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu').state_dict())
-    (out / 'best.pt').write_bytes((out / 'ckpt.pt').read_bytes())
-    (out / 'metrics.jsonl').write_text('{"step": 7, "tokens": 896, "seconds": 1.0, "loss": 2.0}\n', encoding='utf-8')
-
-
-NANO_ARGS = dict(n_layer=2, n_head=2, n_embd=16, block_size=T, bias=False, dropout=0.0)
-# of nanoGPT's optimizer, which keeps them in two groups, the matrices first
-NANO_MATRICES = ['transformer.wte.weight', 'transformer.wpe.weight'] + [
-    f'transformer.h.{i}.{name}.weight' for i in range(2) for name in ('attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj')]
-NANO_GAINS = [f'transformer.h.{i}.ln_{j}.weight' for i in range(2) for j in (1, 2)] + ['transformer.ln_f.weight']
-
-
-def write_nano(path, dataset, vocab_size):
-    """A checkpoint as nanoGPT writes it on a GPU. Each first moment is 1000 times one more than its number in the optimizer."""
-    model = random_model(vocab_size)
-    weights = {**model.state_dict(), 'lm_head.weight': model.transformer.wte.weight}
-    state = {i: dict(step=torch.tensor(40.0), exp_avg=torch.full_like(weights[name], 1000.0 * (i + 1)),
-                     exp_avg_sq=torch.full_like(weights[name], 1e9)) for i, name in enumerate(NANO_MATRICES + NANO_GAINS)}
-    n, shared = len(NANO_MATRICES), dict(lr=1e-3, betas=(0.9, 0.99), eps=1e-8, amsgrad=False, maximize=False, foreach=None,
-                                         capturable=False, differentiable=False, fused=True)
-    groups = [dict(shared, weight_decay=0.1, params=list(range(n))),
-              dict(shared, weight_decay=0.0, params=list(range(n, len(state))))]
-    config = dict(out_dir='out-somewhere', eval_interval=250, log_interval=1, eval_iters=4, eval_only=False,
-                  always_save_checkpoint=True, init_from='scratch', wandb_log=False, wandb_project='owt', wandb_run_name='x',
-                  dataset=str(dataset), gradient_accumulation_steps=1, batch_size=4, block_size=T, n_layer=2, n_head=2,
-                  n_embd=16, dropout=0.0, bias=False, learning_rate=1e-3, max_iters=5000, weight_decay=0.1, beta1=0.9,
-                  beta2=0.99, grad_clip=1.0, decay_lr=True, warmup_iters=3, lr_decay_iters=5000, min_lr=1e-4,
-                  backend='nccl', device='cuda', dtype='float16', compile=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(dict(model={f'_orig_mod.{k}': v for k, v in weights.items()}, optimizer=dict(state=state, param_groups=groups),
-                    model_args=dict(NANO_ARGS, vocab_size=vocab_size), iter_num=40, best_val_loss=torch.tensor(2.5),
-                    config=config), path)
-    return model
-
-
-def write_nano_data(folder):
-    """A dataset as nanoGPT's data/shakespeare_char/prepare.py leaves it -> (characters, ids of the validation split)."""
-    folder.mkdir()
-    text = corpus()
-    characters = sorted(set(text))
-    stoi = {c: i for i, c in enumerate(characters)}
-    ids = np.array([stoi[c] for c in text], dtype=np.uint16)
-    ids.tofile(folder / 'train.bin')
-    ids[-700:].tofile(folder / 'val.bin')
-    with open(folder / 'meta.pkl', 'wb') as f:
-        pickle.dump(dict(vocab_size=len(characters), itos=dict(enumerate(characters)), stoi=stoi), f)
-    return characters, ids[-700:].astype(np.int64)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# outputs
-
-TIMES = ('seconds', 'tokens_per_s', 'mfu', 'peak_memory')
-
-
-def metrics(out):
-    return [json.loads(line) for line in (out / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()]
-
-
-def history(out, first=0):
-    """What metrics.jsonl says but for speed, from step `first` on."""
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in metrics(out) if line['step'] >= first]
-
-
-def losses(out):
-    return {line['step']: line['loss'] for line in metrics(out) if 'loss' in line}
-
-
-def val_losses(out):
-    return {line['step']: line['val_loss'] for line in metrics(out) if 'val_loss' in line}
-
-
-def assert_same(a, b, where='checkpoint'):
-    """Equal to the last bit: nested dicts, lists, tensors and plain values."""
-    assert type(a) is type(b), where
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same(a[key], b[key], f'{where}[{key!r}]')
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, pair in enumerate(zip(a, b)):
-            assert_same(*pair, f'{where}[{i}]')
-    elif isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and torch.equal(a, b), where
-    else:
-        assert a == b, where
-
-
-def assert_same_run(one, other):
-    """Two checkpoints of the same state, but for the clock and the folder."""
-    one, other = ({k: v for k, v in load_checkpoint(path).items() if k not in ('seconds', 'config')} for path in (one, other))
-    assert one['optimizer']['state'] # not vacuously
-    assert_same(one, other)
-
-
-def tree(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob('*') if path.is_file()}
-
-
-def naive_nats(model, ids):
-    """Sum of -log p in float64 over all of ids but the first, read in windows of T, one at a time."""
-    model = model.double().eval()
-    total = 0.0
-    with torch.no_grad():
-        for start in range(0, len(ids) - 1, T):
-            window = torch.from_numpy(ids[start:start + T + 1])
-            logits = model(window[None, :-1])[0][0]
-            total += F.cross_entropy(logits, window[1:], reduction='sum').item()
-    return total
-
-
-def val_ids(data):
-    return np.fromfile(data / 'val.bin', dtype='<u2').astype(np.int64)
+from helpers import (assert_same, assert_same_run, corpus, ENV, flags, history, job, JOBS, jobs, losses, metrics,
+                     naive_nats, NANO_ARGS, NANO_GAINS, NANO_MATRICES, PROJECT, random_model, run,
+                     T, TINY, train, tree, V, val_ids, val_losses, well, write_checkpoint,
+                     write_data, write_malicious, write_nano, write_nano_data, write_run) # noqa: F401
+from model import GPT, GPTConfig
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -370,7 +127,7 @@ def test_evaluation_is_the_naive_one(plain):
     folder, _ = plain
     ids = val_ids(folder / 'data')
     ids = ids[:(len(ids) - 1) // T * T + 1]
-    expected = naive_nats(GPT.load(folder / 'out/ckpt.pt')[0], ids) / (len(ids) - 1)
+    expected = naive_nats(load_model(folder / 'out/ckpt.pt')[0], ids) / (len(ids) - 1)
     assert val_losses(folder / 'out')[20] == pytest.approx(expected, abs=1e-6)
     assert float(load_checkpoint(folder / 'out/best.pt')['best_val_loss']) == val_losses(folder / 'out')[20]
 
@@ -580,7 +337,7 @@ def test_resumes_nanogpt(nano):
     checkpoint = load_checkpoint(folder / 'nano/ckpt.pt')
     assert checkpoint['iter_num'] == 41 and checkpoint['config']['lr_decay_iters'] == 5000
     model = GPT(GPTConfig(**checkpoint['model_args']))
-    names = [name for group in model.optimizer_groups().values() for name, _ in group]
+    names = [name for group in optimizer_groups(model).values() for name, _ in group]
     for i, name in enumerate(names):
         # 0.9 of what was there and a tenth of a gradient below 1
         expected = 900.0 * ((NANO_MATRICES + NANO_GAINS).index(name) + 1)
@@ -594,7 +351,7 @@ def hugging_face(folder):
     (folder / 'data').mkdir()
     bare(folder, train=IDS, val=IDS[5:])
     model = random_model(16, bias=True, mlp='gelu_tanh', block_size=2 * T)
-    model.save_pretrained(folder / 'weights')
+    save_pretrained(model, folder / 'weights')
     train(folder, init_from=folder / 'weights', max_iters=1, eval_iters=100)
     ids = val_ids(folder / 'data')
     ids = ids[:(len(ids) - 1) // T * T + 1]
@@ -740,17 +497,6 @@ def test_overwrite(overwritten):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # mistakes
-
-class Malicious:
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-def write_malicious(path):
-    bad = Malicious()
-    bad.path = str(path.parent / 'executed')
-    torch.save(dict(model={}, model_args={}, iter_num=bad), path)
-
 
 def flip_bit(path):
     """One bit of a weight's exponent."""

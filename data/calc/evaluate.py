@@ -1,10 +1,11 @@
 """
-How many of the held-out problems of the calc dataset a model solves: exact matches of greedy answers, by operator and
-by the number of digits of the longer operand (in a division, of the divisor or the result).
+How many held-out problems of the calc dataset a model solves, by operator and by the number of digits. A problem is
+solved if the greedy answer is an exact match. Digits are those of the longer operand; in a division, of the divisor or
+the result.
 
     python data/calc/evaluate.py --out_dir=out-calc
 
-The dataset must be the one that the model was trained on, as another seed holds out other problems.
+Evaluate on the dataset that the model was trained on: another seed holds out other problems.
 """
 import re
 import sys
@@ -14,39 +15,38 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from configurator import configure, exit_on_error
+from configurator import configure, exit_on_error, resolve
 from data.tokenizers import load_tokenizer
-from data.tokens import DataError, Split, dataset_folder
+from data.tokens import DataError, Split, dataset_folder, map_tokens
 
 out_dir = 'out-calc' # folder of the run
-checkpoint = 'ckpt.pt' # file in out_dir: ckpt.pt is the latest, best.pt the one of the lowest validation loss
+checkpoint = 'ckpt.pt' # file in out_dir: ckpt.pt is the latest, best.pt has the lowest validation loss
 dataset = 'calc' # a name in data/, or a folder
-max_problems = 0 # take the first so many; 0: all
-batch_size = 256 # problems that are solved at once
-device = 'auto' # auto, cpu, cuda, mps
+max_problems = 0 # take only the first ones; 0: all
+batch_size = 256 # problems to solve at once
+device = 'auto' # auto | cpu | cuda | cuda:1 | mps
 
 
 def read_problems(folder):
-    """The held-out problems of a calc dataset as a list of (prompt, the rest of the line), such as ('12+34=', '46')."""
+    """The held-out problems of a calc dataset: a list of (prompt, rest of the line), such as ('12+34=', '46')."""
     split = Split(folder, 'val')
     tokenizer = load_tokenizer(split.meta)
     if tokenizer is None:
-        raise DataError(f'{folder} is no calc dataset: run python data/calc/prepare.py')
-    ids = []
-    for x, y, _ in split.all_batches(64, 1024):
-        ids.extend([int(x[0, 0])] * (not ids)) # the very first token is nobody's target
-        ids.extend(y[y >= 0].tolist())
+        raise DataError(f"{folder} is not a calc dataset: run python data/calc/prepare.py")
+    ids = [i for shard in split.shards for i in map_tokens(shard).tolist()]
     problems = [re.fullmatch(r'(\d+[-+*/]\d+=)([-+*=\d]*\d)', line) for line in tokenizer.decode(ids).splitlines()]
     if not problems or None in problems:
-        raise DataError(f'{folder} holds other things than problems: run python data/calc/prepare.py')
+        raise DataError(f"{folder} holds something else than problems: run python data/calc/prepare.py")
     return [match.groups() for match in problems]
 
 
 def accuracy(generate_answers, problems, batch_size=256, progress=None):
     """
-    Exact matches of what follows the last = (before it there may be steps) as {(operator, digits): (solved, total)}.
-    generate_answers(prompts, n) -> as many texts, of up to n characters each; it is called with prompts of one length.
-    progress is called with the number of answers got.
+    {(operator, digits): (solved, total)}. A problem is solved if what follows the last = matches exactly: the steps
+    before it do not count.
+
+    generate_answers  (prompts of one length, n) -> a text of up to n characters for each
+    progress          is called with the number of answers since its last call
     """
     by_length = {}
     for prompt, answer in problems:
@@ -55,11 +55,11 @@ def accuracy(generate_answers, problems, batch_size=256, progress=None):
     for group in by_length.values():
         for i in range(0, len(group), batch_size):
             batch = group[i:i + batch_size]
-            longest = max(len(answer) for _, answer in batch) + 1 # and the end of the line
+            longest = max(len(answer) for _, answer in batch) + 1 # with the end of the line
             texts = generate_answers([prompt for prompt, _ in batch], longest)
             for (prompt, answer), text in zip(batch, texts):
                 a, operator, b = re.fullmatch(r'(\d+)([-+*/])(\d+)=', prompt).groups()
-                a, b = int(a), int(b) # there may be leading zeros
+                a, b = int(a), int(b) # without leading zeros
                 key = operator, len(str(max(a // b if operator == '/' else a, b)))
                 solved, total = counts.get(key, (0, 0))
                 right = '\n' in text and text.split('\n')[0].rsplit('=')[-1] == answer.rsplit('=')[-1]
@@ -70,7 +70,7 @@ def accuracy(generate_answers, problems, batch_size=256, progress=None):
 
 
 def table(counts):
-    """The counts as a table in text: a row for each operator and one for all, a column for each number of digits."""
+    """The counts as text: a row for each operator and one for all, a column for each number of digits."""
     digits = sorted({d for _, d in counts})
     operators = [o for o in '+-*/' if any(o == key[0] for key in counts)]
 
@@ -79,25 +79,25 @@ def table(counts):
         solved, total = sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
         return f'{solved / total:.1%} of {total}' if total else '-'
 
-    rows = [['', *(f'{d} digit{"s" * (d > 1)}' for d in digits), 'all']]
+    rows = [['', *(f'{d} digit' if d == 1 else f'{d} digits' for d in digits), 'all']]
     for name, wanted in [*((o, [o]) for o in operators), ('all', operators)]:
         rows.append([name, *(cell(wanted, [d]) for d in digits), cell(wanted, digits)])
     return '\n'.join(f'{row[0]:<4}' + ''.join(f'{text:>17}' for text in row[1:]) for row in rows)
 
 
 def load_generator(path, device):
-    """generate_answers of accuracy, with the model of a checkpoint."""
+    """A checkpoint's model as the generate_answers of accuracy()."""
     import torch
 
-    from model import GPT, resolve
+    from data.checkpoints import load_model
     device, _ = resolve(device, 'float32')
-    model, checkpoint = GPT.load(path, device)
+    model, checkpoint = load_model(path, device)
     tokenizer = load_tokenizer(checkpoint.get('meta') or {})
     if tokenizer is None:
-        raise DataError(f'{path} names no tokenizer: it was not trained on a calc dataset')
+        raise DataError(f"{path} names no tokenizer: it was not trained on a calc dataset, use another --out_dir")
 
     def generate_answers(prompts, n):
-        # a line begins after the end of another one, as in the training data
+        # as in the training data, a line begins after the end of another one
         ids = torch.tensor([tokenizer.encode('\n' + prompt) for prompt in prompts], device=device)
         with torch.inference_mode():
             out = model.generate(ids, n, temperature=0.0)

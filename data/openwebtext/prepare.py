@@ -1,8 +1,8 @@
 """
 OpenWebText (huggingface.co/datasets/Skylion007/openwebtext) in GPT-2's tokens: 8,013,769 documents, about 9.04 billion
-tokens, of which every 2000th document (about 4.5 million tokens) validates. 18 GB of disk; nothing else is kept.
+tokens. Every 2000th document is held out, about 4.5 million tokens. Takes 18 GB of disk, and keeps nothing else.
 
-The text is streamed, which takes hours; an interrupted run goes on when the same command is given again.
+The text is streamed, which takes hours. After an interruption, the same command goes on where it stopped.
 
     python data/openwebtext/prepare.py
     python data/openwebtext/prepare.py --max_tokens=100_000_000     the first 100 million tokens
@@ -16,21 +16,21 @@ from data.hub import open_stream, write_shards
 from data.tokens import DataError, dataset_folder
 from data.writer import summarize
 
-max_tokens = 0 # stop after that many; 0: take all
-val_fraction = 0.0005 # share of the documents that are held out
-encoding = 'gpt2' # of tiktoken
-n_threads = 8 # that tokenize
-source = 'Skylion007/openwebtext' # name on the hub; json or parquet: local files
-subset = '' # configuration of the dataset, if it has several
-revision = '' # of the dataset on the hub; refs/convert/parquet: its automatic copy as parquet files
-data_files = '' # local files, if source is json or parquet; a pattern with * is fine
+max_tokens = 0 # stop after this many; 0: take all
+val_fraction = 0.0005 # fraction of the documents to hold out
+encoding = 'gpt2' # a tiktoken encoding
+n_threads = 8 # threads for tokenizing
+source = 'Skylion007/openwebtext' # name on the hub; json or parquet: local files, see data_files
+subset = '' # which part, for a dataset that has several
+revision = '' # git revision on the hub; refs/convert/parquet: the automatic copy as parquet files
+data_files = '' # local files, if source is json or parquet; may be a pattern with *
 out = 'openwebtext' # dataset to write: a name in data/, or a folder
 configure(globals())
 
 with exit_on_error():
     expected_tokens = 9_040_000_000 if source == 'Skylion007/openwebtext' else 0
     if not 0 < val_fraction <= 0.5:
-        raise DataError(f'val_fraction is {val_fraction}, but must be above 0 and at most 0.5')
+        raise DataError(f"val_fraction is {val_fraction}, but must be above 0 and at most 0.5")
     job = dict(source=source, subset=subset, revision=revision, data_files=data_files, encoding=encoding,
                val_fraction=val_fraction, max_tokens=max_tokens)
     writer = write_shards(dataset_folder(out), open_stream(source, subset, revision, data_files), job, encoding,

@@ -1,8 +1,8 @@
 """
-The source text of the running interpreter's own standard library, as bytes: nothing to download, real input everywhere.
+The source text of Python's own standard library, as bytes. It needs no download, since the running interpreter has it.
 
-A tenth of the files is held out whole, chosen by their names, so that it is the same on every machine and version.
-Python 3.11 gives 10.35 million training tokens and 1.01 million for validation (other versions differ), in a second.
+A tenth of the files is held out. Their names decide, so that every machine and version holds out the same ones. Python
+3.11 gives 10.35 million training tokens and 1.01 million for validation, in a second. Other versions differ.
 
     python data/python_stdlib/prepare.py
 """
@@ -19,12 +19,12 @@ from data.tokenizers import ByteTokenizer
 from data.tokens import DataError, dataset_folder
 from data.writer import Writer, fraction, summarize
 
-val_fraction = 0.1 # share of the files that are held out
-max_bytes = 0 # stop after that many bytes of source; 0: take all of it
+val_fraction = 0.1 # fraction of the files to hold out
+max_bytes = 0 # stop after this many bytes of source; 0: take all
 out = 'python_stdlib' # dataset to write: a name in data/, or a folder
 configure(globals())
 
-# pydoc_data is prose in one file that would be nearly half of the held-out bytes
+# pydoc_data is one file of prose, which would be nearly half of the held-out bytes
 SKIPPED = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', '__pycache__', 'pydoc_data'}
 
 
@@ -39,7 +39,7 @@ with exit_on_error():
     root = Path(sysconfig.get_path('stdlib'))
     files = list(sources(root))
     if not files:
-        raise DataError(f'no .py files in {root}: this interpreter has its library elsewhere, run another one')
+        raise DataError(f"no .py files in {root}: this interpreter has its library elsewhere, run another one")
     tokenizer = ByteTokenizer()
     with Writer(dataset_folder(out), tokenizer) as writer:
         for path in tqdm(files, unit='file', disable=None):

@@ -1,6 +1,6 @@
 """
-Tinyshakespeare in GPT-2's tokens, with nanoGPT's split: 301,966 tokens train, 36,059 validate. Shares its download of
-1.1 MB with shakespeare_char; tiktoken downloads GPT-2's vocabulary, once.
+Tinyshakespeare in GPT-2's tokens, with nanoGPT's split: 301,966 tokens train, 36,059 validate. The download of 1.1 MB
+is shared with shakespeare_char. tiktoken downloads GPT-2's vocabulary once.
 
     python data/shakespeare/prepare.py
 """

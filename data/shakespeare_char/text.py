@@ -1,4 +1,4 @@
-"""The text of tinyshakespeare (1,115,394 characters), for shakespeare_char and shakespeare."""
+"""The text of tinyshakespeare, 1,115,394 characters. shakespeare_char and shakespeare share it."""
 import hashlib
 import os
 import urllib.request
@@ -11,22 +11,22 @@ SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 
 
 def tiny_shakespeare(input_file=''):
-    """The text, from input_file if given, else from input.txt in this folder, which is downloaded if missing."""
+    """The text in input_file. By default that is input.txt in this folder, which is downloaded if missing."""
     path = Path(input_file) if input_file else Path(__file__).with_name('input.txt')
     if not input_file and not path.exists():
         try:
             with urllib.request.urlopen(URL, timeout=60) as response:
                 data = response.read()
         except OSError as error:
-            raise DataError(f'cannot download {URL} ({error}): get it by other means and give '
-                            '--input_file=PATH') from None
+            raise DataError(f"cannot download {URL} ({error}): get it in another way and give "
+                            "--input_file=PATH") from None
         if hashlib.sha256(data).hexdigest() != SHA256:
-            raise DataError(f'{URL} sent {len(data)} bytes that are not the expected text: try again, or get it by '
-                            'other means and give --input_file=PATH')
+            raise DataError(f"{URL} sent {len(data)} bytes that are not the expected text: try again, or get it in "
+                            "another way and give --input_file=PATH")
         new = path.with_name('input.txt.tmp')
         new.write_bytes(data)
         os.replace(new, path)
     try:
         return path.read_text(encoding='utf-8')
     except UnicodeDecodeError as error:
-        raise DataError(f'{path} is not UTF-8 at byte {error.start}: save it as UTF-8') from None
+        raise DataError(f"{path} is not UTF-8 at byte {error.start}: save it as UTF-8") from None

@@ -5,9 +5,10 @@ Your own text: files or folders of plain text, or of jsonl with the text in one 
     python data/text/prepare.py --input=notes/,more.jsonl --tokenizer=gpt2 --out=notes
     python train.py --dataset=notes --out_dir=out-notes
 
-Documents are files, lines of jsonl, and what <|endoftext|> separates within them; in the output <|endoftext|> ends each
-document, if there are several. With many documents whole ones are held out for validation, with few the end of the
-text is. The text is read twice, in pieces: it may be larger than memory. Line ends stay as they are.
+A document is a file or a line of jsonl, and <|endoftext|> within them begins another one. If there are several
+documents, <|endoftext|> ends each of them in the output. Of many documents, whole ones are held out for validation. Of
+few, the end of the text is. The text is read twice, in pieces, so it may be larger than memory. Line ends stay as they
+are.
 """
 import codecs
 import json
@@ -24,38 +25,38 @@ from data.tokenizers import EOT, ByteTokenizer, CharTokenizer, TiktokenTokenizer
 from data.tokens import DataError, dataset_folder
 from data.writer import Writer, fraction, summarize
 
-input = '' # files and folders, with commas between them
-tokenizer = 'bytes' # char: an id for each character that occurs; bytes: UTF-8; or tiktoken's gpt2, o200k_base...
-val_fraction = 0.1 # share that is held out
-field = 'text' # of the lines of jsonl
-suffixes = '.txt,.md,.jsonl' # files that are taken from folders
+input = '' # files and folders, separated by commas
+tokenizer = 'bytes' # bytes: UTF-8; char: an id for each character in the text; or one of tiktoken: gpt2, o200k_base...
+val_fraction = 0.1 # fraction of the text to hold out
+field = 'text' # the field of a line of jsonl that holds the text
+suffixes = '.txt,.md,.jsonl' # which files to take from folders
 out = 'text' # dataset to write: a name in data/, or a folder
 configure(globals())
 
-CHUNK = 1 << 22 # bytes that are read at once
+CHUNK = 1 << 22 # bytes to read at once
 
 
 def find_files(names, suffixes):
-    """Paths of the files that are named or that folders hold, in the order of their names."""
+    """Paths of the named files, and of those in named folders, which come in the order of their names."""
     files = []
     for name in filter(None, names):
         path = Path(os.path.expanduser(name))
         if path.is_dir():
             found = sorted(p for p in path.rglob('*') if p.suffix.lower() in suffixes and p.is_file())
             if not found:
-                raise DataError(f'no {" ".join(sorted(suffixes))} files in {path}: name others with --suffixes=.a,.b')
+                raise DataError(f"no {' '.join(sorted(suffixes))} files in {path}: name others with --suffixes=.a,.b")
             files += found
         elif path.is_file():
             files.append(path)
         else:
-            raise DataError(f'there is no file or folder {path}: give one with --input=PATH')
+            raise DataError(f"there is no file or folder {path}: give one with --input=PATH")
     if not files:
-        raise DataError('which text? give files or folders with --input=PATH,PATH')
+        raise DataError("which text? give files or folders with --input=PATH,PATH")
     return files
 
 
 def bad_utf8(path, offset):
-    return DataError(f'{path} is not UTF-8 at byte {offset}: save it as UTF-8, or leave it out')
+    return DataError(f"{path} is not UTF-8 at byte {offset}: save it as UTF-8, or leave it out")
 
 
 def read_plain(path, progress):
@@ -66,7 +67,7 @@ def read_plain(path, progress):
         while not final:
             data = file.read(CHUNK)
             final = not data
-            pending = len(decoder.getstate()[0]) # bytes of a character that the last chunk has cut
+            pending = len(decoder.getstate()[0]) # bytes of a character that the chunk before has cut
             try:
                 buffer += decoder.decode(data, final)
             except UnicodeDecodeError as error:
@@ -85,8 +86,8 @@ def read_plain(path, progress):
 
 def place_to_cut(text):
     """
-    Where the text can be tokenized in two parts: after a newline between words, across which no BPE token reaches.
-    Text without any is cut anywhere once it is long, but for an <|endoftext|> that may have begun.
+    Where the text can be tokenized in two parts: after a newline between words, which no BPE token crosses. Long text
+    without such a place is cut near its end, but not within an <|endoftext|> that may have begun there.
     """
     at = len(text)
     while (at := text.rfind('\n', 0, at)) > 0:
@@ -107,17 +108,17 @@ def read_jsonl(path, progress):
             except UnicodeDecodeError as error:
                 raise bad_utf8(path, position + error.start) from None
             except (ValueError, RecursionError) as error:
-                raise DataError(f'{path}, line {number} is not JSON ({error})') from None
+                raise DataError(f"{path}, line {number} is not JSON ({error}): correct it, or leave it out") from None
             except (KeyError, TypeError, AttributeError):
-                raise DataError(f'{path}, line {number} has no text in a field {field!r}: '
-                                'name it with --field=NAME') from None
+                raise DataError(f"{path}, line {number} has no text in a field {field!r}: "
+                                "name it with --field=NAME") from None
             position += len(line)
             progress(len(line))
 
 
 def read(files, label):
     """Yields (piece of text, whether a document ends after it) of all files, without empty documents and pieces."""
-    begun = False # some of the current document has come; what separates it from the next may come by itself
+    begun = False # part of the current document has come; its end may come alone, with an empty piece
     total = sum(path.stat().st_size for path in files)
     with tqdm(total=total, unit='B', unit_scale=True, desc=label, disable=None) as bar:
         for path in files:
@@ -130,7 +131,7 @@ def read(files, label):
 
 with exit_on_error():
     if not 0 < val_fraction < 1:
-        raise DataError(f'val_fraction is {val_fraction}, but must be between 0 and 1')
+        raise DataError(f"val_fraction is {val_fraction}, but must be between 0 and 1")
     if tokenizer not in ('char', 'bytes'):
         codec = TiktokenTokenizer(tokenizer)
     files = find_files(input.split(','), set(suffixes.lower().split(',')))
@@ -142,7 +143,7 @@ with exit_on_error():
         if tokenizer == 'char':
             characters.update(text)
     if n_characters == 0:
-        raise DataError(f'{input} holds no text')
+        raise DataError(f"input {input} holds no text: give other files with --input=PATH")
     several = n_documents > 1
     by_document = n_documents * val_fraction >= 20
     if tokenizer == 'bytes':
@@ -150,7 +151,7 @@ with exit_on_error():
     elif tokenizer == 'char':
         codec = CharTokenizer(''.join(sorted(characters)), eot=several)
 
-    cut = int(n_characters * (1 - val_fraction)) # where validation begins, if not by documents
+    cut = int(n_characters * (1 - val_fraction)) # where the end of the text begins
     position = document = 0
     with Writer(dataset_folder(out), codec) as writer:
         for text, ends in read(files, 'writing'):
@@ -166,6 +167,6 @@ with exit_on_error():
             document += ends
             if ends and several:
                 writer.write(split, [codec.eot])
-    print(f'{n_documents:,} documents, {n_characters:,} characters; held out: '
-          f'{"whole documents" if by_document else "the end of the text"}')
+    print(f"{n_documents:,} documents, {n_characters:,} characters; held out: "
+          f"{'whole documents' if by_document else 'the end of the text'}")
     summarize(writer, f'python train.py --dataset={out} --out_dir=out-{Path(out).name}')

@@ -1,0 +1,308 @@
+"""
+Measures what ideas are worth, by training: speed and memory are measured by tests/bench.py.
+
+    python tests/studies.py recipe --peer=PATH     seconds to nanoGPT's loss by a speed-run config, several seeds
+    python tests/studies.py ablations              that config with each of its ingredients taken out
+    python tests/studies.py optimizers             AdamW, Muon and SM3 on MLP-Mixer: curves and memory
+    python tests/studies.py arithmetic             what zeros, steps, mixer and optimizer give to config/train_calc.py
+    python tests/studies.py repetition --run=out-x how often a trained model's greedy text loops, and what helps
+
+GPTConfig's fields change the model of any study but repetition: --n_layer=2. Raw numbers go to tests/results/.
+"""
+import re
+import subprocess
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Literal
+
+import torch
+
+from bench import (NANOGPT_FIELDS, PRESETS, PROJECT, SMALL_RUN, begin, choose, end, in_turn, picture, run_train, show,
+                   write_data)
+from configurator import exit_on_error, resolve
+from data.checkpoints import find_weights, load_model
+from data.run import RunFolder
+from data.tokens import Split, dataset_folder, load_meta
+from model import GPT, GPTConfig, beam_search
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is studied
+device = 'auto' # auto | cpu | cuda | cuda:1 | mps
+out = '' # the JSON file; '': tests/results/COMMAND-DEVICE.json
+seeds: tuple[int, ...] = (1, 2, 3)
+variants: tuple[str, ...] = () # ablations and arithmetic: rows of the table; (): all
+iterations = 0 # training steps; 0: the config's, of optimizers 1000
+# recipe, ablations and optimizers
+recipe_of: Literal['shakespeare_cpu', 'shakespeare'] = 'shakespeare_cpu' # which config/speedrun_*.py
+dataset = 'shakespeare_char' # a folder in data/, or any folder given with a slash
+peer: str | None = None # recipe: a checkout of nanoGPT, which trains in turn
+# arithmetic and repetition
+problems = 2000 # held-out problems to solve
+run = '' # folder of the run
+prompts = 32 # texts, each begun by 32 tokens of the validation split
+length = 400 # tokens generated for each
+# ---------------------------------------------------------------------------------------------------------------------
+
+# the loss to reach, and the flags with which nanoGPT reaches it
+RECIPES = {
+    'shakespeare_cpu': (1.898, SMALL_RUN),
+    'shakespeare': (1.4697, {}), # config/train_shakespeare_char.py as it is: hours on a CPU
+}
+ATTENTION = dict(mixer='attention', mlp='relu2', pos_emb='rope')
+ADAMW = dict(optimizer='adamw', momentum=0.95, hidden_lr=None)
+ABLATIONS = {
+    'as it is': {},
+    'AdamW for all matrices': ADAMW,
+    'AdamW at 0.004': ADAMW | dict(learning_rate=4e-3),
+    'SM3 at 0.1': dict(optimizer='sm3', hidden_lr=None, learning_rate=0.1),
+    'momentum 0.95': dict(momentum=0.95),
+    'no time-mixing': dict(time_mixing=0.0),
+    'attention with rotary positions and relu2 MLP': ATTENTION,
+    'attention with QK-norm': ATTENTION | dict(qk_norm=True),
+    'attention without time-mixing': ATTENTION | dict(time_mixing=0.0),
+    'MLP-Mixer and relu2 MLP': dict(mixer='mlp_mixer', mlp='relu2'),
+    'aMLP': dict(gmlp_attn=32),
+    'cosine to a tenth': dict(schedule='cosine', min_lr=1e-3),
+    'batch 12 with as many steps': dict(batch_size=12),
+    'batch 12 with as many tokens': dict(batch_size=12, max_iters=280, lr_decay_iters=280, eval_interval=280,
+                                         warmup_iters=20),
+    'float32': dict(dtype='float32'),
+    'untied head': dict(tie_weights=False),
+    'ReZero': dict(rezero=True),
+    'average of weights (0.9)': dict(ema=0.9),
+    'adaptive clipping 0.1': dict(adaptive_clip=0.1),
+    'clipping at 0.3': dict(grad_clip=0.3),
+    'weight decay 0.1': dict(weight_decay=0.1),
+    '2 layers': dict(n_layer=2),
+    '4 layers': dict(n_layer=4),
+}
+# changes of the calc dataset, and of its config
+ARITHMETIC = {
+    'as it is': ({}, {}),
+    'no results backwards': (dict(reverse=''), {}),
+    'all results backwards': (dict(reverse='+-*/'), {}),
+    'no leading zeros': (dict(pad=False), {}),
+    'no steps': (dict(scratch=False), {}),
+    'as many of each operator': (dict(operators='+-*/', examples=150000), {}),
+    'no time-mixing': ({}, dict(time_mixing=0.0)),
+    'AdamW': ({}, dict(optimizer='adamw', hidden_lr=None)),
+    'attention': ({}, dict(mixer='attention', pos_emb='rope', mlp='relu2', n_layer=4)),
+}
+LEARNING_RATES = dict(adamw=(1e-3, 3e-3, 1e-2, 3e-2), muon=(3e-3, 1e-2, 3e-2), sm3=(0.03, 0.1, 0.3, 1.0))
+WAYS = { # options of generate or, with beams, of beam_search
+    'greedy': dict(temperature=0.0),
+    'greedy, repetition_penalty 1.1': dict(temperature=0.0, repetition_penalty=1.1),
+    'greedy, repetition_penalty 1.3': dict(temperature=0.0, repetition_penalty=1.3),
+    'greedy, repetition_penalty 1.3, window 16': dict(temperature=0.0, repetition_penalty=1.3, repetition_window=16),
+    'greedy, no_repeat_ngram 4': dict(temperature=0.0, no_repeat_ngram=4),
+    'greedy, no_repeat_ngram 8': dict(temperature=0.0, no_repeat_ngram=8),
+    'greedy, no_repeat_ngram 12': dict(temperature=0.0, no_repeat_ngram=12),
+    '4 beams': dict(beams=4),
+    '4 beams, no_repeat_ngram 8': dict(beams=4, no_repeat_ngram=8),
+    'temperature 0.8': dict(temperature=0.8),
+    'temperature 0.8, top_k 10': dict(temperature=0.8, top_k=10),
+    'temperature 0.8, top_p 0.9': dict(temperature=0.8, top_p=0.9),
+    'temperature 0.8, min_p 0.1': dict(temperature=0.8, min_p=0.1),
+    'temperature 0.4': dict(temperature=0.4),
+}
+given = {} # what the command line set
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+def model_flags():
+    """The fields of GPTConfig that the command line set."""
+    return {name: value for name, value in given.items() if name in GPTConfig.__dataclass_fields__}
+
+
+def step_flags(steps):
+    """A run of so many steps, evaluated at its end; 0: as the config has it."""
+    if not steps:
+        return {}
+    return dict(max_iters=steps, lr_decay_iters=steps, eval_interval=steps, warmup_iters=min(20, steps // 2))
+
+
+def train(folder, files, flags):
+    """train.py in folder -> its last validation loss, seconds to then without evaluations, and loss curves."""
+    with tempfile.TemporaryDirectory() as parent:
+        lines = run_train(folder, *files, out_dir=f'{parent}/run', **flags)
+        logged = RunFolder(f'{parent}/run').read_metrics() # nanoGPT has none
+    before = evaluating = 0.0
+    for seconds, line in lines:
+        found = re.match(r'step \d+: train loss [\d.]+, val loss ([\d.]+)', line)
+        if found: # an evaluation lasts from the line before it to its own
+            result = dict(seconds=before - evaluating, val_loss=float(found[1]))
+            evaluating += seconds - before
+        before = seconds
+    return result | dict(curve=[(line['step'], line['loss']) for line in logged if 'loss' in line],
+                         val_curve=[(line['step'], line['val_loss']) for line in logged if 'val_loss' in line])
+
+
+def spread(values):
+    """Mean, lowest and highest."""
+    return f'{sum(values) / len(values):.4f} ({min(values):.4f}-{max(values):.4f})' if values else '-'
+
+
+def chosen(table):
+    """The rows that `variants` names."""
+    for name in variants:
+        if name not in table:
+            raise ValueError(f"variants={name!r} is not one of {', '.join(table)}")
+    return {name: row for name, row in table.items() if not variants or name in variants}
+
+
+def recipe_job(changes, seed):
+    flags = dict(dataset=dataset) | step_flags(iterations) | changes | model_flags() | dict(seed=seed)
+    return partial(train, PROJECT, [f'config/speedrun_{recipe_of}.py'], flags)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Studies
+
+def recipe():
+    target, flags = RECIPES[recipe_of]
+    flags = flags | step_flags(iterations) | {k: v for k, v in given.items() if k in NANOGPT_FIELDS}
+    vocab_size = load_meta(dataset_folder(dataset))['vocab_size']
+    flags |= dict(device=device, dataset=write_data(vocab_size, dataset))
+    title, runs = f'recipe, {recipe_of}', {'ours': [], 'peer': []}
+    for seed in seeds: # in turn
+        jobs = {f'ours, seed {seed}': recipe_job({}, seed)}
+        if peer:
+            jobs[f'peer, beside seed {seed}'] = partial(train, peer, ['config/train_shakespeare_char.py'], flags)
+        for name, results in in_turn(title, jobs, 1).items():
+            runs[name[:4]] += results
+    rows = []
+    for name, results in runs.items():
+        if results:
+            rows.append({'': name, 'seconds': spread([r['seconds'] for r in results]),
+                         'val loss': spread([r['val_loss'] for r in results]), 'raw': results})
+    ratios = [b['seconds'] / a['seconds'] for a, b in zip(runs['ours'], runs['peer'])]
+    if ratios:
+        rows.append({'': 'peer/ours', 'seconds': (median(ratios), min(ratios), max(ratios))})
+    show(f'{title}: seconds to {target}, without evaluations; seeds {seeds}, mean (lowest-highest)', rows)
+
+
+def ablations():
+    title, rows = f'ablations, {recipe_of}', []
+    for name, changes in chosen(ABLATIONS).items():
+        runs = in_turn(f'{title}: {name}', {seed: recipe_job(changes, seed) for seed in seeds}, 1)
+        results = [result for by_seed in runs.values() for result in by_seed]
+        seconds = median(r['seconds'] for r in results) if results else None
+        rows.append({'what': name, 'val loss': spread([r['val_loss'] for r in results]), 'seconds': seconds,
+                     'raw': results})
+        show(f'{title}: seeds {seeds}, mean (lowest-highest)', rows)
+
+
+def optimizers():
+    """Learning rates around each optimizer's best, on MLP-Mixer of the size of nanoGPT's small CPU run."""
+    steps = iterations or 1000
+    files = ['config/shakespeare_small.py', 'config/mixers/mlp_mixer.py']
+    flags = dict(dataset=dataset) | step_flags(steps) | dict(eval_interval=max(1, steps // 4)) | model_flags()
+    rows, curves = [], {}
+    for optimizer, rates in LEARNING_RATES.items():
+        for lr in rates:
+            name = f'{optimizer} {lr}'
+            more = dict(optimizer=optimizer, learning_rate=lr, min_lr=lr / 10)
+            results = in_turn('optimizers', {name: partial(train, PROJECT, files, flags | more)}, 1)[name]
+            for result in results:
+                curves[name] = result['curve']
+                late = [loss for step, loss in result['curve'] if step > steps / 10]
+                rows.append({'optimizer': optimizer, 'learning rate': lr, 'val loss': result['val_loss'],
+                             'state, bytes a parameter': state_size(optimizer), 'highest loss after a tenth': max(late),
+                             'raw': results})
+    show(f'optimizers: MLP-Mixer, {steps} steps', rows)
+    picture({'step': curves}, 'training loss')
+
+
+def state_size(optimizer):
+    """Bytes a parameter that an optimizer keeps, besides the weights and gradients."""
+    model = GPT(GPTConfig(**PRESETS['readme'][0] | dict(mixer='mlp_mixer', pos_emb='none') | model_flags()))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), 'cpu', optimizer)
+    optimizer.step()
+    size = sum(tensor.nbytes for state in optimizer.state.values() for tensor in state.values())
+    return size / model.get_num_params(False)
+
+
+def solve(prepare, changes, seed):
+    """Makes the calc dataset, trains, evaluates -> {operator or all: percent of held-out problems that are solved}"""
+    with tempfile.TemporaryDirectory() as folder:
+        def script(path, **flags):
+            command = [sys.executable, path, *(f'--{name}={value}' for name, value in flags.items())]
+            done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, errors='replace')
+            if done.returncode:
+                raise RuntimeError((done.stderr.strip().splitlines() or ['it said nothing'])[-1])
+            return done.stdout
+        script('data/calc/prepare.py', **dict(out=f'{folder}/calc') | prepare)
+        flags = dict(dataset=f'{folder}/calc', eval_iters=1, seed=seed) | step_flags(iterations) | changes
+        run_train(PROJECT, 'config/train_calc.py', out_dir=f'{folder}/run', **flags | model_flags())
+        text = script('data/calc/evaluate.py', dataset=f'{folder}/calc', out_dir=f'{folder}/run',
+                      max_problems=problems)
+    return {name: float(share) for name, share in re.findall(r'^(\S+) .* ([\d.]+)% of \d+$', text, re.MULTILINE)}
+
+
+def arithmetic():
+    rows = []
+    for name, (prepare, changes) in chosen(ARITHMETIC).items():
+        jobs = {seed: partial(solve, prepare, changes, seed) for seed in seeds}
+        runs = in_turn(f'arithmetic: {name}', jobs, 1)
+        results = [result for by_seed in runs.values() for result in by_seed]
+        row = {'what': name, 'raw': results}
+        for operator in '+-*/' if results else '':
+            row[operator] = median(result[operator] for result in results)
+        rows.append(row)
+        show(f'arithmetic: percent of held-out problems solved, median of seeds {seeds}', rows)
+
+
+def loops(tokens, longest=100):
+    """Does this list end by saying the same again, three times in a row or more, in up to `longest` tokens?"""
+    return any(tokens[-p:] * 3 == tokens[-3 * p:] for p in range(1, longest + 1) if 3 * p <= len(tokens))
+
+
+def generate(model, idx, beams=None, **options):
+    if beams:
+        return torch.cat([beam_search(model, row[None], length, beams, **options) for row in idx])
+    return model.generate(idx, length, generator=torch.Generator(device).manual_seed(1), **options)
+
+
+def repetition():
+    """What each way to control repetition does to greedy text and, beside it, to drawn text."""
+    model, checkpoint = load_model(find_weights(run), device)
+    T = model.config.block_size
+    split = Split(dataset_folder(checkpoint['config']['dataset']), 'val')
+    x, _ = next(iter(split.fixed_batches(1, prompts, T)))
+    idx = torch.from_numpy(x[:, :32]).to(device)
+    rows = []
+    for name, options in WAYS.items():
+        print(f'... repetition: {name}', flush=True)
+        texts = generate(model, idx, **options)
+        written = texts[:, idx.size(1):].tolist()
+        grams = [[tuple(text[i:i + 8]) for i in range(len(text) - 7)] for text in written]
+        distinct = sum(len(set(g)) for g in grams) / sum(len(g) for g in grams)
+        with torch.no_grad(): # in windows of block_size, as the model sees text in training
+            windows = texts.unfold(1, T + 1, T).unbind(1)
+            nats = [model(w[:, :-1].contiguous(), w[:, 1:].contiguous())[1].item() for w in windows]
+        rows.append({'way': name, 'end in a loop': sum(map(loops, written)) / len(written),
+                     'distinct 8-grams': distinct, 'nats a token': sum(nats) / len(nats)})
+    show(f'repetition: {len(idx)} texts of {length} tokens by {Path(run).name}', rows)
+
+
+COMMANDS = dict(recipe=recipe, ablations=ablations, optimizers=optimizers, arithmetic=arithmetic,
+                repetition=repetition)
+
+
+def main(argv):
+    global given, device
+    name, given = choose(argv, COMMANDS, globals())
+    with exit_on_error():
+        device = resolve(device, 'float32')[0]
+        begin(name, device, out)
+        COMMANDS[name]()
+        end()
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])

@@ -1,0 +1,138 @@
+"""tests/studies.py runs: each study, tiny, on the CPU, with a dataset of few characters. No timing is checked."""
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.checkpoints import save_checkpoint
+from data.tokenizers import CharTokenizer
+from data.writer import Writer
+from model import GPT, GPTConfig
+
+PROJECT = Path(__file__).resolve().parent.parent
+TINY = ['--device=cpu', '--n_layer=1', '--n_head=2', '--n_embd=16', '--iterations=4']
+LINES = [(1.0, 'number of parameters: 0.8M'), (1.5, 'step 0: train loss 4.1, val loss 4.2'), (2.5, 'iter 1: loss 4.1'),
+         (4.5, 'iter 4: loss 4.0'), (5.0, 'step 4: train loss 3.9, val loss 3.8'), (6.0, '')]
+
+
+@pytest.fixture
+def studies(tmp_path):
+    """studies(arguments) runs the script in this process, but train.py in its own -> its tables."""
+    spec = importlib.util.spec_from_file_location('studies_under_test', PROJECT / 'tests' / 'studies.py')
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+
+    def run(*arguments):
+        script.main([arguments[0], *TINY, *arguments[1:], f'--out={tmp_path / "result.json"}'])
+        result = json.loads((tmp_path / 'result.json').read_text(encoding='utf-8'))
+        assert result['errors'] == {}
+        return list(result['tables'].values())
+    run.script = script
+    return run
+
+
+@pytest.fixture
+def words(tmp_path):
+    tokenizer = CharTokenizer.from_text(['abcd '])
+    with Writer(tmp_path / 'words', tokenizer) as out:
+        for split in ('train', 'val'):
+            out.write(split, tokenizer.encode('abc dcba ' * 500))
+    return f"--dataset={tmp_path / 'words'}"
+
+
+@pytest.fixture
+def told(studies, monkeypatch):
+    """train.py is replaced by one that prints LINES; the list of what it was asked for."""
+    asked = []
+    def run_train(folder, *files, **flags):
+        asked.append((folder, files, flags))
+        Path(flags['out_dir']).mkdir(parents=True)
+        metrics = ''.join(json.dumps(dict(step=step, loss=5.0 - step)) + '\n' for step in range(1, 5))
+        (Path(flags['out_dir']) / 'metrics.jsonl').write_text(metrics)
+        return LINES
+    monkeypatch.setattr(studies.script, 'run_train', run_train)
+    return asked
+
+
+def test_a_run_is_timed_without_its_evaluations(studies, told):
+    result = studies.script.train(PROJECT, ['config/x.py'], dict(seed=3))
+    assert result['seconds'] == 4.5 - 0.5 and result['val_loss'] == 3.8
+    assert result['curve'] == [(1, 4.0), (2, 3.0), (3, 2.0), (4, 1.0)]
+    assert told[0][1] == ('config/x.py',) and told[0][2]['seed'] == 3
+
+
+def test_recipe(studies, told, words, tmp_path):
+    (ours, theirs, ratio), = studies('recipe', words, '--seeds=1,2', f'--peer={tmp_path}')
+    assert len(ours['raw']) == len(theirs['raw']) == 2 and ratio['seconds'] == [1.0, 1.0, 1.0]
+    assert ours['val loss'] == '3.8000 (3.8000-3.8000)'
+    assert [(files[0], flags.get('seed'), flags['n_embd']) for _, files, flags in told] == [
+        ('config/speedrun_shakespeare_cpu.py', 1, 16), ('config/train_shakespeare_char.py', None, 16),
+        ('config/speedrun_shakespeare_cpu.py', 2, 16), ('config/train_shakespeare_char.py', None, 16)]
+    assert told[1][0] == str(tmp_path) and told[1][2]['dropout'] == 0.0
+
+
+def test_ablations(studies, words):
+    rows, = studies('ablations', words, '--seeds=1,2', '--variants=SM3 at 0.1')
+    (row,) = rows
+    assert row['what'] == 'SM3 at 0.1' and len(row['raw']) == 2
+    assert row['raw'][0]['val_loss'] != row['raw'][1]['val_loss']
+
+
+def test_every_ablation_is_legal(studies, told):
+    """train.py takes the settings of each row."""
+    from test_readme import settings
+    config = settings(PROJECT / 'config' / 'speedrun_shakespeare_cpu.py')
+    studies('ablations', '--seeds=1,')
+    assert len(told) == len(studies.script.ABLATIONS)
+    for _, _, flags in told:
+        assert flags.keys() - {'out_dir'} <= config.keys()
+    for changes in [*studies.script.ABLATIONS.values(), *(row[1] for row in studies.script.ARITHMETIC.values())]:
+        merged = config | changes
+        GPTConfig(**{name: merged[name] for name in GPTConfig.__dataclass_fields__})
+
+
+def test_optimizers(studies, told, tmp_path, monkeypatch):
+    monkeypatch.setattr(studies.script, 'LEARNING_RATES', dict(adamw=(1e-3,), muon=(1e-2,), sm3=(0.1, 0.3)))
+    rows, = studies('optimizers')
+    memory = {row['optimizer']: row['state, bytes a parameter'] for row in rows}
+    assert 8 <= memory['adamw'] < 8.1 and 4 < memory['sm3'] < 5
+    assert [row['learning rate'] for row in rows] == [1e-3, 1e-2, 0.1, 0.3]
+    assert rows[0]['highest loss after a tenth'] == 4.0
+    assert (tmp_path / 'result.png').stat().st_size > 1000
+
+
+def test_arithmetic(studies):
+    (row,), = studies('arithmetic', '--variants=no steps', '--seeds=1,', '--block_size=64', '--problems=40')
+    assert row['what'] == 'no steps' and set(row['raw'][0]) == {*'+-*/', 'all'}
+    assert all(0 <= share <= 100 for share in row['raw'][0].values())
+
+
+def test_loops(studies):
+    loops = studies.script.loops
+    assert loops([5, 1, 2, 1, 2, 1, 2]) and loops([7, 7, 7]) and loops(list(range(40)) * 3)
+    assert not loops([1, 2, 1, 2]) and not loops([1, 2, 3, 1, 2, 3, 1, 2]) and not loops([])
+
+
+def test_repetition(studies, words, tmp_path):
+    torch.manual_seed(0)
+    config = dict(n_layer=1, n_head=1, n_embd=8, block_size=40, vocab_size=5)
+    checkpoint = dict(model=GPT(GPTConfig(**config)).state_dict(), model_args=config,
+                      config=dict(dataset=words.partition('=')[2]))
+    save_checkpoint(tmp_path / 'ckpt.pt', checkpoint)
+    rows, = studies('repetition', f'--run={tmp_path}', '--prompts=2', '--length=60')
+    assert rows[0]['way'] == 'greedy'
+    assert rows[0]['end in a loop'] == 1.0 # a network without training says one token for ever
+    assert all(0 < row['distinct 8-grams'] <= 1 and row['nats a token'] > 0 for row in rows)
+
+
+@pytest.mark.parametrize('arguments, words', [
+    (['train'], 'must be a command'), (['ablations', '--variants=SM4'], 'not one of'),
+    (['recipe', '--recipe_of=shakespear'], 'shakespeare_cpu'), (['repetition', '--run=/nowhere'], '/nowhere')])
+def test_mistakes(studies, capsys, arguments, words):
+    with pytest.raises(SystemExit) as end:
+        studies.script.main(arguments)
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert words in error and error.startswith('error: ')
