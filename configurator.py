@@ -326,7 +326,8 @@ def nearest(name, settings, dashes=''):
 
 def names_of_parts(hint):
     names = [inspect.formatannotation(part) for part in parts(hint) if not is_literal(part)]
-    return [str(choice) for choice in choices(hint)] + [name.replace('typing.', '').replace('NoneType', 'None') for name in names]
+    names = [name.replace('typing.', '').replace('NoneType', 'None') for name in names]
+    return [str(choice) for choice in choices(hint)] + names
 
 
 def type_name(setting):

@@ -29,7 +29,8 @@ init_from = 'resume' # resume | gpt2, gpt2-medium, gpt2-large, gpt2-xl | a check
 checkpoint: Literal['best', 'latest'] = 'best' # best: best.pt, or ckpt.pt where there is none; latest: ckpt.pt
 dataset = '' # whose tokenizer a checkpoint of nanoGPT's needs; '': the one in data/ that it names, or GPT-2's
 # what is generated
-start = '\n' # the prompt, in which \n is a line end; FILE:path reads it from a file, - from standard input
+# (in start, stop and the prefixes, \n is a line end and \\n the two characters)
+start = '\n' # the prompt; FILE:path reads it from a file, - from standard input
 num_samples = 10
 max_new_tokens = 500 # in each sample or answer
 temperature = 0.8 # 0 takes the most likely token, below 1 is less random, above 1 more
@@ -68,16 +69,17 @@ GPT2_TOKENIZER = dict(tokenizer='tiktoken', encoding='gpt2')
 def load():
     """-> (model, tokenizer), and says where they are from."""
     if init_from != 'resume' and is_pretrained(init_from):
-        source = init_from if init_from in GPT2_NAMES else find_weights(init_from)
+        named = init_from in GPT2_NAMES
+        source = init_from if named else find_weights(init_from)
         model, about = load_pretrained(source, dict(dropout=0.0)).eval(), "pretrained"
-        meta = GPT2_TOKENIZER if init_from in GPT2_NAMES else load_meta(source) or GPT2_TOKENIZER
+        meta = {} if named else load_meta(source)
     else:
         source = find_run() if init_from == 'resume' else find_weights(init_from)
         model, ckpt = load_trained(source)
         meta = ckpt.get('meta') or meta_of_nanogpt(ckpt)
         about = f"step {ckpt.get('iter_num', '?')}, best validation loss {float(ckpt.get('best_val_loss', 'nan')):.4f}"
     print(f"{source}: {about}", file=sys.stderr)
-    tokenizer = load_tokenizer(meta)
+    tokenizer = load_tokenizer(meta if 'tokenizer' in meta else GPT2_TOKENIZER)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(f"the tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} ids, and the weights in {source} "
                          f"know {model.config.vocab_size}: they belong to another tokenizer")
@@ -85,25 +87,32 @@ def load():
 
 
 def find_run():
-    """The checkpoint of the run in out_dir."""
+    """The checkpoint that out_dir and checkpoint name."""
     folder = Path(__file__).resolve().parent / os.path.expanduser(out_dir)
     latest, best = folder / 'ckpt.pt', folder / 'best.pt'
     return best if checkpoint == 'best' and best.is_file() else latest
 
 
 def load_trained(path):
+    """-> (model, the checkpoint's dict). If the file is damaged, the ValueError names the good ones beside it."""
     try:
         return load_model(path)
     except ValueError as e:
         good = good_checkpoints(path.parent)
-        raise ValueError(f"{e}; good: {', '.join(good)}: give it by --init_from=" if good else e) from None
+        if not good or any(line.startswith(f'{path} (') for line in good): # it opens, and something else is wrong
+            raise
+        raise ValueError(f"{e}; good: {', '.join(good)}: take one with --init_from=PATH") from None
 
 
 def meta_of_nanogpt(ckpt):
-    """nanoGPT's checkpoints say nothing of the tokenizer: their dataset does, or it is GPT-2's."""
+    """nanoGPT's checkpoints say nothing of the tokenizer, but their dataset may."""
     named = Path(str(ckpt.get('config', {}).get('dataset', ''))).name # a name in data/, never a path out of it
-    meta = load_meta(dataset_folder(dataset or named))
-    return meta if 'tokenizer' in meta else GPT2_TOKENIZER
+    return load_meta(dataset_folder(dataset or named))
+
+
+def with_line_ends(text):
+    r"""The text as it was typed, in which \n is a line end and two backslashes are one."""
+    return '\\'.join(part.replace('\\n', '\n') for part in text.split('\\\\'))
 
 
 def read_prompt():
@@ -111,8 +120,7 @@ def read_prompt():
     if start == '-':
         return sys.stdin.read()
     if not start.startswith('FILE:'):
-        # \n becomes a line end, and two backslashes one
-        return '\\'.join(part.replace('\\n', '\n') for part in start.split('\\\\'))
+        return with_line_ends(start)
     try:
         return Path(os.path.expanduser(start[5:])).read_text(encoding='utf-8')
     except UnicodeDecodeError as e:
@@ -191,7 +199,8 @@ def chat():
 with torch.inference_mode(), exit_on_error(): # a few percent faster than no_grad where a token takes a millisecond
     check_ranges(config, RANGES)
     chosen_by_machine, (device, dtype) = dtype == 'auto', resolve(device, dtype)
-    text_before = read_prompt()
+    text_before, stop = read_prompt(), [with_line_ends(s) for s in stop if s]
+    user_prefix, bot_prefix = with_line_ends(user_prefix), with_line_ends(bot_prefix)
     model, tokenizer = load()
     block_size = model.config.block_size
     if repetition_window is not None and repetition_window > block_size:
@@ -213,6 +222,6 @@ with torch.inference_mode(), exit_on_error(): # a few percent faster than no_gra
         prompt = [tokenizer.eot]
     for _ in range(num_samples):
         show(text_before)
-        for text in generate_text(prompt, [s for s in stop if s]):
+        for text in generate_text(prompt, stop):
             show(text)
         show('\n---------------\n')

@@ -44,7 +44,7 @@ import torch.nn.functional as F
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 from configurator import configure, exit_on_error, fail, find_peak_flops, resolve
-from data.checkpoints import load_weights
+from data.checkpoints import NANOGPT_FIELDS, load_weights
 from data.run import git_commit, peak_memory
 from data.tokens import Split, dataset_folder, load_meta, prefetch
 from model import GPT, GPTConfig, LinearCrossEntropy, MIXERS, cost, keep_freed_memory, recompute_what_is_cheap
@@ -80,7 +80,6 @@ PRESETS = { # fields of GPTConfig, and the batch size
     'gpt2': (dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50304, bias=False), 12),
     'gpt2-medium': (dict(n_layer=24, n_head=16, n_embd=1024, block_size=1024, vocab_size=50304, bias=False), 12),
 }
-NANOGPT_FIELDS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size', 'dropout', 'bias')
 # the flags of nanoGPT's README for a CPU, which both projects take
 SMALL_RUN = dict(device='cpu', compile=False, eval_iters=20, log_interval=1, block_size=64, batch_size=12, n_layer=4,
                  n_head=4, n_embd=128, dropout=0.0, max_iters=2000, lr_decay_iters=2000)
@@ -586,11 +585,6 @@ def everything():
     for name, command in COMMANDS.items():
         if name != 'all':
             command()
-
-
-COMMANDS:
-        if name not in ('train', 'all'):
-            COMMANDS[name]()
 
 
 COMMANDS = dict(train=train, sample=sample, mixers=mixers, unet=unet, scale=scale, startup=partial(small_run, 1),

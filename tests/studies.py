@@ -20,10 +20,9 @@ from typing import Literal
 
 import torch
 
-from bench import (NANOGPT_FIELDS, PRESETS, PROJECT, SMALL_RUN, begin, choose, end, in_turn, picture, run_train, show,
-                   write_data)
+from bench import PRESETS, PROJECT, SMALL_RUN, begin, choose, end, in_turn, picture, run_train, show, write_data
 from configurator import exit_on_error, resolve
-from data.checkpoints import find_weights, load_model
+from data.checkpoints import NANOGPT_FIELDS, find_weights, load_model
 from data.run import RunFolder
 from data.tokens import Split, dataset_folder, load_meta
 from model import GPT, GPTConfig, beam_search
@@ -163,7 +162,7 @@ def recipe_job(changes, seed):
 
 def recipe():
     target, flags = RECIPES[recipe_of]
-    flags = flags | step_flags(iterations) | {k: v for k, v in given.items() if k in NANOGPT_FIELDS}
+    flags = flags | step_flags(iterations) | {name: given[name] for name in NANOGPT_FIELDS if name in given}
     vocab_size = load_meta(dataset_folder(dataset))['vocab_size']
     flags |= dict(device=device, dataset=write_data(vocab_size, dataset))
     title, runs = f'recipe, {recipe_of}', {'ours': [], 'peer': []}

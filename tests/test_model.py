@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from configurator import find_peak_flops, resolve
 from data.checkpoints import (build_model, crop_block_size, load_checkpoint, load_model, load_pretrained, load_weights,
                               save_checkpoint, save_pretrained)
 from helpers import SMALL, network, randomize
@@ -674,33 +673,6 @@ def test_configure_optimizers():
     assert all(group['lr'] == 1e-3 and group['betas'] == (0.8, 0.9) for group in optimizer.param_groups)
 
 
-@pytest.mark.parametrize('name, flops', [
-    ('NVIDIA H100 80GB HBM3', 989.4e12), ('NVIDIA H100 PCIe', 756e12), ('NVIDIA H100 NVL', 835.5e12),
-    ('NVIDIA H200', 989.4e12), ('NVIDIA A100-SXM4-80GB', 312e12), ('NVIDIA A10G', 70e12),
-    ('NVIDIA A10', 125e12), ('NVIDIA L4', 121e12),
-    ('NVIDIA L40S', 362e12), ('Tesla T4', 65e12), ('Tesla V100-SXM2-16GB', 125e12),
-    ('NVIDIA GeForce RTX 4090', 165.2e12), ('AMD Instinct MI300X', 1307.4e12), ('NVIDIA B200', 2250e12), 
-    ('NVIDIA GeForce GTX 1080', None), ('NVIDIA L400', None),
-])
-def test_peak_flops_of_a_card(name, flops, monkeypatch):
-    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: name)
-    found, source = find_peak_flops('auto', 'cuda', torch.bfloat16)
-    assert found == flops
-    assert 'datasheet' in source if flops else name in source and '--peak_flops=' in source
-    assert find_peak_flops('auto', 'cuda', torch.float32)[0] is None
-
-
-def test_peak_flops_settings():
-    assert find_peak_flops(3e12, 'cpu', torch.float32) == (3e12, 'as set')
-    assert find_peak_flops(3, 'cuda', torch.float32) == (3.0, 'as set')
-    assert find_peak_flops('auto', 'mps', torch.float32)[0] is None
-    for setting in (0, -1.0, math.inf):
-        with pytest.raises(ValueError, match='peak_flops=.* must be above 0, or auto or measure'):
-            find_peak_flops(setting, 'cpu', torch.float32)
-    flops, source = find_peak_flops('auto', 'cpu', torch.float32)
-    assert 1e8 < flops < 1e15 and 'measured' in source and 'float32' in source
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
@@ -834,14 +806,6 @@ def test_decoding_float32_weights_under_autocast(place, dtype):
     with torch.autocast('cpu', dtype):
         found = torch.stack([window.next_logits(idx[:, :n]) for n in range(4, 9)], dim=1)
     assert (found - expected).abs().max() < 0.05 * expected.abs().max()
-
-
-def test_device_and_dtype():
-    assert resolve('cpu', 'auto') in [('cpu', 'float32'), ('cpu', 'bfloat16')]
-    assert resolve('cpu', 'float16') == ('cpu', 'float16')
-    for device in ('cuda:99', 'toaster'):
-        with pytest.raises(ValueError, match=f"device='{device}' is not there .*this machine has cpu.*--device=auto"):
-            resolve(device, 'auto')
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason="glibc's malloc only")

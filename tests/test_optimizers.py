@@ -35,7 +35,7 @@ def test_muon_is_torchs_on_every_matrix_alone(nesterov):
     twin = copy.deepcopy(model)
     optimizer = model.configure_optimizers(0.1, 0.02, (0.9, 0.95), 'cpu', 'muon', 0.9, nesterov)
     walk(model, optimizer)
-    groups = twin.optimizer_groups()
+    groups = optimizer_groups(twin)
     parts = dict(c_attn=3, attn_qkv=3, c_fc=2)
     matrices = {name: [torch.nn.Parameter(w.detach()) for w in p.chunk(parts.get(name.split('.')[-2], 1))] for name, p in groups['hidden']}
     muon = torch.optim.Muon([w for ws in matrices.values() for w in ws], lr=0.02, weight_decay=0.1, momentum=0.9, nesterov=nesterov,
@@ -152,15 +152,15 @@ def test_each_group_has_its_rate_and_decay():
 # ---------------------------------------------------------------------------------------------------------------------
 # in train.py
 
-WARM = dict(schedule='linear', min_lr=0.0, batch_warmup_iters=8, min_batch_size=1, block_warmup_iters=10, min_block_size=4, ema=0.9,
+MUON = dict(optimizer='muon', momentum=0.8, hidden_lr=2e-2, schedule='linear', min_lr=0.0, min_block_size=4, ema=0.9,
             adaptive_clip=0.05, dropout=0.2, eval_interval=10, eval_iters=100, snapshot_interval=1)
 
 
 @job
 def muon(folder):
     write_data(folder / 'data')
-    train(folder, 'whole', optimizer='muon', momentum=0.8, hidden_lr=2e-2, **WARM)
-    train(folder, 'cut', optimizer='muon', momentum=0.8, hidden_lr=2e-2, **WARM, max_iters=13) # after 20's own evaluation only
+    train(folder, 'whole', **MUON)
+    train(folder, 'cut', **MUON, max_iters=13) # after 20's own evaluation only
     well(run('train.py', flags(out_dir=folder / 'cut', init_from='resume', max_iters=20)))
     return folder
 
@@ -168,7 +168,7 @@ def muon(folder):
 @job
 def sm3(folder):
     write_data(folder / 'data')
-    settings = dict(optimizer='sm3', learning_rate=0.1, nesterov=False, dtype='bfloat16', sampling='epoch', batch_warmup_iters=5, min_batch_size=2)
+    settings = dict(optimizer='sm3', learning_rate=0.1, nesterov=False, dtype='bfloat16', sampling='epoch')
     train(folder, 'whole', **settings)
     train(folder, 'cut', **settings, max_iters=6)
     well(run('train.py', flags(out_dir=folder / 'cut', init_from='resume', max_iters=20)))
@@ -177,7 +177,8 @@ def sm3(folder):
 
 def resumed_exactly(folder):
     one, other = (load_checkpoint(folder / name / 'ckpt.pt') for name in ('whole', 'cut'))
-    for key in ('model', 'optimizer', 'samples', 'tokens', *(['average'] if 'average' in one else [])):
+    one['state'].pop('seconds'), other['state'].pop('seconds')
+    for key in ('model', 'optimizer', 'state', *(['average'] if 'average' in one else [])):
         assert_same(one[key], other[key], key)
     assert losses(folder / 'cut') == losses(folder / 'whole') and losses(folder / 'whole')[20] < losses(folder / 'whole')[1] - 0.1
 
@@ -195,18 +196,6 @@ def test_linear_schedule(muon):
         if 'lr' in line:
             i = line['step'] - 1
             assert line['lr'] == pytest.approx(1e-2 * (i + 1) / 4 if i < 3 else 1e-2 * (20 - i) / 17, rel=1e-9)
-
-
-def test_warmups_of_batch_and_block(muon):
-    """Batches of 1 to 4 in stages of two steps, windows of 4 to 16 in stages: tokens say so; two micro-batches a step."""
-    found = {line['step']: line['tokens'] for line in metrics(muon / 'whole')}
-    tokens = [found[i + 1] - found[i] for i in range(20)]
-    assert tokens[0] == 2 * 1 * 4 and tokens[-1] == tokens[10] == 2 * 4 * 16 and tokens == sorted(tokens)
-    sizes = [1] * 2 + [2] * 2 + [3] * 2 + [4] * 14
-    lengths = sorted({round(4 + 12 * i / 7) for i in range(8)})
-    lengths = [lengths[min(i * len(lengths) // 10, len(lengths) - 1)] for i in range(20)]
-    assert tokens == [2 * b * t for b, t in zip(sizes, lengths)]
-    assert load_checkpoint(muon / 'whole/ckpt.pt')['samples'] == 2 * sum(sizes)
 
 
 def test_the_average_is_evaluated_and_kept(muon):
@@ -236,4 +225,5 @@ def test_norms_are_reported(muon, sm3):
         assert lines[10]['update_norm'] > 0 and 'update_norm' not in lines[9]
     one, other = (load_checkpoint(muon / f'whole/step-{i}.pt')['model'] for i in (9, 10))
     moved = math.sqrt(sum((one[k].double() - other[k].double()).square().sum().item() for k in one if k != 'lm_head.weight'))
-    assert {line['step']: line for line in metrics(muon / 'whole')}[10].get('update_norm', moved) == pytest.approx(moved, rel=1e-4)
+    lines = {line['step']: line for line in metrics(muon / 'whole') if 'loss' in line} # an evaluation has no such norm
+    assert lines[10]['update_norm'] == pytest.approx(moved, rel=1e-4)

@@ -3,14 +3,16 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from data.checkpoints import save_pretrained
 from data.tokenizers import ByteTokenizer, CharTokenizer, load_tokenizer
-from model import GPT, GPTConfig
 from helpers import (ENV, JOBS, PROJECT, V, WORDS, flags, job, jobs, random_model, run, tree, well,  # noqa: F401
-                        write_checkpoint, write_malicious, write_nano, write_nano_data)
+                     write_checkpoint, write_malicious, write_nano, write_nano_data)
+from model import GPT, GPTConfig
 
 # After each byte comes the next one of this cycle: no byte is in it twice, é and 日 have two and three.
 CYCLE = b'ab' + 'é'.encode() + b'c' + '日'.encode() + b'dEND. '
@@ -118,6 +120,24 @@ def test_special_tokens(special):
 
 
 @job
+def typed(folder):
+    """What stands in the arguments, with a backslash and n for a line end."""
+    write_cycle(folder, after_space=ord('\n'))
+    settings = dict(max_new_tokens=3)
+    return (sample(folder, start=r'x\na', **settings), sample(folder, start=r'x\\na\\', max_new_tokens=1),
+            sample(folder, start='D', stop=r'\n', max_new_tokens=9),
+            sample(folder, interactive=True, user_prefix=r'\nQ', bot_prefix=r'\na', text='x\n', **settings))
+
+
+def test_line_ends_that_are_typed(typed):
+    line_end, characters, stopped, chatted = (text for text, _ in typed)
+    assert line_end == 'x\nabé' + RULE
+    assert characters == 'x\\na\\?' + RULE # after any byte that is not in the cycle comes ?
+    assert stopped == 'D. ' + RULE
+    assert chatted == 'abé\n\n'
+
+
+@job
 def prompts(folder):
     """From a file, longer than the block, and from standard input; tokens and text of a random model."""
     model, tokenizer = write_chars(folder)
@@ -168,6 +188,25 @@ def test_best_or_latest(sampled):
 
 
 @job
+def sources(folder):
+    """A run's folder with and without best.pt, and weights exported with the metadata of their tokenizer."""
+    model, tokenizer = write_chars(folder, 'best.pt')
+    latest, _ = write_chars(folder, seed=3)
+    write_checkpoint(folder / 'short/ckpt.pt', latest, meta=tokenizer.meta())
+    save_pretrained(model, folder / 'exported', tokenizer.meta())
+    texts = {name: sample(folder, init_from=name, start='one', max_new_tokens=30) for name in ('out', 'short', 'exported')}
+    return dict(out=model, short=latest, exported=model), tokenizer, texts
+
+
+def test_sources(sources):
+    models, tokenizer, texts = sources
+    expected = {name: 'one' + greedy(model, tokenizer, tokenizer.encode('one'), 30) + RULE for name, model in models.items()}
+    assert {name: text for name, (text, _) in texts.items()} == expected and expected['out'] != expected['short']
+    for name, path in dict(out='out/best.pt: step 7', short='short/ckpt.pt: step 7', exported='exported: pretrained').items():
+        assert path in texts[name][1]
+
+
+@job
 def nanogpt(folder):
     """nanoGPT's checkpoint, which names its dataset, where meta.pkl has the characters."""
     characters, _ = write_nano_data(folder / 'data')
@@ -186,19 +225,23 @@ def tiktoken(folder):
     model = random_model(50304, n_layer=1, n_embd=8, n_head=1)
     write_checkpoint(folder / 'out/ckpt.pt', model, meta=dict(tokenizer='tiktoken', encoding='gpt2', vocab_size=50257))
     save_pretrained(model, folder / 'weights')
+    save_pretrained(random_model(V), folder / 'exported') # of characters, which nothing says
     settings = dict(start='Tokyo is 東京', max_new_tokens=12)
-    return model, sample(folder, **settings), sample(folder, init_from=folder / 'weights', **settings)
+    return (model, sample(folder, **settings), sample(folder, init_from=folder / 'weights', **settings),
+            run('sample.py', flags(init_from='exported', device='cpu'), cwd=folder))
 
 
 @pytest.mark.skipif('TIKTOKEN_CACHE_DIR' not in os.environ, reason='needs a vocabulary that is downloaded')
 def test_tiktoken(tiktoken):
-    model, (text, _), (same, said) = tiktoken
+    model, (text, _), (same, said), refused = tiktoken
     tokenizer = load_tokenizer(dict(tokenizer='tiktoken', encoding='gpt2'))
     prompt = tokenizer.encode('Tokyo is 東京')
     ids = model.generate(torch.tensor([prompt]), 12, temperature=0, use_cache=False, vocab_size=50257)[0].tolist()
     ids = ids[:ids.index(50256)] if 50256 in ids else ids
     assert text == tokenizer.decode(ids) + RULE
     assert same == text and 'weights' in said
+    line = refused.stderr.decode().splitlines()[-1]
+    assert refused.returncode == 2 and line.startswith('error: ') and '50257 ids' in line and f'exported know {V}' in line
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -279,7 +322,11 @@ MISTAKES = {
     'sample: missing file': (dict(init_from='nowhere.pt'), ['nowhere.pt', 'no checkpoint']),
     'sample: truncated': (dict(init_from='truncated.pt'), ['truncated.pt', 'damaged']),
     'sample: malicious': (dict(init_from='malicious.pt'), ['malicious.pt', 'not a checkpoint']),
-    'sample: tokenizer of another vocabulary': (dict(init_from='vocabulary.pt'), ['vocab']),
+    'sample: damaged best.pt': (dict(out_dir=Path('damaged')), [
+        'damaged/best.pt is damaged', 'good: ', 'damaged/ckpt.pt (step 7)', '--init_from=']),
+    'sample: architecture': (dict(init_from='architecture.pt'), ["architecture has warp, which this model.py lacks\n"]),
+    'sample: tokenizer of another vocabulary': (dict(init_from='vocabulary.pt'), ['257 ids', f'vocabulary.pt know {V}']),
+    'sample: tokenizer of exported weights': (dict(init_from='exported'), ['257 ids', f'exported know {V}']),
     'sample: no prompt file': (dict(start='FILE:nowhere.txt'), ['nowhere.txt']),
     'sample: unknown characters': (dict(start='the § cat Ж'), ["'§', 'Ж'", 'bytes']),
     'sample: empty prompt': (dict(start=''), ['empty', '--start']),
@@ -292,10 +339,17 @@ def mistake(name):
         good = (folder / 'out/ckpt.pt').read_bytes()
         (folder / 'truncated.pt').write_bytes(good[:-700])
         write_malicious(folder / 'malicious.pt')
-        write_checkpoint(folder / 'vocabulary.pt', random_model(V), meta=ByteTokenizer().meta())
+        (folder / 'damaged').mkdir()
+        (folder / 'damaged/ckpt.pt').write_bytes(good)
+        (folder / 'damaged/best.pt').write_bytes(good[:-700])
+        model = random_model(V)
+        write_checkpoint(folder / 'vocabulary.pt', model, meta=ByteTokenizer().meta())
+        write_checkpoint(folder / 'architecture.pt', model, model_args=vars(model.config) | dict(warp=2))
+        save_pretrained(model, folder / 'exported', ByteTokenizer().meta())
         before = tree(folder)
-        process = run('sample.py', flags(**dict(out_dir=folder / 'out', device='cpu', start='the cat', num_samples=1) |
-                                         MISTAKES[name][0]), cwd=folder)
+        settings = dict(out_dir=Path('out'), device='cpu', start='the cat', num_samples=1) | MISTAKES[name][0]
+        settings['out_dir'] = folder / settings['out_dir'] # an absolute path stays what it is
+        process = run('sample.py', flags(**settings), cwd=folder)
         return process, before, tree(folder), (folder / 'executed').exists()
     return work
 
@@ -311,5 +365,5 @@ def test_mistake(name, jobs):  # noqa: F811
     assert process.returncode == 2, said
     assert said[-1].startswith('error: ') and all('best validation loss' in line for line in said[:-1]), said
     for word in MISTAKES[name][1]:
-        assert word in said[-1]
+        assert word in said[-1] + '\n'
     assert process.stdout == b'' and before == after and not executed

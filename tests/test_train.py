@@ -12,14 +12,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data.checkpoints import load_checkpoint
+from data.checkpoints import load_checkpoint, load_model, save_pretrained
 from data.tokenizers import CharTokenizer
 from data.writer import Writer
 from helpers import (assert_same, assert_same_run, corpus, ENV, flags, history, job, JOBS, jobs, losses, metrics,
                      naive_nats, NANO_ARGS, NANO_GAINS, NANO_MATRICES, PROJECT, random_model, run,
                      T, TINY, train, tree, V, val_ids, val_losses, well, write_checkpoint,
                      write_data, write_malicious, write_nano, write_nano_data, write_run) # noqa: F401
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, optimizer_groups
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ def test_files(plain):
     assert config['torch'] == torch.__version__ and 'git' in config
     for name in ('ckpt.pt', 'best.pt'):
         checkpoint = torch.load(out / name, weights_only=True) # tensors and plain values: no class of the project
-        assert checkpoint['iter_num'] == 20 and checkpoint['tokens'] == 20 * 2 * 4 * T
+        assert checkpoint['iter_num'] == 20 and checkpoint['state']['tokens'] == 20 * 2 * 4 * T
         assert checkpoint['meta']['characters'] == ''.join(sorted(set(corpus())))
 
 
@@ -465,8 +465,10 @@ def test_dropout(with_wandb, plain):
 def unknown_card(folder):
     """train.py where the table of GPUs does not help, as if this were such a card."""
     write_data(folder / 'data')
-    without_peak = ('import os, runpy, sys; del sys.argv[0]; sys.path.insert(0, os.path.dirname(sys.argv[0])); import model; '
-                    'model.find_peak_flops = lambda *_: (None, "n/a: set --peak_flops"); runpy.run_path(sys.argv[0], run_name="__main__")')
+    without_peak = ('import os, runpy, sys; del sys.argv[0]; sys.path.insert(0, os.path.dirname(sys.argv[0])); '
+                    'import configurator; '
+                    'configurator.find_peak_flops = lambda *_: (None, "n/a: set --peak_flops"); '
+                    'runpy.run_path(sys.argv[0], run_name="__main__")')
     return folder, train(folder, max_iters=2, command=['-c', without_peak])
 
 
@@ -574,16 +576,12 @@ MISTAKES = {
     'beta above 1': (None, dict(beta1=1.5), ['beta', '1.5']),
     'another optimizer than the checkpoint': (None, dict(init_from='resume', optimizer='sm3'), ["optimizer='sm3'", "optimizer='adamw'", '--init_from=']),
     'no such optimizer': (None, dict(optimizer='lion'), ["'lion'", 'adamw, muon, sm3']),
-    'several at once': (None, dict(batch_size=0, sampling='some', beta2=1.0), ['batch_size=0', "sampling='some'", 'beta2=1.0']),
+    'several at once': (None, dict(batch_size=0, eval_iters=-1, beta2=1.0), ['batch_size=0', 'eval_iters=-1', 'beta2=1.0']),
     'a setting that AdamW lacks': (None, dict(momentum=0.8), ['momentum=0.8', "optimizer='adamw'", 'beta1']),
     'decay longer than the run': (None, dict(schedule='wsd', wsd_decay_iters=18), ['wsd_decay_iters=18', '17']),
     'warmup longer than the schedule': (None, dict(warmup_iters=21), ['warmup_iters=21', 'lr_decay_iters=20']),
     'CUDA graphs with accumulation': (None, dict(compile='reduce-overhead', gradient_accumulation_steps=4),
                                       ["compile='reduce-overhead'", 'gradient_accumulation_steps=4 must be 1', '--compile=True']),
-    'batch warmup beyond the run': (None, dict(batch_warmup_iters=21, min_batch_size=1), ['batch_warmup_iters=21', 'max_iters=20']),
-    'batch warmup from nowhere': (None, dict(batch_warmup_iters=5), ['min_batch_size=0', 'batch_warmup_iters=5']),
-    'batch warmup downwards': (None, dict(batch_warmup_iters=5, min_batch_size=9), ['min_batch_size=9', 'batch_size=4']),
-    'block warmup from nowhere': (None, dict(block_warmup_iters=5), ['block_warmup_iters=5', 'min_block_size=0']),
     'averages forever': (None, dict(ema=1.0), ['ema=1.0', 'below 1']),
     'learning rate below 0': (None, dict(learning_rate=-1.0), ['learning', '-1.0']),
 }
