@@ -81,8 +81,8 @@ def load():
     print(f"{source}: {about}", file=sys.stderr)
     tokenizer = load_tokenizer(meta if 'tokenizer' in meta else GPT2_TOKENIZER)
     if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(f"the tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} ids, and the weights in {source} "
-                         f"know {model.config.vocab_size}: they belong to another tokenizer")
+        raise ValueError(f"the tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} ids, and the weights in "
+                         f"{source} know {model.config.vocab_size}: they belong to another tokenizer")
     return model, tokenizer
 
 
@@ -204,8 +204,7 @@ with torch.inference_mode(), exit_on_error(): # a few percent faster than no_gra
     model, tokenizer = load()
     block_size = model.config.block_size
     if repetition_window is not None and repetition_window > block_size:
-        raise ValueError(f"repetition_window={repetition_window} must be from 1 to this model's "
-                         f"block_size={block_size}")
+        raise ValueError(f"repetition_window={repetition_window} must be at most this model's block_size={block_size}")
     if chosen_by_machine and torch.device(device).type == 'cpu' and model.get_num_params() < 5e7:
         dtype = 'float32' # as fast: only large weights are worth halving
     model.to(device, getattr(torch, dtype))

@@ -546,7 +546,8 @@ def test_settings_are_taken_from_the_run(script):
                   gone=1)
     changed = take_settings(namespace, config, given, stored, ('out_dir', 'start'))
     assert changed == {'max_iters': (5, 7)} # betas are the run's, asked for anew; a name that is not taken is no change
-    for name, value in dict(max_iters=7, betas=(0.9, 0.95), learning_rate=1.0, shape=(1, 2), out_dir='new', start=None).items():
+    expected = dict(max_iters=7, betas=(0.9, 0.95), learning_rate=1.0, shape=(1, 2), out_dir='new', start=None)
+    for name, value in expected.items():
         assert config[name] == namespace[name] == value, name
     assert config['width'] == 8 and 'width' not in namespace and 'gone' not in config
 

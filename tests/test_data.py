@@ -675,14 +675,14 @@ def test_writer_resumes(tmp_path, shard_tokens):
 
 
 def test_writer_resumes_before_a_split_has_tokens(tmp_path):
-    for interrupted in True, False:
+    for val in [], [2], [3]: # two interruptions, before and after the first token of val
         with suppress(KeyboardInterrupt), Writer(tmp_path, ByteTokenizer(), job={}) as out:
-            if interrupted:
+            if not out.state:
                 out.write('train', [1])
                 out.save(1)
-                out.write('val', [2])
+            out.write('val', val)
+            if val != [3]:
                 raise KeyboardInterrupt
-            out.write('val', [3])
     assert out.state == 1 and [text_of(tmp_path, split) for split in ('train', 'val')] == ['\x01', '\x03']
 
 

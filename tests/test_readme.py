@@ -138,8 +138,6 @@ def test_each_command_of_a_page_takes_the_settings_it_is_given(page):
         known = {f.name for f in fields(GPTConfig)} | {'help', 'key', 'nproc_per_node', 'standalone'}
         for script in re.findall(r'[\w/]+\.py', command):
             known |= names_assigned(script.replace('NAME', 'gmlp'))
-        if 'tests/studies.py' in command:
-            known |= names_assigned('tests/bench.py') # the machine's settings are shared
         for name in re.findall(r'--(\w+)', command):
             assert name in known, (command, name)
         measured = re.match(r'python (tests/(?:bench|studies)\.py) (\w+)', command)

@@ -21,7 +21,7 @@ RULE = '\n---------------\n'
 
 
 def cyclic_model(after_space=CYCLE[0]):
-    """A model of bytes that knows which byte follows CYCLE's, and nothing else: a one-hot embedding, then a permutation."""
+    """A model of bytes that knows which byte follows CYCLE's, and nothing else: one-hot embedding, then permutation."""
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=257, block_size=32, vocab_size=257, bias=False, tie_weights=False,
                           pos_emb='none', mlp='none'))
     following = dict(zip(CYCLE, CYCLE[1:])) | {ord(' '): after_space, 256: ord('d')}
@@ -57,8 +57,8 @@ def write_chars(folder, name='ckpt.pt', seed=0, **settings):
 
 def sample(folder, text='', **settings):
     """sample.py on the run in folder/out -> (stdout, stderr); it must end well."""
-    process = run('sample.py', flags(**dict(out_dir=folder / 'out', device='cpu', num_samples=1, temperature=0) | settings),
-                  cwd=folder, text=text)
+    settings = dict(out_dir=folder / 'out', device='cpu', num_samples=1, temperature=0) | settings
+    process = run('sample.py', flags(**settings), cwd=folder, text=text)
     return well(process), process.stderr.decode()
 
 
@@ -92,9 +92,10 @@ def test_says_where_it_speaks_from(cycle):
 
 @job
 def stops(folder):
-    """A stop string of three tokens, one of two in the middle of others, and beginnings of stop strings that are none."""
+    """A stop string of three tokens, one of two amid others, and beginnings of stop strings that are none."""
     write_cycle(folder)
-    return sample(folder, start='a', stop='ENDE,END.', max_new_tokens=40), sample(folder, start='a', stop='日dX,é!', max_new_tokens=len(CYCLE))
+    return (sample(folder, start='a', stop='ENDE,END.', max_new_tokens=40),
+            sample(folder, start='a', stop='日dX,é!', max_new_tokens=len(CYCLE)))
 
 
 def test_stop_strings(stops):
@@ -108,7 +109,8 @@ def special(folder):
     """<|endoftext|> after the space, and d after it."""
     write_cycle(folder, after_space=256)
     settings = dict(start='N', max_new_tokens=8)
-    return sample(folder, **settings), sample(folder, special=True, **settings), sample(folder, start='', max_new_tokens=4)
+    return (sample(folder, **settings), sample(folder, special=True, **settings),
+            sample(folder, start='', max_new_tokens=4))
 
 
 def test_special_tokens(special):
@@ -164,7 +166,8 @@ def sampled(folder):
     settings = dict(start='one', max_new_tokens=50, num_samples=2, temperature=1.2)
     kinds = dict(
         one=dict(), same=dict(), seeded=dict(seed=2), top_k=dict(top_k=1), top_p=dict(top_p=1e-6, top_k=None),
-        repetition=dict(temperature=0, repetition_penalty=100.0), latest=dict(checkpoint='latest', temperature=0, dtype='bfloat16'))
+        repetition=dict(temperature=0, repetition_penalty=100.0),
+        latest=dict(checkpoint='latest', temperature=0, dtype='bfloat16'))
     return model, tokenizer, {name: sample(folder, **settings | kind) for name, kind in kinds.items()}
 
 
@@ -172,7 +175,8 @@ def test_sampling(sampled):
     model, tokenizer, texts = sampled
     text = {name: said[0] for name, said in texts.items()}
     one, two, rest = text['one'].split(RULE)
-    assert one != two and rest == '' and len(one) == len(two) == 53 and one.startswith('one') and set(one) <= set(CHARACTERS)
+    assert one != two and rest == '' and len(one) == len(two) == 53
+    assert one.startswith('one') and set(one) <= set(CHARACTERS)
     assert text['same'] == text['one'] != text['seeded']
     expected = ('one' + greedy(model, tokenizer, tokenizer.encode('one'), 50) + RULE) * 2
     assert text['top_k'] == text['top_p'] == expected # one token is left to choose from
@@ -194,16 +198,18 @@ def sources(folder):
     latest, _ = write_chars(folder, seed=3)
     write_checkpoint(folder / 'short/ckpt.pt', latest, meta=tokenizer.meta())
     save_pretrained(model, folder / 'exported', tokenizer.meta())
-    texts = {name: sample(folder, init_from=name, start='one', max_new_tokens=30) for name in ('out', 'short', 'exported')}
+    texts = {name: sample(folder, init_from=name, start='one', max_new_tokens=30)
+             for name in ('out', 'short', 'exported')}
     return dict(out=model, short=latest, exported=model), tokenizer, texts
 
 
 def test_sources(sources):
     models, tokenizer, texts = sources
-    expected = {name: 'one' + greedy(model, tokenizer, tokenizer.encode('one'), 30) + RULE for name, model in models.items()}
+    expected = {name: 'one' + greedy(model, tokenizer, tokenizer.encode('one'), 30) + RULE
+                for name, model in models.items()}
     assert {name: text for name, (text, _) in texts.items()} == expected and expected['out'] != expected['short']
-    for name, path in dict(out='out/best.pt: step 7', short='short/ckpt.pt: step 7', exported='exported: pretrained').items():
-        assert path in texts[name][1]
+    names = dict(out='out/best.pt: step 7', short='short/ckpt.pt: step 7', exported='exported: pretrained')
+    assert all(words in texts[name][1] for name, words in names.items())
 
 
 @job
@@ -211,7 +217,8 @@ def nanogpt(folder):
     """nanoGPT's checkpoint, which names its dataset, where meta.pkl has the characters."""
     characters, _ = write_nano_data(folder / 'data')
     model = write_nano(folder / 'out/ckpt.pt', folder / 'data', len(characters))
-    return model, CharTokenizer(''.join(characters)), sample(folder, dataset=folder / 'data', start='one', max_new_tokens=20)
+    said = sample(folder, dataset=folder / 'data', start='one', max_new_tokens=20)
+    return model, CharTokenizer(''.join(characters)), said
 
 
 def test_nanogpt(nanogpt):
@@ -241,7 +248,8 @@ def test_tiktoken(tiktoken):
     assert text == tokenizer.decode(ids) + RULE
     assert same == text and 'weights' in said
     line = refused.stderr.decode().splitlines()[-1]
-    assert refused.returncode == 2 and line.startswith('error: ') and '50257 ids' in line and f'exported know {V}' in line
+    assert refused.returncode == 2 and line.startswith('error: ')
+    assert '50257 ids' in line and f'exported know {V}' in line
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -251,8 +259,8 @@ def test_streams(tmp_path):
     """The text comes while it is generated: a few of very many tokens are read. Ctrl-C then ends it quietly."""
     write_cycle(tmp_path)
     args = flags(out_dir=tmp_path / 'out', device='cpu', start='a', temperature=0, max_new_tokens=10 ** 6)
-    with subprocess.Popen([sys.executable, str(PROJECT / 'sample.py'), *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          env=ENV) as process:
+    with subprocess.Popen([sys.executable, str(PROJECT / 'sample.py'), *args], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, env=ENV) as process:
         first = os.read(process.stdout.fileno(), 1 << 16)
         text = first + process.stdout.read(200)
         process.send_signal(signal.SIGINT) if os.name == 'posix' else process.kill()
@@ -274,7 +282,8 @@ LINES = ['the cat', 'a dog ran', '/reset', 'a dog ran', 'one two §', 'is one tw
 def chat(folder):
     model, tokenizer = write_chars(folder, block_size=48)
     text = '\n'.join(LINES) + '\n'
-    return model, tokenizer, sample(folder, interactive=True, text=text, max_new_tokens=12, user_prefix='\nYou: ', bot_prefix='\nGPT: ')
+    return model, tokenizer, sample(folder, interactive=True, text=text, max_new_tokens=12, user_prefix='\nYou: ',
+                                    bot_prefix='\nGPT: ')
 
 
 def test_chat(chat):
@@ -325,7 +334,8 @@ MISTAKES = {
     'sample: damaged best.pt': (dict(out_dir=Path('damaged')), [
         'damaged/best.pt is damaged', 'good: ', 'damaged/ckpt.pt (step 7)', '--init_from=']),
     'sample: architecture': (dict(init_from='architecture.pt'), ["architecture has warp, which this model.py lacks\n"]),
-    'sample: tokenizer of another vocabulary': (dict(init_from='vocabulary.pt'), ['257 ids', f'vocabulary.pt know {V}']),
+    'sample: tokenizer of another vocabulary': (dict(init_from='vocabulary.pt'), [
+        '257 ids', f'vocabulary.pt know {V}']),
     'sample: tokenizer of exported weights': (dict(init_from='exported'), ['257 ids', f'exported know {V}']),
     'sample: no prompt file': (dict(start='FILE:nowhere.txt'), ['nowhere.txt']),
     'sample: unknown characters': (dict(start='the § cat Ж'), ["'§', 'Ж'", 'bytes']),
@@ -363,7 +373,8 @@ def test_mistake(name, jobs):  # noqa: F811
     process, before, after, executed = jobs[name].result()
     said = process.stderr.decode().splitlines()
     assert process.returncode == 2, said
-    assert said[-1].startswith('error: ') and all('best validation loss' in line for line in said[:-1]), said
+    assert said[-1].startswith('error: '), said
+    assert all('best validation loss' in line or 'pretrained' in line for line in said[:-1]), said
     for word in MISTAKES[name][1]:
         assert word in said[-1] + '\n'
     assert process.stdout == b'' and before == after and not executed
