@@ -801,24 +801,6 @@ class Window:
         return logits.float()
 
 
-def check_generation(model, idx, repetition_penalty, repetition_window, no_repeat_ngram, temperature=1.0, top_k=None,
-                     top_p=None, min_p=0.0):
-    """Raises ValueError for options that are out of range."""
-    block_size = model.config.block_size
-    in_window = repetition_window is None or 1 <= repetition_window <= block_size
-    for name, value, right, rule in [
-            ('prompt', idx.size(1), idx.size(1) > 0, 'at least one token'),
-            ('temperature', temperature, temperature >= 0, 'at least 0'),
-            ('top_k', top_k, top_k is None or top_k >= 1, 'at least 1, or None'),
-            ('top_p', top_p, top_p is None or 0 < top_p <= 1, 'above 0 and at most 1, or None'),
-            ('min_p', min_p, 0 <= min_p <= 1, 'from 0 to 1'),
-            ('repetition_penalty', repetition_penalty, repetition_penalty > 0, 'above 0'),
-            ('repetition_window', repetition_window, in_window, f'from 1 to block_size={block_size}, or None'),
-            ('no_repeat_ngram', no_repeat_ngram, no_repeat_ngram >= 0, 'at least 0')]:
-        if not right:
-            raise ValueError(f"{name}={value} must be {rule}")
-
-
 def penalize(logits, context, repetition_penalty=1.0, no_repeat_ngram=0):
     """
     Changes logits (B, V) by the tokens in context (B, S). repetition_penalty (arXiv 1909.05858) divides the positive
@@ -861,6 +843,24 @@ def pick(logits, temperature, top_k, top_p, min_p, generator):
 # ---------------------------------------------------------------------------------------------------------------------
 
 # Decoding: beams, and CUDA graphs
+
+def check_generation(model, idx, repetition_penalty, repetition_window, no_repeat_ngram, temperature=1.0, top_k=None,
+                     top_p=None, min_p=0.0):
+    """Raises ValueError for options that are out of range."""
+    block_size = model.config.block_size
+    in_window = repetition_window is None or 1 <= repetition_window <= block_size
+    for name, value, right, rule in [
+            ('prompt', idx.size(1), idx.size(1) > 0, 'at least one token'),
+            ('temperature', temperature, temperature >= 0, 'at least 0'),
+            ('top_k', top_k, top_k is None or top_k >= 1, 'at least 1, or None'),
+            ('top_p', top_p, top_p is None or 0 < top_p <= 1, 'above 0 and at most 1, or None'),
+            ('min_p', min_p, 0 <= min_p <= 1, 'from 0 to 1'),
+            ('repetition_penalty', repetition_penalty, repetition_penalty > 0, 'above 0'),
+            ('repetition_window', repetition_window, in_window, f'from 1 to block_size={block_size}, or None'),
+            ('no_repeat_ngram', no_repeat_ngram, no_repeat_ngram >= 0, 'at least 0')]:
+        if not right:
+            raise ValueError(f"{name}={value} must be {rule}")
+
 
 @torch.no_grad()
 def beam_search(model, idx, max_new_tokens, beams=4, length_penalty=1.0, repetition_penalty=1.0,

@@ -415,3 +415,104 @@ def test_window_lengths_are_compiled_at_most_once_each():
                 fast(idx, idx)
             graphs.append(len(compiled))
         assert graphs == [8, 8, 8], mixer
+
+
+OWN_MIXER = """
+class OwnMixer(Mixer):
+    def __init__(self, config, block_size):
+        super().__init__(config, block_size)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd) # torch's own
+        self.register_buffer('bias', torch.ones(block_size, block_size).tril().view(1, 1, block_size, block_size))
+
+    def mix(self, x):
+        return self.c_proj(self.bias[0, 0, :x.size(1), :x.size(1)] @ x / x.size(1))
+
+
+MIXERS['own'] = OwnMixer
+"""
+
+
+def test_model_py_alone_builds_trains_and_generates(tmp_path):
+    """Copied into an empty folder; with a mixer of plain torch layers and a persistent buffer, by Muon."""
+    source = (ROOT / 'model.py').read_text(encoding='utf-8')
+    assert not re.search(r'^(from|import) (data\.|configurator|train\b)', source, re.M)
+    (tmp_path / 'model.py').write_text(source + OWN_MIXER, encoding='utf-8')
+    code = """
+import torch
+from model import GPT, GPTConfig
+model = GPT(GPTConfig(block_size=8, vocab_size=5, n_layer=1, n_head=1, n_embd=8, mixer='own'))
+optimizer = model.configure_optimizers(0.1, 0.02, (0.9, 0.95), 'cpu', 'muon')
+idx = torch.arange(8)[None] % 5
+first = model(idx, idx.roll(-1, 1))[1].item()
+for _ in range(20):
+    loss = model(idx, idx.roll(-1, 1))[1]
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+assert loss.item() < first - 0.1
+print(model.generate(idx[:, :2], 12, temperature=0.0).shape)
+"""
+    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and 'torch.Size([1, 14])' in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize('ema', [0.0, 0.9])
+def test_a_mixer_with_a_buffer_can_be_opened_again(ema, tmp_path, monkeypatch):
+    import model
+    from data.checkpoints import load_model, save_checkpoint, stored_config
+    namespace = dict(vars(model))
+    monkeypatch.setattr(model, 'MIXERS', dict(model.MIXERS))
+    namespace['MIXERS'] = model.MIXERS
+    exec(OWN_MIXER, namespace)
+    network = model.GPT(model.GPTConfig(block_size=8, vocab_size=5, n_layer=1, n_head=1, n_embd=8, mixer='own'))
+    content = dict(model=network.state_dict(), model_args=stored_config(network.config))
+    if ema:
+        content['average'] = {name: p.detach() for name, p in network.named_parameters()}
+    save_checkpoint(tmp_path / 'ckpt.pt', content)
+    again, _ = load_model(tmp_path / 'ckpt.pt')
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in network.state_dict().items())
+    cropped, _ = load_model(tmp_path / 'ckpt.pt', block_size=5)
+    assert cropped.transformer.h[0].attn.bias.shape == (1, 1, 5, 5)
+
+
+def test_a_deleted_setting_at_its_default_locks_nothing_out(tmp_path):
+    from data.checkpoints import load_model, save_checkpoint, stored_config
+    from model import GPT, GPTConfig
+    network = GPT(GPTConfig(block_size=8, vocab_size=5, n_layer=1, n_head=1, n_embd=8))
+    args = stored_config(network.config)
+    assert 'gmlp_ratio' not in args and args['n_layer'] == 1
+    save_checkpoint(tmp_path / 'ckpt.pt', dict(model=network.state_dict(), model_args=args | dict(gone=0.0, off='none')))
+    load_model(tmp_path / 'ckpt.pt')
+    save_checkpoint(tmp_path / 'ckpt.pt', dict(model=network.state_dict(), model_args=args | dict(gone=0.5)))
+    with pytest.raises(ValueError, match='architecture has gone'):
+        load_model(tmp_path / 'ckpt.pt')
+
+
+@posix
+def test_two_runs_in_one_folder_are_refused(dataset, tmp_path):
+    from data.run import RunFolder
+    (tmp_path / 'out').mkdir()
+    folder = RunFolder(tmp_path / 'out')
+    folder.lock()
+    done = run(dataset, tmp_path / 'out', '--max_iters=2', code=2)
+    assert 'another run is at work' in done.stderr and done.stderr.count('\n') == 1
+    assert not list((tmp_path / 'out').iterdir())
+    os.close(folder.locked) # as the end of a process does, however it ends
+    run(dataset, tmp_path / 'out', '--max_iters=2')
+
+
+def test_a_run_without_matplotlib_wandb_and_datasets(dataset, tmp_path):
+    code = ('import runpy, sys; del sys.argv[0]; sys.path.insert(0, sys.argv[0].rpartition("/")[0]); '
+            'sys.modules.update(dict.fromkeys(["matplotlib", "matplotlib.figure", "wandb", "datasets"])); '
+            'runpy.run_path(sys.argv[0], run_name="__main__")')
+    args = command(dataset, tmp_path / 'out', '--max_iters=2')[1:]
+    done = subprocess.run([sys.executable, '-c', code, *args], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0 and 'pip install matplotlib' in done.stdout, done.stderr
+    assert (tmp_path / 'out' / 'ckpt.pt').exists() and not (tmp_path / 'out' / 'loss.png').exists()
+
+
+@posix
+def test_a_folder_that_cannot_be_made_is_refused_in_one_line(dataset, tmp_path):
+    (tmp_path / 'file').write_text('x')
+    done = run(dataset, tmp_path / 'file' / 'out', '--max_iters=2', code=2)
+    assert done.stderr.startswith('error: ') and done.stderr.count('\n') == 1
