@@ -359,18 +359,20 @@ def test_a_decayed_time_weight_is_refused(monkeypatch):
     def by_dim(self):
         named = list(self.named_parameters())
         return dict(hidden=[x for x in named if x[1].dim() >= 2], rest=[x for x in named if x[1].dim() < 2])
-    monkeypatch.setattr(GPT, 'optimizer_groups', by_dim)
+    monkeypatch.setitem(globals(), 'optimizer_groups', by_dim)
     check_groups(network()) # right for plain attention, which is how it came to be everywhere
     with pytest.raises(AssertionError, match='attn.alpha is in the wrong group'):
         check_groups(network(time_weighting='circulant'))
 
 
 def test_a_parameter_in_no_group_or_in_two_is_refused(monkeypatch):
-    groups = GPT.optimizer_groups
-    monkeypatch.setattr(GPT, 'optimizer_groups', lambda self: groups(self) | dict(rest=groups(self)['rest'][1:]))
+    groups = optimizer_groups
+    one_less = lambda model: groups(model) | dict(rest=groups(model)['rest'][1:])
+    monkeypatch.setitem(globals(), 'optimizer_groups', one_less)
     with pytest.raises(AssertionError):
         check_groups(network())
-    monkeypatch.setattr(GPT, 'optimizer_groups', lambda self: groups(self) | dict(rest=groups(self)['rest'] + groups(self)['hidden'][:1]))
+    one_twice = lambda model: groups(model) | dict(rest=groups(model)['rest'] + groups(model)['hidden'][:1])
+    monkeypatch.setitem(globals(), 'optimizer_groups', one_twice)
     with pytest.raises(AssertionError):
         check_groups(network())
 
@@ -626,7 +628,7 @@ def test_the_inner_level_of_a_unet_runs_once_every_factor_tokens():
     model = network(block_size=16, unet_layers=(1, 1), unet_factor=(2, 3), n_layer=1)
     runs = []
     model.transformer.h.inner.inner.register_forward_hook(lambda module, args, output: runs.append(args[0].size(1)))
-    cache, idx = {}, tokens(model, 1)
+    cache, idx = Cache(), tokens(model, 1)
     for t in range(16):
         model(idx[:, t:t + 1], cache=cache)
     assert runs == [1, 1, 1] # for tokens 0, 6 and 12
