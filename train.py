@@ -286,8 +286,6 @@ device_type = torch.device(device).type
 on_gpu = device_type == 'cuda'
 if device_type == 'cpu':
     keep_freed_memory()
-if on_gpu:
-    torch.cuda.set_device(device)
 if world > 1:
     # torchrun keeps its store when it restarts lost processes: the prefix hides the addresses of the dead ones
     store, _, _ = next(dist.rendezvous('env://'))
