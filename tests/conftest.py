@@ -23,6 +23,7 @@ def seed():
 
 def pytest_terminal_summary(terminalreporter):
     """The largest deviation of each architecture that the mixers' contract was checked on."""
-    found = [value for report in terminalreporter.getreports('passed') for name, value in report.user_properties if name == 'deviation']
+    found = [value for report in terminalreporter.getreports('passed') for name, value in report.user_properties
+             if name == 'deviation']
     if found:
         terminalreporter.write_line(f"mixer contract: {len(found)} architectures, largest deviation {max(found):.1e}")

@@ -1,4 +1,4 @@
-"""What several test files share: real runs of the scripts, tiny datasets and models, and how to compare what comes out."""
+"""What several test files share: real runs of the scripts, tiny datasets and models, how to compare what comes out."""
 import json
 import os
 import pickle
@@ -37,8 +37,8 @@ def flags(**settings):
     return [f'--{name}={value}' for name, value in settings.items()]
 
 
-# Importing torch takes longer than most of the runs. So they are forks of a process that has done it: each runs the script
-# as `python script` would, and ends as that would. The server answers with the exit status.
+# Importing torch takes longer than most of the runs. So they are forks of a process that has done it: each runs the
+# script as `python script` would, and ends as that would. The server answers with the exit status.
 SERVER = """
 import json, os, runpy, signal, sys
 import matplotlib.figure, torch.distributed.fsdp, tqdm
@@ -65,9 +65,11 @@ def run(script, args, cwd=None, text='', command=()):
     """The script in a process -> CompletedProcess with stdout and stderr as bytes. text: its standard input."""
     argv = [sys.executable, *command, str(PROJECT / script), *args]
     if command or not hasattr(os, 'fork'):
-        return subprocess.run(argv, cwd=cwd, env=ENV, input=text.encode(), capture_output=True, timeout=240, check=False)
+        return subprocess.run(argv, cwd=cwd, env=ENV, input=text.encode(), capture_output=True, timeout=240,
+                              check=False)
     if not hasattr(SERVERS, 'process'):
-        SERVERS.process = subprocess.Popen([sys.executable, '-c', SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENV)
+        SERVERS.process = subprocess.Popen([sys.executable, '-c', SERVER], stdin=subprocess.PIPE,
+                                           stdout=subprocess.PIPE, env=ENV)
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / name for name in ('stdin', 'stdout', 'stderr')]
         for path in files:
@@ -107,7 +109,8 @@ def jobs(request, tmp_path_factory):
     asked = [name for item in request.session.items if item.path == request.path
              for name in [*item.fixturenames, *getattr(item, 'callspec', item).__dict__.get('params', {}).values()]]
     with ThreadPoolExecutor(2) as pool:
-        yield {name: pool.submit(JOBS[name], tmp_path_factory.mktemp('job')) for name in dict.fromkeys(asked) if name in JOBS}
+        yield {name: pool.submit(JOBS[name], tmp_path_factory.mktemp('job'))
+               for name in dict.fromkeys(asked) if name in JOBS}
         pool.shutdown(cancel_futures=True)
 
 
@@ -131,7 +134,8 @@ def write_data(folder, tokenizer=None, text=None):
 
 def random_model(vocab_size, seed=0, std=0.3, **settings):
     """All weights random, so that nothing is zero. Draws from a generator of its own: jobs run in threads."""
-    model = GPT(GPTConfig(**dict(n_layer=2, n_head=2, n_embd=16, block_size=T, bias=False, vocab_size=vocab_size) | settings))
+    model = GPT(GPTConfig(**dict(n_layer=2, n_head=2, n_embd=16, block_size=T, bias=False, vocab_size=vocab_size)
+                            | settings))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -148,7 +152,8 @@ def write_checkpoint(path, model, **more):
 def write_run(out):
     """A run's folder at step 7, with an optimizer that has not begun."""
     model = random_model(V)
-    write_checkpoint(out / 'ckpt.pt', model, optimizer=model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu').state_dict())
+    write_checkpoint(out / 'ckpt.pt', model,
+                     optimizer=model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu').state_dict())
     (out / 'best.pt').write_bytes((out / 'ckpt.pt').read_bytes())
     (out / 'metrics.jsonl').write_text('{"step": 7, "tokens": 896, "seconds": 1.0, "loss": 2.0}\n', encoding='utf-8')
 
@@ -156,35 +161,38 @@ def write_run(out):
 NANO_ARGS = dict(n_layer=2, n_head=2, n_embd=16, block_size=T, bias=False, dropout=0.0)
 # of nanoGPT's optimizer, which keeps them in two groups, the matrices first
 NANO_MATRICES = ['transformer.wte.weight', 'transformer.wpe.weight'] + [
-    f'transformer.h.{i}.{name}.weight' for i in range(2) for name in ('attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj')]
+    f'transformer.h.{i}.{name}.weight' for i in range(2)
+    for name in ('attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj')]
 NANO_GAINS = [f'transformer.h.{i}.ln_{j}.weight' for i in range(2) for j in (1, 2)] + ['transformer.ln_f.weight']
 
 
 def write_nano(path, dataset, vocab_size):
-    """A checkpoint as nanoGPT writes it on a GPU. Each first moment is 1000 times one more than its number in the optimizer."""
+    """A checkpoint as nanoGPT writes it on a GPU. First moment i of the optimizer is 1000 times i + 1."""
     model = random_model(vocab_size)
     weights = {**model.state_dict(), 'lm_head.weight': model.transformer.wte.weight}
     state = {i: dict(step=torch.tensor(40.0), exp_avg=torch.full_like(weights[name], 1000.0 * (i + 1)),
-                     exp_avg_sq=torch.full_like(weights[name], 1e9)) for i, name in enumerate(NANO_MATRICES + NANO_GAINS)}
-    n, shared = len(NANO_MATRICES), dict(lr=1e-3, betas=(0.9, 0.99), eps=1e-8, amsgrad=False, maximize=False, foreach=None,
-                                         capturable=False, differentiable=False, fused=True)
+                     exp_avg_sq=torch.full_like(weights[name], 1e9))
+             for i, name in enumerate(NANO_MATRICES + NANO_GAINS)}
+    n, shared = len(NANO_MATRICES), dict(lr=1e-3, betas=(0.9, 0.99), eps=1e-8, amsgrad=False, maximize=False,
+                                         foreach=None, capturable=False, differentiable=False, fused=True)
     groups = [dict(shared, weight_decay=0.1, params=list(range(n))),
               dict(shared, weight_decay=0.0, params=list(range(n, len(state))))]
     config = dict(out_dir='out-somewhere', eval_interval=250, log_interval=1, eval_iters=4, eval_only=False,
-                  always_save_checkpoint=True, init_from='scratch', wandb_log=False, wandb_project='owt', wandb_run_name='x',
-                  dataset=str(dataset), gradient_accumulation_steps=1, batch_size=4, block_size=T, n_layer=2, n_head=2,
-                  n_embd=16, dropout=0.0, bias=False, learning_rate=1e-3, max_iters=5000, weight_decay=0.1, beta1=0.9,
-                  beta2=0.99, grad_clip=1.0, decay_lr=True, warmup_iters=3, lr_decay_iters=5000, min_lr=1e-4,
-                  backend='nccl', device='cuda', dtype='float16', compile=True)
+                  always_save_checkpoint=True, init_from='scratch', wandb_log=False, wandb_project='owt',
+                  wandb_run_name='x', dataset=str(dataset), gradient_accumulation_steps=1, batch_size=4, block_size=T,
+                  n_layer=2, n_head=2, n_embd=16, dropout=0.0, bias=False, learning_rate=1e-3, max_iters=5000,
+                  weight_decay=0.1, beta1=0.9, beta2=0.99, grad_clip=1.0, decay_lr=True, warmup_iters=3,
+                  lr_decay_iters=5000, min_lr=1e-4, backend='nccl', device='cuda', dtype='float16', compile=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(dict(model={f'_orig_mod.{k}': v for k, v in weights.items()}, optimizer=dict(state=state, param_groups=groups),
+    torch.save(dict(model={f'_orig_mod.{k}': v for k, v in weights.items()},
+                    optimizer=dict(state=state, param_groups=groups),
                     model_args=dict(NANO_ARGS, vocab_size=vocab_size), iter_num=40, best_val_loss=torch.tensor(2.5),
                     config=config), path)
     return model
 
 
 def write_nano_data(folder):
-    """A dataset as nanoGPT's data/shakespeare_char/prepare.py leaves it -> (characters, ids of the validation split)."""
+    """A dataset as nanoGPT's data/shakespeare_char/prepare.py leaves it -> (characters, validation split's ids)."""
     folder.mkdir()
     text = corpus()
     characters = sorted(set(text))

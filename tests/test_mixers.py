@@ -234,15 +234,17 @@ def test_round_trip(name, tmp_path):
     check_round_trip(randomized(SOME[name]), tmp_path / 'ckpt.pt')
 
 
-@pytest.mark.parametrize('args', [dict(mixer=mixer) for mixer in MIXERS] + [dict(mixer='synthesizer', synthesizer='random')], ids=str)
+@pytest.mark.parametrize('args', [dict(mixer=mixer) for mixer in MIXERS] + [
+    dict(mixer='synthesizer', synthesizer='random')], ids=str)
 def test_no_weights_of_every_pair_of_tokens(args):
-    """Where attention is fused, as on a GPU, no mixer keeps weights (B, H, T, T), which would take most of its time and memory."""
+    """Where attention is fused, as on a GPU, no mixer keeps weights (B, H, T, T): most of its time and memory."""
     B, T = 64, 128
     with torch.device('meta'):
         model = GPT(GPTConfig(block_size=T, vocab_size=11, n_layer=1, n_head=2, n_embd=16, **args))
         idx = torch.zeros(B, T, dtype=torch.long)
     sizes = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.untyped_storage().nbytes() // 4), lambda _: None), FusedAttention():
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.untyped_storage().nbytes() // 4),
+                                                  lambda _: None), FusedAttention():
         model(idx, idx)
     assert len(sizes) > 10 and max(sizes) < B * 2 * T * T
 
@@ -529,7 +531,8 @@ SIZES = {'small': dict(B=2, T=6, H=2, C=8), 'long': dict(B=1, T=300, H=1, C=4)} 
 @pytest.mark.parametrize('size', SIZES)
 @pytest.mark.parametrize('mixer, options', [
     (mixer, options) for mixer in NAIVE for options in OPTIONS.get(mixer, [{}])] + [
-    ('attention', dict(qk_norm=True)), ('attention', dict(qk_norm=True, time_weighting='circulant')), ('container', dict(qk_norm=True))])
+    ('attention', dict(qk_norm=True)), ('attention', dict(qk_norm=True, time_weighting='circulant')),
+    ('container', dict(qk_norm=True))])
 def test_definition(mixer, options, size):
     B, T, H, C = SIZES[size].values()
     for pos_emb in MIXERS[mixer].pos_embs:

@@ -342,7 +342,8 @@ def test_the_head_in_chunks(monkeypatch, chunk, N):
     y = torch.randint(17, (N,)).masked_fill(torch.rand(N) < 0.3, -1)
     y[0], y[-1] = 16, 0
     results = []
-    for loss_of in (lambda x, w: LinearCrossEntropy.apply(x, w, y, True), lambda x, w: F.cross_entropy(x @ w.t(), y, ignore_index=-1)):
+    for loss_of in (lambda x, w: LinearCrossEntropy.apply(x, w, y, True),
+                    lambda x, w: F.cross_entropy(x @ w.t(), y, ignore_index=-1)):
         torch.manual_seed(1)
         x, w = (torch.randn(n, 6, dtype=torch.float64, requires_grad=True) for n in (N, 17))
         loss = loss_of(x, w)
@@ -415,7 +416,7 @@ def test_cropping_keeps_the_tie_and_the_dtype():
 
 @torch.no_grad()
 def naive_generate(model, idx, n, choose):
-    """Recomputes everything for every token; choose(logits (V,), the last block_size tokens as a list) -> the next token."""
+    """Recomputes everything for every token; choose(logits (V,), list of the last block_size tokens) -> next token."""
     block_size = model.config.block_size
     start = max(0, idx.size(1) - block_size)
     for _ in range(n):
@@ -495,8 +496,9 @@ def naive_distribution(out, window, temperature=1.0, top_k=None, top_p=None, rep
     dict(), dict(temperature=0.7), dict(top_k=5), dict(top_k=1), dict(top_k=1000), dict(top_p=0.6), dict(top_p=0.01),
     dict(top_p=1.0), dict(repetition_penalty=1.7), dict(vocab_size=50),
     dict(temperature=1.3, top_k=20, top_p=0.8, repetition_penalty=1.2, vocab_size=50), dict(min_p=0.3),
-    dict(repetition_penalty=1.5, repetition_window=3), dict(no_repeat_ngram=1, repetition_window=7), dict(no_repeat_ngram=2),
-    dict(no_repeat_ngram=3, top_k=2), dict(top_p=0.9, min_p=0.1, no_repeat_ngram=2, repetition_window=9),
+    dict(repetition_penalty=1.5, repetition_window=3), dict(no_repeat_ngram=1, repetition_window=7),
+    dict(no_repeat_ngram=2), dict(no_repeat_ngram=3, top_k=2),
+    dict(top_p=0.9, min_p=0.1, no_repeat_ngram=2, repetition_window=9),
 ], ids=str)
 def test_sampling(options):
     model, idx = network(), tokens(1, 3, 50)
@@ -535,12 +537,12 @@ def test_rows_of_a_batch_do_not_mix():
 
 @pytest.mark.parametrize('pos_emb', ['learned', 'rope', 'none'])
 def test_static_caches(pos_emb):
-    """A Decoder's text is that of growing caches, also past block_size; and it is compiled once, however long the context."""
+    """A Decoder's text is that of growing caches, also past block_size; it is compiled once for every context."""
     model, idx = network(pos_emb=pos_emb), tokens(3, 5)
     n, first = 2 * model.config.block_size, {}
     assert torch.equal(model.generate(idx, n, temperature=0.0, static=True), model.generate(idx, n, temperature=0.0))
     window = Window(model, decoder=Decoder(model, 1))
-    for n in range(1, n): # from one token, too, and after each restart, its buffers stay: a CUDA graph replays no others
+    for n in range(1, n): # from one token, too, and after each restart, buffers stay: a CUDA graph replays no others
         window.next_logits(idx[:1, :1].expand(1, n))
         keys = window.decoder.cache.child('h').child(0).child('attn').buffers['k']
         assert keys.size(2) == model.config.block_size and keys.data_ptr() == first.setdefault('keys', keys).data_ptr()
@@ -564,7 +566,8 @@ def test_static_caches(pos_emb):
     assert counted.frame_count <= 2 # the first call may still see gradients
 
 
-@pytest.mark.parametrize('options', [dict(mixer='gmlp'), dict(time_mixing=0.5), dict(unet_layers=(1,)), dict(pos_emb='relative')], ids=str)
+@pytest.mark.parametrize('options', [dict(mixer='gmlp'), dict(time_mixing=0.5), dict(unet_layers=(1,)),
+                                     dict(pos_emb='relative')], ids=str)
 def test_static_caches_are_for_plain_attention(options):
     with pytest.raises(ValueError, match='static=False'):
         network(**options).generate(tokens(1, 2), 2, static=True)
@@ -576,7 +579,8 @@ def test_beam_search(place):
     options = dict(attention={}, gmlp=dict(mixer='gmlp'), unet=dict(unet_layers=(1,)))[place]
     model, idx = network(vocab_size=4, **options), tokens(1, 3, 4)
     def total(row): # log-probability of what follows the prompt
-        return sum(logits(model, row[None, :i])[0, -1].log_softmax(0)[row[i]].item() for i in range(idx.size(1), len(row)))
+        return sum(logits(model, row[None, :i])[0, -1].log_softmax(0)[row[i]].item()
+                   for i in range(idx.size(1), len(row)))
     every = [torch.cat([idx[0], torch.tensor(end)]) for end in itertools.product(range(4), repeat=3)]
     found = beam_search(model, idx, 3, beams=64)[0]
     assert total(found) == pytest.approx(max(map(total, every)), abs=1e-9)
@@ -588,12 +592,14 @@ def test_beam_search(place):
         score = lambda row: total(row) / (len(row) - idx.size(1)) ** penalty
         found = beam_search(model, idx, 3, beams=64, length_penalty=penalty, eot=0)[0]
         assert score(found) == pytest.approx(max(map(score, ending)), abs=1e-6)
-    assert len(set(beam_search(model, idx, 4, beams=3, no_repeat_ngram=1)[0].tolist())) == 4 # each once, then there is no other
+    # each once, then there is no other
+    assert len(set(beam_search(model, idx, 4, beams=3, no_repeat_ngram=1)[0].tolist())) == 4
 
 
 def test_a_repetition_window_beyond_block_size_is_refused():
     model = network()
-    for call in (lambda **options: list(model.stream(tokens(1, 2), 2, **options)), lambda **options: beam_search(model, tokens(1, 2), 2, **options)):
+    for call in (lambda **options: list(model.stream(tokens(1, 2), 2, **options)),
+                 lambda **options: beam_search(model, tokens(1, 2), 2, **options)):
         with pytest.raises(ValueError, match=f'repetition_window=9999 .* block_size={model.config.block_size}'):
             call(repetition_window=9999)
 
@@ -636,7 +642,7 @@ def test_bytes_kept_for_the_backward_pass():
 
 
 def test_bytes_kept_by_attention():
-    """A GPU's kernel keeps no weights (H, T, T), of which a CPU keeps at least one a layer: 4 bytes for a head and key."""
+    """A GPU's kernel keeps no weights (H, T, T), of which a CPU keeps one a layer or more: 4 bytes for head and key."""
     model = network(block_size=512)
     fused, unfused = (lambda T: cost(model, T, device_type='cuda')[1]), (lambda T: cost(model, T)[1])
     assert fused(512) <= fused(64) and unfused(512) >= fused(512) + 2 * 2 * 512 * 4
@@ -659,7 +665,8 @@ def test_recompute(place):
     kept = [cost(network(**PLACES[place] | big, recompute=recompute))[1] for recompute in (True, False)]
     assert kept[0] < 0.4 * kept[1]
     model.eval()
-    assert torch.equal(model.generate(idx, 9, temperature=0.0), model.generate(idx, 9, temperature=0.0, use_cache=False))
+    assert torch.equal(model.generate(idx, 9, temperature=0.0),
+                       model.generate(idx, 9, temperature=0.0, use_cache=False))
 
 
 def test_configure_optimizers():
@@ -810,7 +817,7 @@ def test_decoding_float32_weights_under_autocast(place, dtype):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason="glibc's malloc only")
 def test_freed_memory_is_kept():
-    """A tensor of 64 MiB takes the pages that one before it left, most times; without the call it always gets 16,384 new ones."""
+    """A tensor of 64 MiB mostly takes the pages that one before it left; without the call always 16,384 new ones."""
     code = textwrap.dedent("""
         import resource, torch
         from model import keep_freed_memory
@@ -821,6 +828,7 @@ def test_freed_memory_is_kept():
             torch.zeros(2 ** 24)
             new_pages.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         print(*new_pages)""")
-    run = subprocess.run([sys.executable, '-c', code], cwd=pathlib.Path(__file__).parent.parent, capture_output=True, text=True, check=True)
+    run = subprocess.run([sys.executable, '-c', code], cwd=pathlib.Path(__file__).parent.parent, capture_output=True,
+                         text=True, check=True)
     new_pages = sorted(map(int, run.stdout.split()))
     assert new_pages[10] < 1000, run.stdout

@@ -1,4 +1,4 @@
-"""Muon, SM3, adaptive clipping, averages of weights, warmups of batch and block size: each against the plain way to say it."""
+"""Muon, SM3, adaptive clipping, rates of groups, averages of weights, norms: each against the plain way to say it."""
 import copy
 import itertools
 import math
@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from data.checkpoints import load_checkpoint, load_model
-from helpers import (T, assert_same, flags, job, jobs, losses, metrics, naive_nats, network, run, train, val_ids,  # noqa: F401
-                     val_losses, well, write_data)
+from helpers import (T, assert_same, flags, job, jobs, losses, metrics, naive_nats, network, run,  # noqa: F401
+                     train, val_ids, val_losses, well, write_data)
 from model import SM3, clip_adaptively, optimizer_groups
 
-MIX = dict(mixer='gmlp', gmlp_attn=4, mlp='swiglu', pos_emb='learned') # matrices in one, two and three parts, a table, vectors
+# matrices in one, two and three parts, a table, vectors
+MIX = dict(mixer='gmlp', gmlp_attn=4, mlp='swiglu', pos_emb='learned')
 
 
 def gradients(model, seed):
@@ -37,11 +38,13 @@ def test_muon_is_torchs_on_every_matrix_alone(nesterov):
     walk(model, optimizer)
     groups = optimizer_groups(twin)
     parts = dict(c_attn=3, attn_qkv=3, c_fc=2)
-    matrices = {name: [torch.nn.Parameter(w.detach()) for w in p.chunk(parts.get(name.split('.')[-2], 1))] for name, p in groups['hidden']}
-    muon = torch.optim.Muon([w for ws in matrices.values() for w in ws], lr=0.02, weight_decay=0.1, momentum=0.9, nesterov=nesterov,
-                            adjust_lr_fn='match_rms_adamw')
+    matrices = {name: [torch.nn.Parameter(w.detach()) for w in p.chunk(parts.get(name.split('.')[-2], 1))]
+                for name, p in groups['hidden']}
+    muon = torch.optim.Muon([w for ws in matrices.values() for w in ws], lr=0.02, weight_decay=0.1, momentum=0.9,
+                            nesterov=nesterov, adjust_lr_fn='match_rms_adamw')
     decayed, rest = [p for name in ('embeddings', 'head') for _, p in groups[name]], [p for _, p in groups['rest']]
-    adam = torch.optim.AdamW([dict(params=decayed, weight_decay=0.1), dict(params=rest, weight_decay=0.0)], lr=0.02, betas=(0.9, 0.95))
+    adam = torch.optim.AdamW([dict(params=decayed, weight_decay=0.1), dict(params=rest, weight_decay=0.0)], lr=0.02,
+                             betas=(0.9, 0.95))
     for step in range(4):
         gradients(twin, step)
         for name, p in groups['hidden']:
@@ -91,7 +94,7 @@ def test_a_bad_step_of_muon_changes_nothing():
 @pytest.mark.parametrize('nesterov', [True, False])
 @pytest.mark.parametrize('shape', [(5,), (4, 3), (2, 3, 4)])
 def test_sm3_is_the_papers(shape, nesterov):
-    """Number by number in float64: nu = min of the sums over the slices that hold it, plus g^2; each sum the max of its nus."""
+    """Number by number in float64: nu = min of the sums of the slices that hold it, plus g^2; each sum = max of nus."""
     torch.manual_seed(0)
     p = torch.nn.Parameter(torch.randn(shape, dtype=torch.float64))
     optimizer = SM3([dict(params=[p], weight_decay=0.1)], 0.3, 0.8, nesterov)
@@ -134,7 +137,8 @@ def test_adaptive_clipping():
     grads = {name: p.grad.clone() for name, p in model.named_parameters()}
     clip_adaptively(model, 0.01)
     for name, p in model.named_parameters():
-        for w, g, clipped in zip(p.detach().view(-1, p.size(-1)), grads[name].view(-1, p.size(-1)), p.grad.view(-1, p.size(-1))):
+        for w, g, clipped in zip(p.detach().view(-1, p.size(-1)), grads[name].view(-1, p.size(-1)),
+                                 p.grad.view(-1, p.size(-1))):
             limit = math.inf if name == 'lm_head.weight' else 0.01 * max(1e-3, w.norm().item())
             expected = g * min(1.0, limit / g.norm().item())
             torch.testing.assert_close(clipped, expected, rtol=1e-5, atol=1e-9, msg=name)
@@ -142,11 +146,14 @@ def test_adaptive_clipping():
 
 def test_each_group_has_its_rate_and_decay():
     model = network(tie_weights=False, time_weighting='full')
-    optimizer = model.configure_optimizers(0.1, 1e-3, (0.8, 0.9), 'cpu', lrs=dict(hidden=2e-3, rest=5e-4), decays=dict(head=0.3))
-    found = {id(p): (group['lr'], group['lr_scale'], group['weight_decay']) for group in optimizer.param_groups for p in group['params']}
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.8, 0.9), 'cpu', lrs=dict(hidden=2e-3, rest=5e-4),
+                                           decays=dict(head=0.3))
+    found = {id(p): (group['lr'], group['lr_scale'], group['weight_decay'])
+             for group in optimizer.param_groups for p in group['params']}
     attn = model.transformer.h[0].attn
     assert found[id(attn.c_attn.weight)] == (2e-3, 2.0, 0.1) and found[id(attn.weight)] == (5e-4, 0.5, 0.0)
-    assert found[id(model.transformer.wte.weight)] == (1e-3, 1.0, 0.1) and found[id(model.lm_head.weight)] == (1e-3, 1.0, 0.3)
+    assert (found[id(model.transformer.wte.weight)] == (1e-3, 1.0, 0.1)
+            and found[id(model.lm_head.weight)] == (1e-3, 1.0, 0.3))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -180,7 +187,8 @@ def resumed_exactly(folder):
     one['state'].pop('seconds'), other['state'].pop('seconds')
     for key in ('model', 'optimizer', 'state', *(['average'] if 'average' in one else [])):
         assert_same(one[key], other[key], key)
-    assert losses(folder / 'cut') == losses(folder / 'whole') and losses(folder / 'whole')[20] < losses(folder / 'whole')[1] - 0.1
+    assert (losses(folder / 'cut') == losses(folder / 'whole')
+            and losses(folder / 'whole')[20] < losses(folder / 'whole')[1] - 0.1)
 
 
 def test_muon_resumes_exactly(muon):
@@ -199,7 +207,7 @@ def test_linear_schedule(muon):
 
 
 def test_the_average_is_evaluated_and_kept(muon):
-    """The average of all snapshots by its own recurrence; its loss is the one reported; sample.py's loading takes it."""
+    """The average of all snapshots by its own recurrence; its loss is the one reported; sample.py loads it."""
     snapshots = [load_checkpoint(muon / f'whole/step-{i}.pt')['model'] for i in range(1, 21)]
     average = None
     for i, weights in enumerate(snapshots):
@@ -212,10 +220,12 @@ def test_the_average_is_evaluated_and_kept(muon):
     for name, value in average.items():
         torch.testing.assert_close(found[name].double(), value, rtol=1e-4, atol=1e-6)
     loaded, _ = load_model(muon / 'whole/best.pt')
-    assert torch.equal(loaded.transformer.wte.weight, load_checkpoint(muon / 'whole/best.pt')['average']['transformer.wte.weight'])
+    assert torch.equal(loaded.transformer.wte.weight,
+                       load_checkpoint(muon / 'whole/best.pt')['average']['transformer.wte.weight'])
     ids = val_ids(muon / 'data')
     ids = ids[:(len(ids) - 1) // T * T + 1]
-    assert val_losses(muon / 'whole')[20] == pytest.approx(naive_nats(load_model(muon / 'whole/ckpt.pt')[0], ids) / (len(ids) - 1), abs=1e-5)
+    assert val_losses(muon / 'whole')[20] == pytest.approx(
+        naive_nats(load_model(muon / 'whole/ckpt.pt')[0], ids) / (len(ids) - 1), abs=1e-5)
 
 
 def test_norms_are_reported(muon, sm3):
@@ -224,6 +234,7 @@ def test_norms_are_reported(muon, sm3):
         assert all(line['grad_norm'] > 0 for line in lines.values())
         assert lines[10]['update_norm'] > 0 and 'update_norm' not in lines[9]
     one, other = (load_checkpoint(muon / f'whole/step-{i}.pt')['model'] for i in (9, 10))
-    moved = math.sqrt(sum((one[k].double() - other[k].double()).square().sum().item() for k in one if k != 'lm_head.weight'))
+    moved = math.sqrt(sum((one[k].double() - other[k].double()).square().sum().item()
+                          for k in one if k != 'lm_head.weight'))
     lines = {line['step']: line for line in metrics(muon / 'whole') if 'loss' in line} # an evaluation has no such norm
     assert lines[10]['update_norm'] == pytest.approx(moved, rel=1e-4)

@@ -21,9 +21,10 @@ from data.writer import Writer
 from data.checkpoints import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = ['--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_size=4', '--gradient_accumulation_steps=2',
-         '--dropout=0.1', '--eval_interval=40', '--eval_iters=2', '--warmup_iters=5', '--max_iters=120', '--lr_decay_iters=120',
-         '--learning_rate=1e-2', '--device=cpu', '--peak_flops=1e12']
+SMALL = ['--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_size=4',
+         '--gradient_accumulation_steps=2', '--dropout=0.1', '--eval_interval=40', '--eval_iters=2',
+         '--warmup_iters=5', '--max_iters=120', '--lr_decay_iters=120', '--learning_rate=1e-2', '--device=cpu',
+         '--peak_flops=1e12']
 posix = pytest.mark.skipif(os.name != 'posix', reason='signals and limits of POSIX')
 
 
@@ -126,7 +127,8 @@ def test_auto_begins_again_what_was_killed_before_its_first_checkpoint(dataset, 
 @pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT', 'SIGUSR1'])
 def test_signals_save_and_exit_with_the_customary_code(name, dataset, whole, tmp_path):
     out = tmp_path / 'out'
-    process = subprocess.Popen(command(dataset, out, '--max_iters=100000', '--eval_interval=100000'), stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(dataset, out, '--max_iters=100000', '--eval_interval=100000'),
+                               stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith('iter 7:'):
             process.send_signal(getattr(signal, name))
@@ -142,8 +144,9 @@ def test_signals_save_and_exit_with_the_customary_code(name, dataset, whole, tmp
 
 @posix
 def test_a_second_ctrl_c_leaves_at_once(dataset, tmp_path):
-    process = subprocess.Popen(command(dataset, tmp_path / 'out', '--max_iters=100000', '--gradient_accumulation_steps=4000'),
-                               stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(dataset, tmp_path / 'out', '--max_iters=100000', '--gradient_accumulation_steps=4000'),
+        stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith('step 0'):
             break
@@ -177,7 +180,8 @@ def test_a_damaged_checkpoint_is_refused_and_the_good_one_named(dataset, whole, 
     (tmp_path / 'ckpt.pt').write_bytes(data)
     (tmp_path / 'best.pt').write_bytes((whole / 'best.pt').read_bytes())
     done = run(dataset, tmp_path, '--init_from=resume', code=2)
-    assert done.stderr.startswith('error: ') and 'damaged' in done.stderr and f"{tmp_path / 'best.pt'} (step" in done.stderr
+    assert (done.stderr.startswith('error: ') and 'damaged' in done.stderr
+            and f"{tmp_path / 'best.pt'} (step" in done.stderr)
     assert done.stderr.count('\n') == 1
     (tmp_path / 'ckpt.pt').write_bytes(data[:len(data) // 3])
     (tmp_path / 'best.pt').unlink()
@@ -236,11 +240,13 @@ def test_dry_run_writes_nothing_and_says_what_a_run_costs(dataset, tmp_path):
     tokens[777] = 60000
     tokens.tofile(bad / 'val.bin')
     done = run(bad, tmp_path / 'out', '--dry_run', '--vocab_size=64', code=2)
-    assert 'val.bin' in done.stderr and '777' in done.stderr and '60000' in done.stderr and not (tmp_path / 'out').exists()
+    assert ('val.bin' in done.stderr and '777' in done.stderr and '60000' in done.stderr
+            and not (tmp_path / 'out').exists())
 
 
 def test_out_of_memory_says_what_to_change(dataset, tmp_path):
-    done = run(dataset, tmp_path / 'out', '--batch_size=2000000000000', '--eval_interval=1000', '--init_from=scratch', code=1)
+    done = run(dataset, tmp_path / 'out', '--batch_size=2000000000000', '--eval_interval=1000', '--init_from=scratch',
+               code=1)
     assert done.stderr.splitlines()[-1].startswith('out of memory: halve batch_size=2000000000000')
 
 
@@ -264,9 +270,10 @@ def test_resuming_lists_changes_and_refuses_those_that_make_no_sense(dataset, wh
 
 
 def torchrun(dataset, out, *more, restarts=0, **kwargs):
-    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', f'--max_restarts={restarts}']
-    return subprocess.Popen(launch + command(dataset, out, *more)[1:], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            **kwargs)
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
+              f'--max_restarts={restarts}']
+    return subprocess.Popen(launch + command(dataset, out, *more)[1:], stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, **kwargs)
 
 
 @posix
@@ -289,32 +296,38 @@ def test_sharded_and_plain_runs_continue_each_other(dataset, tmp_path):
 @posix
 def test_muon_over_processes(dataset, tmp_path):
     """Two processes take the steps of one, with clipping by rows and an average; sharded weights are refused."""
-    steps = ['--dropout=0.0', '--dtype=float32', '--learning_rate=1e-3', '--optimizer=muon', '--ema=0.9', '--adaptive_clip=0.1', '--max_iters=8']
+    steps = ['--dropout=0.0', '--dtype=float32', '--learning_rate=1e-3', '--optimizer=muon', '--ema=0.9',
+             '--adaptive_clip=0.1', '--max_iters=8']
     run(dataset, tmp_path / 'one', *steps)
     process = torchrun(dataset, tmp_path / 'two', *steps)
     text = process.communicate()[0]
     assert process.returncode == 0, text[-3000:]
     expected, found = ({step: loss for step, loss, _, _ in losses(tmp_path / name) if loss} for name in ('one', 'two'))
-    assert found.keys() == expected.keys() and max(abs(found[s] - expected[s]) for s in expected) < 1e-3 # bfloat16 inside of Muon
+    # bfloat16 inside of Muon
+    assert found.keys() == expected.keys() and max(abs(found[s] - expected[s]) for s in expected) < 1e-3
     text = torchrun(dataset, tmp_path / 'no', *steps, '--parallel=fsdp').communicate()[0]
-    assert "optimizer='muon' works on whole matrices" in text and '--parallel=ddp' in text and not (tmp_path / 'no').exists()
+    assert ("optimizer='muon' works on whole matrices" in text and '--parallel=ddp' in text
+            and not (tmp_path / 'no').exists())
 
 
 @posix
 def test_several_processes_end_as_one_does(dataset, tmp_path):
     """With its words, its exit status and its temporary files removed, though they skip Python's teardown."""
-    process = torchrun(dataset, tmp_path / 'bad', '--learning_rate=1e30', '--warmup_iters=0', '--max_bad_steps=5', '--dtype=float32')
+    process = torchrun(dataset, tmp_path / 'bad', '--learning_rate=1e30', '--warmup_iters=0', '--max_bad_steps=5',
+                       '--dtype=float32')
     text = process.communicate()[0]
     assert process.returncode == 1 and 'stopping after 5 such steps' in text and 'exitcode  : 1 ' in text, text[-3000:]
     process = torchrun(dataset, tmp_path / 'dry', '--dry_run')
     text = process.communicate()[0]
-    assert process.returncode == 0 and 'dry run passed' in text and sorted(p.name for p in tmp_path.iterdir()) == ['bad'], text[-3000:]
+    assert (process.returncode == 0 and 'dry run passed' in text
+            and sorted(p.name for p in tmp_path.iterdir()) == ['bad']), text[-3000:]
 
 
 @posix
 def test_a_lost_rank_is_replaced_and_the_run_goes_on(dataset, tmp_path):
     out = tmp_path / 'out'
-    process = torchrun(dataset, out, '--init_from=auto', '--checkpoint_interval=5', '--max_iters=60', '--eval_interval=60', restarts=2)
+    process = torchrun(dataset, out, '--init_from=auto', '--checkpoint_interval=5', '--max_iters=60',
+                       '--eval_interval=60', restarts=2)
     watchdog = threading.Timer(150, process.kill)
     watchdog.start()
     killed, seen = False, []
@@ -354,11 +367,14 @@ def test_memory_stays_flat_over_many_batches_of_a_huge_dataset(tmp_path):
 
 
 @settings(max_examples=150, deadline=None)
-@given(words=st.lists(st.one_of(st.sampled_from([20240520, 20240801, 1, 7, 0, -1, 40, 2 ** 31 - 1]), st.integers(-2 ** 31, 2 ** 31 - 1)),
+@given(words=st.lists(st.one_of(st.sampled_from([20240520, 20240801, 1, 7, 0, -1, 40, 2 ** 31 - 1]),
+                                st.integers(-2 ** 31, 2 ** 31 - 1)),
                       max_size=5), tail=st.binary(max_size=300), whole_header=st.booleans(),
-       meta=st.one_of(st.none(), st.dictionaries(st.sampled_from(['dtype', 'vocab_size', 'tokens', 'tokenizer', 'characters']), st.one_of(
-           st.none(), st.integers(-5, 10 ** 9), st.sampled_from(['uint16', 'uint32', 'float64', 'char', '../x']),
-           st.dictionaries(st.sampled_from(['train', 'val']), st.integers(-3, 400))))))
+       meta=st.one_of(st.none(), st.dictionaries(
+           st.sampled_from(['dtype', 'vocab_size', 'tokens', 'tokenizer', 'characters']),
+           st.one_of(st.none(), st.integers(-5, 10 ** 9),
+                     st.sampled_from(['uint16', 'uint32', 'float64', 'char', '../x']),
+                     st.dictionaries(st.sampled_from(['train', 'val']), st.integers(-3, 400))))))
 def test_any_shard_and_metadata_open_or_are_refused_in_one_line(words, tail, whole_header, meta, tmp_path_factory):
     folder = tmp_path_factory.mktemp('shard')
     header = np.array(words + [0] * (256 - len(words)) * whole_header, '<i4').tobytes()
@@ -481,7 +497,8 @@ def test_a_deleted_setting_at_its_default_locks_nothing_out(tmp_path):
     network = GPT(GPTConfig(block_size=8, vocab_size=5, n_layer=1, n_head=1, n_embd=8))
     args = stored_config(network.config)
     assert 'gmlp_ratio' not in args and args['n_layer'] == 1
-    save_checkpoint(tmp_path / 'ckpt.pt', dict(model=network.state_dict(), model_args=args | dict(gone=0.0, off='none')))
+    save_checkpoint(tmp_path / 'ckpt.pt',
+                    dict(model=network.state_dict(), model_args=args | dict(gone=0.0, off='none')))
     load_model(tmp_path / 'ckpt.pt')
     save_checkpoint(tmp_path / 'ckpt.pt', dict(model=network.state_dict(), model_args=args | dict(gone=0.5)))
     with pytest.raises(ValueError, match='architecture has gone'):

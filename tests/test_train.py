@@ -1,4 +1,4 @@
-"""The real train.py as a process of its own, on tiny datasets and models: what it computes, writes, resumes and refuses."""
+"""The real train.py as its own process, on tiny datasets and models: what it computes, writes, resumes and refuses."""
 import json
 import math
 import os
@@ -29,7 +29,8 @@ from model import GPT, GPTConfig, optimizer_groups
 def plain(folder):
     """From another directory; dataset relative to that one, out_dir relative to the project; settings from a file."""
     write_data(folder / 'data')
-    (folder / 'tiny.py').write_text('\n'.join(f'{k} = {v!r}' for k, v in (TINY | dict(eval_iters=100)).items()), encoding='utf-8')
+    (folder / 'tiny.py').write_text('\n'.join(f'{k} = {v!r}' for k, v in (TINY | dict(eval_iters=100)).items()),
+                                    encoding='utf-8')
     out = os.path.relpath(folder / 'out', PROJECT) # as in ../../tmp/...
     text = well(run('train.py', ['tiny.py', *flags(dataset=f'.{os.sep}data', out_dir=out)], cwd=folder))
     return folder, text
@@ -193,7 +194,8 @@ def killed(folder):
     settings = dict(max_iters=60, eval_interval=10, dropout=0.2, sample_tokens=5, sample_prompt='o')
     train(folder, 'whole', **settings)
     args = flags(**TINY | settings | dict(dataset=folder / 'data', out_dir=folder / 'cut'))
-    with subprocess.Popen([sys.executable, str(PROJECT / 'train.py'), *args], stdout=subprocess.PIPE, env=ENV) as process:
+    with subprocess.Popen([sys.executable, str(PROJECT / 'train.py'), *args], stdout=subprocess.PIPE,
+                          env=ENV) as process:
         for line in process.stdout:
             if line.startswith(b'iter 12:'):
                 process.kill()
@@ -206,7 +208,8 @@ def killed(folder):
 def epoch_bfloat16(folder):
     """Stopped at an evaluation by max_iters; init_from=auto in an empty folder, then in one that holds a run."""
     write_data(folder / 'data')
-    settings = dict(init_from='auto', dtype='bfloat16', sampling='epoch', dropout=0.2, schedule='wsd', wsd_decay_iters=8)
+    settings = dict(init_from='auto', dtype='bfloat16', sampling='epoch', dropout=0.2, schedule='wsd',
+                    wsd_decay_iters=8)
     train(folder, 'whole', **settings)
     train(folder, 'cut', **settings, max_iters=10)
     return folder, train(folder, 'cut', **settings)
@@ -281,7 +284,8 @@ def test_half_a_line_in_metrics(half_line):
 
 def test_resume_with_another_optimizer_setting(half_line):
     embeddings, hidden, rest = load_checkpoint(half_line / 'out/ckpt.pt')['optimizer']['param_groups']
-    assert embeddings['weight_decay'] == hidden['weight_decay'] == 0.5 and rest['weight_decay'] == 0.0 and hidden['betas'][0] == 0.8
+    assert (embeddings['weight_decay'] == hidden['weight_decay'] == 0.5 and rest['weight_decay'] == 0.0
+            and hidden['betas'][0] == 0.8)
 
 
 @job
@@ -331,7 +335,7 @@ def test_grows(nano):
 
 
 def test_resumes_nanogpt(nano):
-    """On the machine at hand, from its step, its settings and its optimizer's state, each moment at its own parameter."""
+    """On the machine at hand, from its step, settings and optimizer's state, each moment at its own parameter."""
     folder, _, _, _, text = nano
     assert 'cpu' in text and re.findall(r'^iter (\d+):', text, re.M) == ['41']
     checkpoint = load_checkpoint(folder / 'nano/ckpt.pt')
@@ -347,7 +351,7 @@ def test_resumes_nanogpt(nano):
 
 @job
 def hugging_face(folder):
-    """From a folder in Hugging Face's layout, in shorter blocks than it has. Token files without metadata are GPT-2's."""
+    """From a folder in Hugging Face's layout, in shorter blocks than its own. Token files without metadata: GPT-2's."""
     (folder / 'data').mkdir()
     bare(folder, train=IDS, val=IDS[5:])
     model = random_model(16, bias=True, mlp='gelu_tanh', block_size=2 * T)
@@ -392,7 +396,7 @@ def test_accumulation_and_clipping(one_step):
 
 @job
 def overfitted(folder):
-    """Training and validation have the same two of four letters, but only training alternates: it gets better, then worse."""
+    """Both splits have the same two of four letters, but only training alternates: it gets better, then worse."""
     tokenizer = CharTokenizer('abcd')
     with Writer(folder / 'data', tokenizer) as out:
         out.write('train', tokenizer.encode('ab' * 400))
@@ -416,9 +420,11 @@ def test_patience(overfitted):
 @job
 def two_processes(folder):
     write_data(folder / 'data')
-    settings = dict(gradient_accumulation_steps=4, batch_size=2, max_iters=10, eval_iters=3) # one process evaluates less
+    # one process evaluates less
+    settings = dict(gradient_accumulation_steps=4, batch_size=2, max_iters=10, eval_iters=3)
     train(folder, 'one', **settings)
-    text = train(folder, 'two', command=['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2'], **settings)
+    text = train(folder, 'two', command=['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2'],
+                 **settings)
     return folder, text
 
 
@@ -457,7 +463,7 @@ def test_every_evaluation_is_the_same(with_wandb):
 
 
 def test_dropout(with_wandb, plain):
-    """On in the first step, which comes after an evaluation: the same weights and windows give another loss than without."""
+    """On in the first step, after an evaluation: the same weights and windows give another loss than without."""
     assert 1e-6 < abs(losses(with_wandb / 'out')[1] - losses(plain[0] / 'out')[1]) < 0.1
 
 
@@ -518,7 +524,8 @@ def bare(folder, **splits):
 
 def not_prepared():
     """The name of a dataset that prepare.py could make and has not made."""
-    return min(path.parent.name for path in (PROJECT / 'data').glob('*/prepare.py') if not list(path.parent.glob('*.bin')))
+    return min(path.parent.name for path in (PROJECT / 'data').glob('*/prepare.py')
+               if not list(path.parent.glob('*.bin')))
 
 
 IDS = list(range(16)) * 20
@@ -535,8 +542,9 @@ MISTAKES = {
     'empty dataset': (lambda f: (f / 'data/train.bin').write_bytes(b''), {}, ['train.bin', 'empty']),
     'odd length': (lambda f: (f / 'data/val.bin').write_bytes(b'12345'), {}, ['val.bin', '5 bytes']),
     'other length': (lambda f: (f / 'data/val.bin').write_bytes(b'1234'), {}, ['701', '2']),
-    'header of another version': (lambda f: bare(f, train=np.array([20240520, 9, 500] + [0] * 753, '<i4').view('<u2'), val=IDS),
-                                  {}, ['train.bin', 'version 9']),
+    'header of another version': (
+        lambda f: bare(f, train=np.array([20240520, 9, 500] + [0] * 753, '<i4').view('<u2'), val=IDS),
+        {}, ['train.bin', 'version 9']),
     'no validation split': (lambda f: (f / 'data/val.bin').unlink(), {}, ['no val.bin']),
     'shorter than a block': (lambda f: bare(f, train=IDS, val=IDS[:10]), dict(vocab_size=16, overwrite=True),
                               ['val', '10 tokens', 'block_size']),
@@ -554,7 +562,8 @@ MISTAKES = {
                     ['ckpt.pt', 'damaged', 'checksum']),
     'not a checkpoint': (lambda f: (f / RUN).write_text('hello'), lambda f: dict(init_from=f / RUN, overwrite=True),
                          ['ckpt.pt', 'not a checkpoint']),
-    'malicious checkpoint': (lambda f: write_malicious(f / RUN), dict(init_from='resume'), ['ckpt.pt', 'not a checkpoint']),
+    'malicious checkpoint': (lambda f: write_malicious(f / RUN), dict(init_from='resume'),
+                             ['ckpt.pt', 'not a checkpoint']),
     'weights of another architecture': (
         lambda f: write_checkpoint(f / RUN, random_model(V), model_args=dict(NANO_ARGS, vocab_size=V, n_layer=3)),
         lambda f: dict(init_from=f / RUN, overwrite=True, n_layer=3), ['transformer.h.2.']),
@@ -574,20 +583,24 @@ MISTAKES = {
     'the folder holds a run': (None, {}, ['already holds a run', '--overwrite=True']),
     'the folder is a file': (lambda f: (f / 'file').write_text('x'), lambda f: dict(out_dir=f / 'file'), ['file']),
     'beta above 1': (None, dict(beta1=1.5), ['beta', '1.5']),
-    'another optimizer than the checkpoint': (None, dict(init_from='resume', optimizer='sm3'), ["optimizer='sm3'", "optimizer='adamw'", '--init_from=']),
+    'another optimizer than the checkpoint': (None, dict(init_from='resume', optimizer='sm3'),
+                                              ["optimizer='sm3'", "optimizer='adamw'", '--init_from=']),
     'no such optimizer': (None, dict(optimizer='lion'), ["'lion'", 'adamw, muon, sm3']),
-    'several at once': (None, dict(batch_size=0, eval_iters=-1, beta2=1.0), ['batch_size=0', 'eval_iters=-1', 'beta2=1.0']),
+    'several at once': (None, dict(batch_size=0, eval_iters=-1, beta2=1.0),
+                        ['batch_size=0', 'eval_iters=-1', 'beta2=1.0']),
     'a setting that AdamW lacks': (None, dict(momentum=0.8), ['momentum=0.8', "optimizer='adamw'", 'beta1']),
     'decay longer than the run': (None, dict(schedule='wsd', wsd_decay_iters=18), ['wsd_decay_iters=18', '17']),
     'warmup longer than the schedule': (None, dict(warmup_iters=21), ['warmup_iters=21', 'lr_decay_iters=20']),
-    'CUDA graphs with accumulation': (None, dict(compile='reduce-overhead', gradient_accumulation_steps=4),
-                                      ["compile='reduce-overhead'", 'gradient_accumulation_steps=4 must be 1', '--compile=True']),
+    'CUDA graphs with accumulation': (
+        None, dict(compile='reduce-overhead', gradient_accumulation_steps=4),
+        ["compile='reduce-overhead'", 'gradient_accumulation_steps=4 must be 1', '--compile=True']),
     'averages forever': (None, dict(ema=1.0), ['ema=1.0', 'below 1']),
     'learning rate below 0': (None, dict(learning_rate=-1.0), ['learning', '-1.0']),
 }
 # those that find a run in out_dir
 HOLDING = ('truncated checkpoint', 'flipped bit', 'not a checkpoint', 'malicious checkpoint', 'another width asked',
-           'another depth asked', 'another optimizer than the checkpoint', 'longer blocks than the checkpoint', 'shorter than a block', 'the folder holds a run')
+           'another depth asked', 'another optimizer than the checkpoint', 'longer blocks than the checkpoint',
+           'shorter than a block', 'the folder holds a run')
 
 
 def mistake(name):
@@ -599,7 +612,8 @@ def mistake(name):
         damage and damage(folder)
         settings = settings(folder) if callable(settings) else settings
         before = tree(folder)
-        process = run('train.py', flags(**TINY | dict(dataset=folder / 'data', out_dir=folder / 'out') | settings), cwd=folder)
+        process = run('train.py', flags(**TINY | dict(dataset=folder / 'data', out_dir=folder / 'out') | settings),
+                      cwd=folder)
         return process, before, tree(folder), sorted(path.name for path in folder.iterdir())
     return work
 
@@ -609,7 +623,7 @@ JOBS |= {name: mistake(name) for name in MISTAKES}
 
 @pytest.mark.parametrize('name', MISTAKES)
 def test_mistake(name, jobs):
-    """Status 2, one line that names the value and the way out; nothing written, nothing overwritten, nothing executed."""
+    """Status 2, one line that names the value and the way out; nothing is written, overwritten or executed."""
     process, before, after, names = jobs[name].result()
     said = process.stderr.decode()
     assert process.returncode == 2, said
