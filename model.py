@@ -1181,6 +1181,83 @@ def cost(model, T=None, dtype=torch.float32, device_type=None):
     return 3 * counter.get_total_flops() / T, (sum(s.nbytes() for s in kept.values()) - weights) / T
 
 
+def find_leak(model, idx, forward=None):
+    """
+    Which position of model's output sees a later token, in words; None if none does. Each row of idx (B, T) is cut at
+    another position. The gradient of the output there must be zero, exactly, for every embedded token after the cut;
+    and other tokens after the cut must leave the loss up to it as it is, to the last bit. forward: the model as it will
+    train, such as a compiled one, for the second. Weights that are zero hide leaks: they are random meanwhile.
+    """
+    (B, T), rows = idx.shape, torch.arange(idx.size(0), device=idx.device)
+    first = [T // 2, T - 2, T // 2 + 1, T // 3] # neighbours, since a leak may skip every other position
+    cuts = torch.tensor([*first, *torch.randint(max(1, T - 1), (B,)).tolist()][:B], device=idx.device).clamp(min=0)
+    later = torch.arange(T, device=idx.device) > cuts[:, None] # (B, T)
+    seed = int(torch.randint(2 ** 31, ()))
+
+    def outputs(idx):
+        """-> [(the name of a module, its output)], the embedded tokens first, in the order in which they are done."""
+        done = []
+        def keep(name):
+            def hook(module, args, y):
+                y = y.detach().requires_grad_() if module is model.transformer.wte else y
+                done.append((f'{name} ({type(module).__name__})', y))
+                return y
+            return hook
+        named = [(name, m) for name, m in model.named_modules() if m is model.transformer.wte or
+                 isinstance(m, (Mixer, TimeMixing, MLP, Block, UNet))]
+        hooks = [m.register_forward_hook(keep(name)) for name, m in named]
+        torch.manual_seed(seed) # the same dropout each time
+        done.append(('the output', model.hidden(idx)))
+        for hook in hooks:
+            hook.remove()
+        return done
+
+    def seen(y, b, t):
+        """(T,): how much the output y at position t of row b depends on each embedded token."""
+        direction = torch.randn(y.size(2), device=y.device, dtype=y.dtype)
+        return torch.autograd.grad((y[b, t] * direction).sum(), x, retain_graph=True)[0][b].abs().amax(-1)
+
+    buffers = [(p, p.clone()) for p in model.buffers()]
+    zeros = [(p, p == 0) for p in (getattr(p, 'to_local', lambda: p)() for p in model.parameters())]
+    try:
+        with torch.no_grad():
+            for p, zero in zeros:
+                p[zero] = 0.02 * torch.randn(int(zero.sum()), device=p.device, dtype=p.dtype)
+        n = min(B, 4)
+        (_, x), *done = outputs(idx[:n])
+        y = done[-1][1]
+        grad, = torch.autograd.grad((y[rows[:n], cuts[:n]] * torch.randn_like(y[:, 0])).sum(), x, retain_graph=True)
+        sees = (grad.abs().amax(-1) * later[:n]).nan_to_num(nan=0.0) # (n, T)
+        if sees.any():
+            b, s = divmod(int(sees.argmax()), T)
+            t = int(cuts[b])
+            # in a UNet's inside the positions are others: it counts as a whole
+            where = next(name for name, y in done if y.size(1) == T and seen(y, b, t)[t + 1:].any())
+            return f"position {t} sees position {s}, first in {where}"
+        if model.config.vocab_size == 1:
+            return None
+        other = torch.where(later, (idx + 1) % model.config.vocab_size, idx)
+        targets = torch.where(later, -1, idx)
+        def loss(idx):
+            torch.manual_seed(seed)
+            return (model if forward is None else forward)(idx, targets)[1].item()
+        changed = loss(idx) != loss(other)
+        if not changed or loss(idx) != loss(idx): # where no two runs are alike, bits say nothing
+            return None
+        with torch.no_grad():
+            differs = ((outputs(idx)[-1][1] != outputs(other)[-1][1]).any(2) & ~later).nonzero()
+        if not len(differs):
+            return "a position sees a later one in the compiled network alone"
+        b, t = differs[0].tolist()
+        return f"position {t} changes with the tokens after position {int(cuts[b])}, though its gradient does not say so"
+    finally:
+        with torch.no_grad():
+            for p, old in buffers:
+                p.copy_(old)
+            for p, zero in zeros:
+                p[zero] = 0.0
+
+
 def first_nonfinite(model, idx, targets):
     """The name of the first module whose output is not finite in a forward pass, or None."""
     found = []

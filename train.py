@@ -35,8 +35,8 @@ from data.checkpoints import (build_model, evaluated_weights, find_weights, full
 from data.run import RunFolder, peak_memory
 from data.tokenizers import load_tokenizer
 from data.tokens import Split, dataset_folder, load_meta, prefetch
-from model import (GPT, Block, GPTConfig, clip_adaptively, cost, first_nonfinite, keep_freed_memory, optimizer_groups,
-                   recompute_what_is_cheap)
+from model import (GPT, Block, GPTConfig, clip_adaptively, cost, find_leak, first_nonfinite, keep_freed_memory,
+                   optimizer_groups, recompute_what_is_cheap)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # files and evaluation
@@ -51,6 +51,7 @@ always_save_checkpoint = True # save ckpt.pt before every evaluation; False: at 
 checkpoint_interval = 0 # steps between saves of ckpt.pt; 0: see always_save_checkpoint
 snapshot_interval = 0 # steps between checkpoints that are kept, as step-1000.pt; 0: none
 allow_changes = False # use a checkpoint even if the architecture or tokenizer differs
+allow_leak = False # train even if the network is not causal
 dry_run = False # scan the data, take three steps, write a checkpoint, read it back, and say how long the run takes
 max_bad_steps = 20 # stop after this many steps in a row whose gradient is not finite; each is skipped
 patience = 0 # stop after this many evaluations without a better validation loss; 0: never
@@ -584,6 +585,20 @@ def describe_run():
         f"{activations:.3g} of activations")
 
 
+def prove_causal():
+    """Looks for an output that sees a later token, with the model, the length and the dtype that will train."""
+    t0 = time.perf_counter()
+    torch.manual_seed(seed) # all processes do the same
+    idx = torch.randint(raw_model.config.vocab_size, (batch_size, block_size)).to(device)
+    with amp:
+        leak = find_leak(raw_model, idx, fast_model)
+    if leak and not allow_leak:
+        raise ValueError(f"the network is not causal: {leak}; its losses would mean nothing. To train it all the same, "
+                         "--allow_leak=True")
+    took = f"in {1000 * (time.perf_counter() - t0):,.0f} ms{', with compiling' if compile else ''}"
+    say(f"causal   {'NO: ' + leak if leak else f'proven at T={block_size} {took}'}")
+
+
 def evaluate_all():
     """--eval_only: the whole validation split."""
     loss = mean_loss((x, y) for x, y, _ in splits['val'].all_batches(batch_size, block_size))
@@ -631,6 +646,7 @@ def begin_run():
 
 describe_run()
 with exit_on_error():
+    prove_causal()
     if eval_only:
         evaluate_all()
         exit_run(0)

@@ -1,7 +1,8 @@
 """
 The mixers' contract, checked for every entry of MIXERS by itself, in float64 with all weights random (weights that
 start at zero hide leaks): no output sees a later token, prefixes and any chunks of a sequence give the numbers of the
-whole, every parameter learns and is in one optimizer group. Then the checks against broken networks, which they must
+whole, every parameter learns and is in one optimizer group. The same at a length of 301, for what works in chunks, and
+in training mode; and each optimizer, 16 bits and a saved checkpoint. Then the checks against broken networks, which they must
 refuse, and each mixer against its definition written as loops over positions.
 
 Someone's new mixer needs no test: an entry in MIXERS is enough, and a line in OPTIONS if it has settings of its own.
@@ -10,7 +11,8 @@ Someone's new mixer needs no test: an entry in MIXERS is enough, and a line in O
 import itertools
 import math
 import shutil
-from dataclasses import asdict
+import time
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ import torch.nn as nn
 
 from data.checkpoints import load_model, save_checkpoint
 from model import (GPT, MIXERS, MLP, Cache, FusedAttention, GPTConfig, Mixer, Stack, TimeLinear, TimeMixing, UNet,
-                   optimizer_groups, recompute_what_is_cheap)
+                   find_leak, optimizer_groups, recompute_what_is_cheap)
 
 TOLERANCE = 1e-9 # the largest difference, in logits of size 1 to 10, that float64 rounding may make
 
@@ -137,6 +139,50 @@ def check_contract(model):
     return max(check_causal(outputs), check_prefixes(outputs), check_chunks(model))
 
 
+def check_at_length(model):
+    """What shorter sequences cannot show: a mixer may work in chunks, or differently in training mode."""
+    idx = tokens(model, 5)
+    for training in (True, False):
+        leak = find_leak(model.train(training), idx)
+        assert leak is None, f"{leak} ({'training' if training else 'evaluation'} mode, {idx.size(1)} tokens)"
+    T, largest = idx.size(1), 0.0
+    with torch.no_grad():
+        whole, _ = model(idx[:2])
+        for n in 17, T // 2, T - 1:
+            deviation = (model(idx[:2, :n])[0] - whole[:, :n]).abs().max().item()
+            assert deviation < TOLERANCE, f"the first {n} of {T} tokens give logits that differ by {deviation:.1e}"
+            largest = max(largest, deviation)
+        cache, chunks = Cache(), [T // 3 + 1, *[1] * 3, *random_chunks(T - T // 3 - 4)]
+        logits = torch.cat([model(part, cache=cache)[0] for part in idx[:2].split(chunks, dim=1)], dim=1)
+        deviation = (logits - whole).abs().max().item()
+        assert deviation < TOLERANCE, f"decoding in chunks of {chunks} gives logits that differ by {deviation:.1e}"
+    return max(largest, deviation)
+
+
+def check_training(model):
+    """A step of each optimizer moves every parameter; in bfloat16 the loss is the same but for rounding."""
+    start, batch = {k: v.clone() for k, v in model.state_dict().items()}, (tokens(model, 4), tokens(model, 4))
+    with torch.autocast('cpu', torch.bfloat16):
+        rounded = model(*batch)[1]
+        rounded.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters()), "in bfloat16 a gradient is not finite"
+    for optimizer in 'adamw', 'muon', 'sm3':
+        model.load_state_dict(start)
+        opt = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu', optimizer)
+        model.zero_grad()
+        loss = model(*batch)[1]
+        loss.backward()
+        opt.step()
+        for name, p in model.named_parameters():
+            assert p.isfinite().all() and not torch.equal(p, start[name]), f"{optimizer} does not move {name}"
+    assert (rounded - loss).abs() < 0.05, f"the loss is {loss:.4f}, and {rounded:.4f} in bfloat16"
+    model.load_state_dict(start)
+    with torch.no_grad(): # as sample.py holds it
+        whole, cache = model.bfloat16()(batch[0])[0], Cache()
+        logits = torch.cat([model(part, cache=cache)[0] for part in batch[0].split(3, dim=1)], dim=1)
+    assert (logits - whole).abs().max() < 0.1 * (1 + whole.abs().max()), "in bfloat16 decoding differs"
+
+
 def check_compiled(model, backend):
     """torch.compile makes one graph of the whole model, and gives the same loss and gradients."""
     idx, targets = tokens(model, 2), tokens(model, 2)
@@ -157,7 +203,8 @@ def check_round_trip(model, path):
     loaded, _ = load_model(path)
     assert loaded.config == model.config
     assert loaded.state_dict().keys() == model.state_dict().keys()
-    for (name, p), q in zip(model.named_parameters(), loaded.parameters(), strict=True):
+    for (name, p), q in zip([*model.named_parameters(), *model.named_buffers()],
+                            [*loaded.parameters(), *loaded.buffers()], strict=True):
         assert torch.equal(p, q), name
     idx = tokens(model, 2)
     with torch.no_grad():
@@ -227,6 +274,17 @@ def test_the_contract_leaves_no_mixer_out():
 def test_contract(name, record_property):
     for config in ARCHITECTURES[name]:
         record_property('deviation', check_contract(randomized(config)))
+
+
+@pytest.mark.parametrize('name', SOME)
+def test_contract_at_length_301(name, record_property):
+    record_property('deviation', check_at_length(randomized(replace(SOME[name], block_size=301))))
+
+
+@pytest.mark.parametrize('name', SOME)
+def test_training(name):
+    torch.manual_seed(0)
+    check_training(GPT(SOME[name]))
 
 
 @pytest.mark.parametrize('name', SOME)
@@ -328,11 +386,132 @@ class Forgotten(Mixer):
         return x.cumsum(dim=1)
 
 
+class ChunkMean(Mixer):
+    """Right in the first 16 tokens; from then on each sees the mean of its own chunk of 16, the future in it too."""
+    def mix(self, x):
+        chunks = [x[:, i:i + 16] for i in range(16, x.size(1), 16)]
+        return x.cumsum(dim=1) / 16 + torch.cat([torch.zeros_like(x[:, :16])] +
+                                                [c.mean(dim=1, keepdim=True).expand_as(c) for c in chunks], dim=1)
+
+
+class NormalizedOverTime(Mixer):
+    """As batch normalization: over all positions in training, by running statistics in evaluation."""
+    def __init__(self, config, block_size):
+        super().__init__(config, block_size)
+        self.norm = nn.BatchNorm1d(config.n_embd)
+
+    def mix(self, x):
+        return self.norm(x.cumsum(dim=1).transpose(1, 2)).transpose(1, 2)
+
+
+class Rounded(Mixer):
+    """What it takes from the future is rounded, and so has no gradient: as with experts that choose their tokens."""
+    def mix(self, x):
+        return x.cumsum(dim=1) * (1 + x.sum(dim=(1, 2), keepdim=True).round() % 8)
+
+
+class LeakingAtZero(ChunkMean):
+    """Leaks as soon as training moves its projection, which starts at zero."""
+    def __init__(self, config, block_size):
+        super().__init__(config, block_size)
+        self.projection = nn.Parameter(torch.zeros(config.n_embd, config.n_embd))
+
+    def mix(self, x):
+        return super().mix(x) @ self.projection
+
+
+def long_network(cls, monkeypatch, random=True):
+    monkeypatch.setitem(MIXERS, 'broken', cls)
+    config = GPTConfig(block_size=301, vocab_size=11, n_layer=2, n_head=2, n_embd=8, mixer='broken')
+    return randomized(config) if random else GPT(config)
+
+
+def test_a_leak_within_chunks_is_refused(monkeypatch):
+    monkeypatch.setitem(MIXERS, 'broken', ChunkMean)
+    assert check_contract(network(mixer='broken', block_size=16)) < TOLERANCE # so this is not enough
+    with pytest.raises(AssertionError, match=r'position \d+ sees position \d+, first in transformer.h.0.attn'):
+        check_at_length(long_network(ChunkMean, monkeypatch))
+
+
+def test_a_leak_in_training_mode_is_refused(monkeypatch):
+    model = long_network(NormalizedOverTime, monkeypatch)
+    assert find_leak(model.eval(), tokens(model, 2)) is None
+    with pytest.raises(AssertionError, match=r'sees position .*\(training mode'):
+        check_at_length(model)
+
+
+def test_a_leak_without_a_gradient_is_refused(monkeypatch):
+    with pytest.raises(AssertionError, match='though its gradient does not say so'):
+        check_at_length(long_network(Rounded, monkeypatch))
+
+
+def test_a_leak_behind_a_zero_is_found_and_nothing_is_changed(monkeypatch):
+    model = long_network(LeakingAtZero, monkeypatch, random=False)
+    assert not model.transformer.h[0].attn.projection.any()
+    assert 'first in transformer.h.0.attn (LeakingAtZero)' in find_leak(model, tokens(model, 4))
+    model = long_network(NormalizedOverTime, monkeypatch, random=False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert find_leak(model, tokens(model, 4))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_leak_of_the_compiled_network_alone_is_found():
+    model = network(block_size=40)
+    def compiled(idx, targets):
+        return None, model(idx, targets)[1] + idx.double().mean()
+    assert find_leak(model, tokens(model, 3), model) is None
+    assert 'compiled' in find_leak(model, tokens(model, 3), compiled)
+    noisy = lambda idx, targets: (None, model(idx, targets)[1] + torch.rand(()) * time.perf_counter())
+    assert find_leak(model, tokens(model, 3), noisy) is None # nothing to compare
+
+
+def test_what_16_bits_cannot_do_is_refused(monkeypatch):
+    class Solves(Mixer):
+        def __init__(self, config, block_size):
+            super().__init__(config, block_size)
+            self.c_fc = nn.Linear(config.n_embd, config.n_embd)
+
+        def mix(self, x):
+            x = self.c_fc(x)
+            return torch.linalg.solve_triangular(torch.ones(x.size(1), x.size(1)).tril().to(x.dtype), x, upper=False)
+    monkeypatch.setitem(MIXERS, 'broken', Solves)
+    config = GPTConfig(block_size=16, vocab_size=11, n_layer=2, n_head=2, n_embd=8, mixer='broken')
+    assert check_contract(randomized(config)) < TOLERANCE
+    with pytest.raises(RuntimeError, match='BFloat16'):
+        check_training(GPT(config))
+
+
+def test_a_parameter_that_never_moves_is_refused(monkeypatch):
+    monkeypatch.setitem(MIXERS, 'forgotten', Forgotten)
+    model = network(mixer='forgotten', n_layer=1).float()
+    model.transformer.h[0].attn.unused.requires_grad_(False)
+    with pytest.raises((AssertionError, TypeError, AttributeError)):
+        check_training(model)
+
+
+def test_a_lost_buffer_is_refused(monkeypatch, tmp_path):
+    class Counting(Mixer):
+        def __init__(self, config, block_size):
+            super().__init__(config, block_size)
+            self.register_buffer('seen', torch.zeros(()))
+
+        def mix(self, x):
+            return x.cumsum(dim=1) + self.seen
+    model = long_network(Counting, monkeypatch)
+    model.transformer.h[0].attn.seen += 3.0
+    check_round_trip(model, tmp_path / 'ckpt.pt')
+    monkeypatch.setitem(globals(), 'load_model', lambda path: (GPT(model.config), None))
+    with pytest.raises(AssertionError):
+        check_round_trip(model, tmp_path / 'ckpt.pt')
+
+
 def test_a_leaking_unet_is_refused(monkeypatch):
     assert check_causal(every_length(network(unet_layers=(1,)))) < TOLERANCE
     monkeypatch.setattr('model.UNet', LeakingUNet)
     with pytest.raises(AssertionError, match='token 1 changes the logits of position 0'):
         check_causal(every_length(network(unet_layers=(1,))))
+    with pytest.raises(AssertionError, match='sees position'):
+        check_at_length(network(unet_layers=(1,), block_size=301))
 
 
 def test_an_average_over_the_future_is_refused(monkeypatch):
