@@ -1249,7 +1249,8 @@ def find_leak(model, idx, forward=None):
         if not len(differs):
             return "a position sees a later one in the compiled network alone"
         b, t = differs[0].tolist()
-        return f"position {t} changes with the tokens after position {int(cuts[b])}, though its gradient does not say so"
+        return (f"position {t} changes with the tokens after position {int(cuts[b])}, though its gradient does not say "
+                "so")
     finally:
         with torch.no_grad():
             for p, old in buffers:

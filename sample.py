@@ -5,20 +5,24 @@ Generates text from a checkpoint. From any directory:
     python sample.py --out_dir=out-quick --start="def main" --temperature=0
     python sample.py --init_from=gpt2-xl --start=FILE:prompt.txt      OpenAI's weights, the prompt from a file
     echo "Once upon" | python sample.py --init_from=gpt2 --start=-    the prompt from standard input
-    python sample.py --out_dir=out-quick --interactive=True           a chat: /reset forgets it, Ctrl-D ends it
+    python sample.py --out_dir=out-quick --interactive=True           a chat: /help says how it goes
 """
 import codecs
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
+from configurator import yield_if_busy
+
+yield_if_busy()
 import torch
 
 from configurator import check_ranges, configure, exit_on_error, resolve
 from data.checkpoints import GPT2_NAMES, find_weights, good_checkpoints, is_pretrained, load_model, load_pretrained
-from data.tokenizers import load_tokenizer
-from data.tokens import dataset_folder, load_meta
+from data.tokenizers import load_tokenizer, with_line_ends
+from data.tokens import dataset_folder, find_path, load_meta
 from model import beam_search
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -54,7 +58,7 @@ device = 'auto' # auto | cpu | cuda | cuda:1 | mps
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
 compile = False # torch.compile; whether it pays here is not measured
 # ---------------------------------------------------------------------------------------------------------------------
-config, _ = configure(globals())
+config, *_ = configure(globals())
 
 RANGES = {
     '[0, inf)': 'temperature no_repeat_ngram',
@@ -82,13 +86,14 @@ def load():
     tokenizer = load_tokenizer(meta if 'tokenizer' in meta else GPT2_TOKENIZER)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(f"the tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} ids, and the weights in "
-                         f"{source} know {model.config.vocab_size}: they belong to another tokenizer")
+                         f"{source} know {model.config.vocab_size}: they belong to another tokenizer"
+                         f"{'' if 'tokenizer' in meta else '; name their dataset by --dataset=NAME'}")
     return model, tokenizer
 
 
 def find_run():
     """The checkpoint that out_dir and checkpoint name."""
-    folder = Path(__file__).resolve().parent / os.path.expanduser(out_dir)
+    folder = find_path(out_dir)
     latest, best = folder / 'ckpt.pt', folder / 'best.pt'
     return best if checkpoint == 'best' and best.is_file() else latest
 
@@ -108,11 +113,6 @@ def meta_of_nanogpt(ckpt):
     """nanoGPT's checkpoints say nothing of the tokenizer, but their dataset may."""
     named = Path(str(ckpt.get('config', {}).get('dataset', ''))).name # a name in data/, never a path out of it
     return load_meta(dataset_folder(dataset or named))
-
-
-def with_line_ends(text):
-    r"""The text as it was typed, in which \n is a line end and two backslashes are one."""
-    return '\\'.join(part.replace('\\n', '\n') for part in text.split('\\\\'))
 
 
 def read_prompt():
@@ -166,6 +166,11 @@ def show(text):
 
 def chat():
     """The history is text; as much of its end is read as leaves room for an answer."""
+    with suppress(ImportError):
+        import readline # noqa: F401  lines can be edited, and earlier ones come back
+    ways = "/reset forgets what was said, Ctrl-C stops an answer, Ctrl-D or /quit ends the chat"
+    if sys.stdin.isatty():
+        print(f"({ways})")
     history = ''
     room = model.config.block_size - min(max_new_tokens, model.config.block_size // 2)
     stops = [s for s in (*stop, user_prefix.strip()) if s]
@@ -175,9 +180,11 @@ def chat():
         except EOFError:
             print()
             return
-        if line.strip() == '/reset':
-            history = ''
-            print('(forgotten)')
+        if line.strip() == '/quit':
+            return
+        if line.strip() in ('/help', '/reset'):
+            history = '' if line.strip() == '/reset' else history
+            print('(forgotten)' if line.strip() == '/reset' else f'({ways})')
             continue
         try:
             prompt = tokenizer.encode(history + user_prefix + line + bot_prefix)[-room:]
@@ -188,10 +195,13 @@ def chat():
             continue
         show(bot_prefix.lstrip('\n'))
         answer = ''
-        for text in generate_text(prompt, stops):
-            text = text if answer else text.lstrip()
-            answer += text
-            show(text)
+        try:
+            for text in generate_text(prompt, stops):
+                text = text if answer else text.lstrip()
+                answer += text
+                show(text)
+        except KeyboardInterrupt: # the next one, at the prompt, leaves
+            show(' (stopped)')
         show('\n')
         history += user_prefix + line + bot_prefix + answer.rstrip()
 

@@ -22,9 +22,11 @@ import tempfile
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Literal
 
+from configurator import yield_if_busy
+
+yield_if_busy()
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -33,14 +35,14 @@ from configurator import check_ranges, configure, exit_on_error, find_peak_flops
 from data.checkpoints import (build_model, evaluated_weights, find_weights, full_state, is_pretrained, load_checkpoint,
                               load_latest, load_optimizer, load_pretrained, save_checkpoint, stored_config)
 from data.run import RunFolder, peak_memory
-from data.tokenizers import load_tokenizer
-from data.tokens import Split, dataset_folder, load_meta, prefetch
+from data.tokenizers import load_tokenizer, with_line_ends
+from data.tokens import Split, dataset_folder, find_path, load_meta, prefetch
 from model import (GPT, Block, GPTConfig, clip_adaptively, cost, find_leak, first_nonfinite, keep_freed_memory,
                    optimizer_groups, recompute_what_is_cheap)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # files and evaluation
-out_dir = 'out' # a run's folder, relative to the project
+out_dir = 'out' # a run's folder
 overwrite = False # start from scratch even if out_dir holds a run, which is deleted
 init_from = 'scratch' # scratch | resume | auto (resume if there is something to resume) | gpt2, gpt2-medium,
     # gpt2-large, gpt2-xl | a checkpoint, a run's folder, or one in Hugging Face's layout, to finetune
@@ -57,7 +59,7 @@ max_bad_steps = 20 # stop after this many steps in a row whose gradient is not f
 patience = 0 # stop after this many evaluations without a better validation loss; 0: never
 log_interval = 1 # steps between log lines
 sample_tokens = 0 # tokens of generated text to show at each evaluation; 0: none
-sample_prompt = '\n' # what that text continues
+sample_prompt = '\n' # what that text continues; \n is a line end
 # wandb logging
 wandb_log = False # WANDB_MODE=offline works without a network
 wandb_project = 'owt'
@@ -98,7 +100,7 @@ decay_lr = True # False: constant after the warmup
 schedule: Literal['cosine', 'cosine_floor', 'linear', 'wsd'] = 'cosine' # cosine_floor: minGPT's, to zero but never
     # below min_lr; wsd: warmup, stable, linear decay over the last wsd_decay_iters
 warmup_iters = 2000 # steps of linear warmup
-lr_decay_iters = 600000 # the step at which min_lr is reached
+lr_decay_iters: int | None = None # the step at which min_lr is reached; None: max_iters
 wsd_decay_iters = 60000 # length of wsd's decay
 min_lr = 6e-5 # about learning_rate / 10
 # machine
@@ -112,13 +114,13 @@ peak_flops: float | Literal['auto', 'measure'] = 'auto' # FLOP/s that MFU is a s
 parallel: Literal['ddp', 'fsdp'] = 'ddp' # under torchrun: each process holds the model, or they share it out
 backend: Literal['auto', 'nccl', 'gloo'] = 'auto' # torch.distributed's
 # ---------------------------------------------------------------------------------------------------------------------
-config, given = configure(globals(), GPTConfig)
+config, given, replaced = configure(globals(), GPTConfig)
 
 RANGES = {
     '[1, inf)': 'batch_size gradient_accumulation_steps eval_iters eval_interval log_interval max_bad_steps',
     '[0, inf)': 'learning_rate hidden_lr embedding_lr other_lr min_lr weight_decay hidden_decay embedding_decay '
-                'grad_clip adaptive_clip max_iters warmup_iters patience checkpoint_interval snapshot_interval '
-                'sample_tokens min_block_size',
+                'grad_clip adaptive_clip max_iters warmup_iters lr_decay_iters wsd_decay_iters patience '
+                'checkpoint_interval snapshot_interval sample_tokens min_block_size',
     '[0, 1)': 'beta1 beta2 momentum ema',
 }
 # what a resumed run does not take from its checkpoint
@@ -136,9 +138,10 @@ def say(text):
 
 def find_checkpoint():
     """The dict of the checkpoint to resume or to finetune; None: weights from scratch or GPT-2's."""
-    if run.path.exists() and not run.path.is_dir():
-        raise ValueError(f"out_dir={out_dir!r} is a file: choose another --out_dir")
-    if not (eval_only or dry_run):
+    if not out_dir.strip():
+        raise ValueError("out_dir='' names no folder: choose one, such as --out_dir=out-x")
+    run.refuse_if_no_place()
+    if not eval_only:
         if is_main:
             run.lock()
         if not (resuming or overwrite):
@@ -148,11 +151,28 @@ def find_checkpoint():
     return None if scratch or pretrained else load_checkpoint(find_weights(init_from))
 
 
+def fit_schedule():
+    """One flag, --max_iters, shortens a run: without others the schedule shrinks with it. -> what to say of that."""
+    global lr_decay_iters, warmup_iters, wsd_decay_iters
+    share = max_iters / max(1, replaced['max_iters']) if 'max_iters' in replaced else 1.0
+    lines = []
+    if share < 1 and not resuming and 'lr_decay_iters' not in replaced:
+        before = dict(lr_decay_iters=lr_decay_iters, warmup_iters=warmup_iters, wsd_decay_iters=wsd_decay_iters)
+        lr_decay_iters = lr_decay_iters and round(share * lr_decay_iters)
+        warmup_iters = warmup_iters if 'warmup_iters' in replaced else round(share * warmup_iters)
+        wsd_decay_iters = wsd_decay_iters if 'wsd_decay_iters' in replaced else round(share * wsd_decay_iters)
+        read = ['warmup_iters', 'lr_decay_iters', *(['wsd_decay_iters'] if schedule == 'wsd' else [])]
+        lines = [f"{name}={now}, shortened from {before[name]} with max_iters" for name, now in
+                 dict(warmup_iters=warmup_iters, lr_decay_iters=lr_decay_iters, wsd_decay_iters=wsd_decay_iters).items()
+                 if name in read and now != before[name]]
+    lr_decay_iters = max_iters if lr_decay_iters is None else lr_decay_iters
+    config.update(lr_decay_iters=lr_decay_iters, warmup_iters=warmup_iters, wsd_decay_iters=wsd_decay_iters)
+    return lines
+
+
 def check_settings():
     """What costs neither memory nor time to find out."""
     check_ranges(config, RANGES)
-    if decay_lr and warmup_iters > lr_decay_iters:
-        raise ValueError(f"warmup_iters={warmup_iters} must be at most lr_decay_iters={lr_decay_iters}")
     if decay_lr and schedule == 'wsd' and warmup_iters + wsd_decay_iters > lr_decay_iters:
         raise ValueError(f"wsd_decay_iters={wsd_decay_iters} must be at most lr_decay_iters - warmup_iters = "
                          f"{lr_decay_iters - warmup_iters}")
@@ -173,7 +193,7 @@ def check_settings():
         raise ValueError(f"ema={ema!r} keeps whole weights, and parallel='fsdp' shares them out: use --parallel=ddp")
     if gradient_accumulation_steps % world:
         raise ValueError(f"gradient_accumulation_steps={gradient_accumulation_steps} is not divisible by the {world} "
-                         "processes")
+                         f"processes: take {math.ceil(gradient_accumulation_steps / world) * world}")
     if compile in ('reduce-overhead', 'max-autotune') and gradient_accumulation_steps > world:
         raise ValueError(f"compile={compile!r} replays CUDA graphs, which overwrite the gradients of the micro-batch "
                          f"before: gradient_accumulation_steps={gradient_accumulation_steps} must be {world} then, or "
@@ -185,16 +205,33 @@ def check_settings():
 def open_data():
     """-> (meta, {'train': Split, 'val': Split}), with the tokenizer that the weights know."""
     folder = dataset_folder(dataset)
-    meta = load_meta(folder)
-    splits = {name: Split(folder, name) for name in ('train', 'val')}
+    try:
+        meta = load_meta(folder)
+        splits = {name: Split(folder, name) for name in ('train', 'val')}
+    except ValueError as e:
+        if 'dataset' in given or resuming:
+            raise
+        raise ValueError(f"{e}; or begin small: python data/python_stdlib/prepare.py, then python train.py "
+                         "config/quick.py") from None
     known = (checkpoint or {}).get('meta') or (dict(tokenizer='tiktoken', encoding='gpt2') if pretrained else {})
+    fits = meta.get('vocab_size', 0) <= (checkpoint or {}).get('model_args', {}).get('vocab_size', 50257)
     for key in ('tokenizer', 'encoding', 'characters'):
         if not allow_changes and 'tokenizer' in known and 'tokenizer' in meta and known.get(key) != meta.get(key):
             raise ValueError(f"dataset={dataset!r} has the {key} {meta.get(key)!r}, and the weights were trained with "
-                             f"{known.get(key)!r}: take another dataset, or --allow_changes=True")
+                             f"{known.get(key)!r}: take another dataset{', or --allow_changes=True' if fits else ''}")
     if 'tokenizer' not in meta: # bare token files: the checkpoint knows, or they are GPT-2's as nanoGPT takes them
         meta |= known or dict(tokenizer='tiktoken', encoding='gpt2')
     return meta, splits
+
+
+def check_prompt():
+    """A prompt that cannot be read would end the run at its first evaluation."""
+    try:
+        empty = not tokenizer.encode(with_line_ends(sample_prompt))
+    except ValueError as e:
+        raise ValueError(f"sample_prompt={sample_prompt!r}: {e}; or --sample_tokens=0") from None
+    if empty:
+        raise ValueError("sample_prompt='' is empty: give a text to continue, or --sample_tokens=0")
 
 
 def build_network():
@@ -226,7 +263,7 @@ def check_data():
 # torchrun sets these variables
 rank, local_rank, world = (int(os.environ.get(k, v)) for k, v in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1).items())
 is_main = rank == 0 # writes files and speaks
-run = RunFolder(Path(__file__).resolve().parent / os.path.expanduser(out_dir)) # an absolute path stays absolute
+run = RunFolder(find_path(out_dir))
 resuming = init_from == 'resume' or init_from == 'auto' and run.has_checkpoint()
 scratch = init_from == 'scratch' or init_from == 'auto' and not resuming
 pretrained = not resuming and not scratch and is_pretrained(init_from)
@@ -237,6 +274,7 @@ with exit_on_error():
         # nanoGPT's checkpoint names the device of another machine, perhaps
         own = OF_THIS_COMMAND if 'format' in checkpoint else (*OF_THIS_COMMAND, 'device', 'dtype', 'compile', 'backend')
         changed = take_settings(globals(), config, given, checkpoint.get('config', {}), own)
+    shortened = fit_schedule()
     sharded = parallel == 'fsdp' and world > 1
     check_settings()
     if world > 1 and device in ('auto', 'cuda') and torch.cuda.is_available():
@@ -245,6 +283,8 @@ with exit_on_error():
     peak, peak_source = find_peak_flops(peak_flops, device, getattr(torch, dtype))
     meta, splits = open_data()
     tokenizer = load_tokenizer(meta) if sample_tokens or eval_only else None # training itself needs only ids
+    if sample_tokens:
+        check_prompt()
     model, added = build_network()
     block_size = model.config.block_size
     config |= vars(model.config)
@@ -261,6 +301,7 @@ class State:
     tokens: int = 0
     seconds: float = 0.0 # of training, without evaluations
     best_val_loss: float = math.inf
+    best_step: int = 0 # of that loss
     evals_since_best: int = 0
 
 
@@ -271,7 +312,7 @@ def restored_state(checkpoint):
     step = checkpoint['iter_num']
     samples = checkpoint.get('samples', step * gradient_accumulation_steps * batch_size)
     return State(step, samples, checkpoint.get('tokens', samples * block_size), checkpoint.get('seconds', 0.0),
-                 float(checkpoint['best_val_loss']), checkpoint.get('stale', 0))
+                 float(checkpoint['best_val_loss']), step, checkpoint.get('stale', 0))
 
 
 def can_compile():
@@ -400,6 +441,8 @@ def mean_loss(batches):
             group = list(itertools.islice(batches, world)) # every process runs equally often, as sharded models must
         if not group:
             break
+        if bar is not None and not bar.disable:
+            bar.set_postfix_str(f"evaluating, batch {len(losses) + 1}")
         x, y = group[min(rank, len(group) - 1)]
         with amp:
             loss = fast_model(to_device(x), to_device(y))[1]
@@ -434,8 +477,9 @@ def evaluate():
     # a resumed run repeats the evaluation that made best.pt
     again = resuming and state.step == first_step and val_loss == state.best_val_loss
     better = val_loss < state.best_val_loss or again
-    state.best_val_loss = val_loss if better else state.best_val_loss
     state.evals_since_best = 0 if better else state.evals_since_best + 1
+    if better:
+        state.best_val_loss, state.best_step = val_loss, state.step
     say(f"step {state.step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}{' *' if better else ''}")
     log(train_loss=train_loss, val_loss=val_loss)
     if better and state.step > 0:
@@ -449,7 +493,7 @@ def evaluate():
 
 def sample():
     raw_model.eval()
-    prompt = torch.tensor([tokenizer.encode(sample_prompt)], device=device)
+    prompt = torch.tensor([tokenizer.encode(with_line_ends(sample_prompt))], device=device)
     with averaged(), amp:
         text = raw_model.generate(prompt, sample_tokens, vocab_size=tokenizer.vocab_size,
                                   static=False if sharded else None,
@@ -471,9 +515,9 @@ def save(path):
     try:
         save_checkpoint(path, content)
         unwritten.discard(path)
-    except (OSError, RuntimeError) as e: # torch's writer raises RuntimeError where Python's raises OSError
+    except OSError as e:
         unwritten.add(path)
-        say(f"warning: {path} could not be written, the old one is kept: {str(e).splitlines()[0]}")
+        say(f"warning: {e}; the old one is kept")
 
 
 def log(**values):
@@ -484,7 +528,7 @@ def log(**values):
         run.log(step=state.step, tokens=state.tokens, seconds=round(state.seconds, 3), **values)
     except OSError as e:
         say(f"warning: {run.metrics} could not be written, training goes on: {e}")
-    if wandb_log and not dry_run:
+    if wandb_log and not (dry_run or eval_only):
         wandb.log(dict(tokens=state.tokens, **values), step=state.step)
 
 
@@ -515,7 +559,7 @@ def report(loss, lr, norm, weights_before):
     speed = f"loss {loss:.4f}, {tokens_per_s:,.0f} tokens/s, mfu {f'{mfu:.1%}' if mfu else 'n/a'}"
     bar.set_postfix_str(speed)
     if bar.disable:
-        say(f"iter {state.step}: {speed}, lr {lr:.3g}, norm {norm:.3f}")
+        say(f"step {state.step}: {speed}, lr {lr:.3g}, norm {norm:.3f}")
 
 
 def explain_bad_steps(x, y, norm):
@@ -554,10 +598,27 @@ def hint_at_memory(kind, error, trace):
 sys.excepthook = hint_at_memory
 
 
+def duration(seconds):
+    """As people say it: 38 s, 2.9 min, 5.1 hours, 12 days."""
+    for unit, size in ('days', 86400), ('hours', 3600), ('min', 60):
+        if seconds >= 1.5 * size:
+            return f'{seconds / size:.2g} {unit}' if seconds < 99 * size else f'{seconds / size:,.0f} {unit}'
+    return f'{seconds:.2g} s' if seconds < 10 else f'{seconds:.0f} s'
+
+
+def table(words):
+    """Lines of columns as wide as the terminal."""
+    width = max(map(len, words)) + 2
+    n = max(1, (shutil.get_terminal_size().columns - 9) // width)
+    return [''.join(word.ljust(width) for word in words[i:i + n]).rstrip() for i in range(0, len(words), n)]
+
+
 def describe_run():
     """What this run is, in a few lines."""
-    if given:
-        say('settings ' + ', '.join(f'{name}={value!r}' for name, value in given.items()))
+    for i, line in enumerate(table([f'{name}={value!r}' for name, value in given.items()]) if given else ()):
+        say(f"{'' if i else 'settings':<9}{line}")
+    for line in shortened:
+        say(f"note     {line}")
     for name, (old, new) in changed.items():
         say(f"changed  {name}={new!r}, was {old!r}")
     for line in added:
@@ -572,6 +633,7 @@ def describe_run():
     n_decayed = n_params - sum(p.numel() for _, p in groups['rest'])
     flops, kept = costs[block_size]
     step_tokens, n_tokens = gradient_accumulation_steps * batch_size * block_size, splits['train'].n_tokens
+    epochs = max_iters * step_tokens / n_tokens
     bytes_a_parameter = 16 - (4 if optimizer == 'sm3' else 0) + (4 if ema else 0)
     fixed, activations = bytes_a_parameter * n_params / 1e9, kept * batch_size * block_size / 1e9 # GB
     say(f"model    {n_params / 1e6:.2f}M parameters, {(n_params - n_embedding) / 1e6:.2f}M without embeddings, "
@@ -580,7 +642,13 @@ def describe_run():
     say(f"data     {dataset}: {n_tokens:,} tokens to train on, {splits['val'].n_tokens:,} to validate; "
         f"{meta.get('encoding', meta['tokenizer'])}, vocabulary {raw_model.config.vocab_size:,}")
     say(f"run      {max_iters:,} steps of {step_tokens:,} tokens = {max_iters * step_tokens:,}: "
-        f"{max_iters * step_tokens / n_tokens:.3g} epochs")
+        f"{epochs:,.3g} epochs")
+    if not resuming and epochs > 100:
+        say(f"warning: {epochs:,.0f} times the same {n_tokens:,} tokens; for 20 times, --max_iters="
+            f"{max(1, round(20 * max_iters / epochs))}")
+    seconds = max_iters * step_tokens * flops / (0.4 * peak * world) if peak else 0.0
+    if not resuming and seconds > 86400:
+        say(f"warning: at 40% of the peak that takes about {duration(seconds)}; fewer steps: --max_iters")
     say(f"memory   about {fixed + activations:.3g} GB: {fixed:.3g} of weights, gradients and optimizer, "
         f"{activations:.3g} of activations")
 
@@ -605,8 +673,22 @@ def evaluate_all():
     n_targets = n_bytes = 0
     for _, y, n in splits['val'].all_batches(batch_size, block_size):
         n_targets, n_bytes = n_targets + n, n_bytes + tokenizer.n_bytes(y[y >= 0])
+    bits = loss * n_targets / n_bytes / math.log(2)
     say(f"whole validation split, {n_targets:,} tokens: loss {loss:.4f}, perplexity {math.exp(loss):.4g}, "
-        f"{loss * n_targets / n_bytes / math.log(2):.4f} bits per byte")
+        f"{bits:.4f} bits per byte")
+    if resuming: # the folder is this run's
+        log(whole_val_loss=loss, bits_per_byte=bits)
+
+
+def sum_up():
+    """What came of the run, and what to do next."""
+    best = f"lowest validation loss {state.best_val_loss:.4f} at step {state.best_step:,}" if run.best.exists() else ''
+    say(f"done     {state.step:,} steps, {state.tokens:,} tokens in {duration(state.seconds)}; {best or 'no best.pt'}")
+    if first_step == state.step >= max_iters:
+        say(f"note     the run was at max_iters={max_iters} already: to go on, --max_iters={2 * max_iters}")
+    if (run.path / 'loss.png').exists():
+        say(f"picture  {run.path / 'loss.png'}")
+    say(f"next     python sample.py --out_dir={out_dir}")
 
 
 def begin_dry_run():
@@ -625,8 +707,8 @@ def end_dry_run():
     save(run.latest)
     with exit_on_error():
         size = load_checkpoint(run.latest) and run.latest.stat().st_size if is_main else 0
-    hours = state.seconds / 3 * (max_iters - first_step) / 3600
-    say(f"dry run passed: {max_iters:,} steps take about {hours:.3g} hours without evaluations; a checkpoint has "
+    took = duration(state.seconds / 3 * (max_iters - first_step))
+    say(f"dry run passed: {max_iters:,} steps take about {took} without evaluations; a checkpoint has "
         f"{size / 1e9:.3g} GB; peak memory {(peak_memory(device) or 0) / 1e9:.3g} GB")
 
 
@@ -635,7 +717,7 @@ def begin_run():
     run.path.mkdir(parents=True, exist_ok=True)
     run.lock()
     if resuming:
-        run.forget_after(state.step)
+        run.forget_after(state.step, evaluates=state.step % eval_interval == 0 or state.step >= last_step)
     else:
         if not overwrite: # another run may have begun since the first look
             run.refuse_if_taken(restart=init_from == 'auto')
@@ -644,6 +726,7 @@ def begin_run():
                                    data=[split.fingerprint() for split in splits.values()]))
 
 
+bar = None # of progress, once there is any
 describe_run()
 with exit_on_error():
     prove_causal()
@@ -767,6 +850,8 @@ if dry_run:
     end_dry_run()
 elif is_main and state.step > first_step:
     plot()
+if not (dry_run or stop_now):
+    sum_up()
 if run.latest in unwritten:
     say(f"error: the state of step {state.step} is not on disk: free some space and resume from the checkpoint that is "
         "left")

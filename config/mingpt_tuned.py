@@ -31,4 +31,3 @@ min_lr = 6e-5
 schedule = 'cosine_floor'
 warmup_iters = 1 # 10,240 tokens
 max_iters = 5100
-lr_decay_iters = 5100

@@ -23,6 +23,5 @@ learning_rate = 2e-3
 min_lr = 2e-4
 warmup_iters = 50
 max_iters = 1000
-lr_decay_iters = 1000
 beta2 = 0.99
 compile = False # compiling takes longer than it saves in a run this short

@@ -20,7 +20,6 @@ n_embd = 128
 learning_rate = 1e-3
 min_lr = 1e-4
 max_iters = 2000
-lr_decay_iters = 2000
 warmup_iters = 100
 beta2 = 0.99
 compile = False

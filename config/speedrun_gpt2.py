@@ -12,7 +12,6 @@ batch_size = 12
 block_size = 1024
 gradient_accumulation_steps = 5 * 8 # over all GPUs together
 max_iters = 6000
-lr_decay_iters = 6000
 eval_interval = 500
 eval_iters = 200
 log_interval = 10

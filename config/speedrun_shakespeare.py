@@ -29,5 +29,4 @@ beta2 = 0.95
 schedule = 'linear'
 warmup_iters = 20
 max_iters = 2600
-lr_decay_iters = 2600
 min_lr = 0.0

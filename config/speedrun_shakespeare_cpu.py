@@ -32,5 +32,4 @@ beta2 = 0.95
 schedule = 'linear'
 warmup_iters = 5
 max_iters = 70
-lr_decay_iters = 70
 min_lr = 0.0

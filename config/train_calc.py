@@ -26,7 +26,6 @@ schedule = 'linear'
 min_lr = 0.0
 warmup_iters = 100
 max_iters = 16000
-lr_decay_iters = 16000
 beta2 = 0.99
 batch_size = 16
 gradient_accumulation_steps = 1

@@ -9,7 +9,6 @@ batch_size = 12
 block_size = 1024
 gradient_accumulation_steps = 5 * 8 # over all GPUs together
 max_iters = 600000
-lr_decay_iters = 600000
 eval_interval = 1000
 eval_iters = 200
 log_interval = 10

@@ -23,6 +23,5 @@ dropout = 0.2
 learning_rate = 1e-3 # small models can take a higher one
 min_lr = 1e-4
 max_iters = 5000
-lr_decay_iters = 5000
 warmup_iters = 100
 beta2 = 0.99 # a longer average, because a step has few tokens

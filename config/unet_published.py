@@ -16,6 +16,5 @@ n_embd = 768
 learning_rate = 3e-4
 min_lr = 3e-5
 max_iters = 100000
-lr_decay_iters = 100000
 eval_interval = 1000
 log_interval = 10

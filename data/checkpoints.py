@@ -3,9 +3,11 @@ Weights on disk: checkpoints, weights of another architecture, and GPT-2 in Hugg
 
 A checkpoint is a dict of tensors and plain values in torch's own zip format. Opening one executes nothing.
 """
+import errno
 import itertools
 import json
 import os
+import shutil
 import zipfile
 from contextlib import suppress
 from dataclasses import fields, replace
@@ -13,9 +15,9 @@ from pathlib import Path
 
 import torch
 
+from data.tokens import find_path
 from model import GPT, GPTConfig
 
-PROJECT = Path(__file__).resolve().parent.parent
 GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 NANOGPT_FIELDS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
 
@@ -24,7 +26,7 @@ NANOGPT_FIELDS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_si
 # Files
 
 def save_checkpoint(path, checkpoint):
-    """Replaces path in one step: whatever happens, a whole checkpoint has this name, the old or the new one."""
+    """Replaces path in one step: whatever happens, a whole checkpoint has this name, the old one or the new."""
     path, temporary = Path(path), Path(f'{path}.tmp')
     try:
         with open(temporary, 'wb') as f:
@@ -32,6 +34,10 @@ def save_checkpoint(path, checkpoint):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as e: # torch's writer raises RuntimeError where Python's raises OSError
+        full = getattr(e, 'errno', None) == errno.ENOSPC or shutil.disk_usage(path.parent).free < 2 ** 20
+        reason = 'the disk is full' if full else str(e).splitlines()[0]
+        raise OSError(f"{path} could not be written: {reason}") from e
     finally:
         temporary.unlink(missing_ok=True)
     if os.name == 'posix': # the new name itself survives a power cut
@@ -84,7 +90,7 @@ def good_checkpoints(folder):
 
 def find_weights(name):
     """The path that init_from names, here or in the project. Of a run's folder: its best checkpoint."""
-    path = next((p for p in (Path(name).expanduser(), PROJECT / name) if p.exists()), Path(name))
+    path = find_path(name)
     return next((p for p in (path / 'best.pt', path / 'ckpt.pt') if p.exists()), path)
 
 
@@ -138,8 +144,11 @@ def build_model(args, state, allow_changes=False, **changes):
         safe.add('pos_emb')
     others = [f"{k}={v!r} instead of {args[k]!r}" for k, v in changes.items() if v != args[k] and k not in safe]
     if others and not allow_changes:
-        raise ValueError(f"{first_few(others)} changes what the checkpoint's weights mean: leave it as it was, or "
-                         "--allow_changes=True")
+        way_out = "leave it as it was"
+        with suppress(ValueError): # offered only if the weights fit
+            build_model(args, state, True, **changes)
+            way_out += ", or --allow_changes=True"
+        raise ValueError(f"{first_few(others)} changes what the checkpoint's weights mean: {way_out}")
     config = args | changes
     model = GPT(GPTConfig(**config | dict(block_size=max(args['block_size'], config['block_size']))))
     grow = any(k in changes for k in ('time_weighting', 'pos_emb', 'bias', 'tie_weights'))

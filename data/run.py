@@ -30,6 +30,14 @@ class RunFolder:
     def has_checkpoint(self):
         return self.latest.exists() or self.best.exists()
 
+    def refuse_if_no_place(self):
+        """ValueError if this cannot be a run's folder: a file, or one that holds code or data."""
+        own = "give the run a folder of its own, such as --out_dir=out-x"
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"out_dir={str(self.path)!r} is a file: {own}")
+        if any(next(self.path.glob(pattern), None) for pattern in ('*.py', '*.bin', 'meta.json')):
+            raise ValueError(f"out_dir={str(self.path)!r} holds code or data: {own}")
+
     def refuse_if_taken(self, restart):
         """ValueError if the folder holds a run. restart: unless the run died before its first checkpoint."""
         taken = f"out_dir={str(self.path)!r} already holds a run"
@@ -73,10 +81,10 @@ class RunFolder:
                 pass
         return lines
 
-    def forget_after(self, step):
-        """Drops the metrics that a run resumed at step writes again: later steps, and this step's evaluation."""
-        kept = [line for line in self.read_metrics()
-                if line['step'] < step or line['step'] == step and 'loss' in line]
+    def forget_after(self, step, evaluates):
+        """Drops the metrics that a run resumed at step writes again: later steps, and step's evaluation if evaluates."""
+        kept = [line for line in self.read_metrics() if line['step'] < step or line['step'] == step
+                and not (evaluates and 'val_loss' in line)]
         self.metrics.write_text(''.join(json.dumps(line) + '\n' for line in kept), encoding='utf-8')
 
     def log(self, **values):
@@ -102,6 +110,12 @@ class RunFolder:
             points = [line for line in lines if key in line]
             axes.plot([line['tokens'] for line in points], [line[key] for line in points], label=label, **style)
         best = min((line['val_loss'] for line in lines if line.get('val_loss') is not None), default=math.nan)
+        # the first points would rule the axis
+        seen = [(line['tokens'], line[key]) for line in lines for key in curves if line.get(key) is not None]
+        later = [loss for tokens, loss in seen if tokens > 0.05 * seen[-1][0]]
+        if later:
+            low, high = min(later), max(later)
+            axes.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
         axes.set(xlabel='tokens', ylabel='nats a token', title=f'{self.path.name}: best validation loss {best:.4f}')
         axes.legend()
         axes.grid(alpha=0.3)

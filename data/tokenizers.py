@@ -15,6 +15,11 @@ EOT = '<|endoftext|>'
 NOT_TEXT = '\ufffd'.encode() # bytes of an id that stands for nothing
 
 
+def with_line_ends(text):
+    r"""The text as it was typed, in which \n is a line end and two backslashes are one."""
+    return '\\'.join(part.replace('\\n', '\n') for part in text.split('\\\\'))
+
+
 class Tokenizer:
     """
     Text to token ids and back.

@@ -37,15 +37,22 @@ class DataError(ValueError):
 # ---------------------------------------------------------------------------------------------------------------------
 # Dataset folders and their metadata
 
-def dataset_folder(name):
+def find_path(name):
     """
-    Path of a dataset, which need not exist. A plain name means <project>/data/<name>. A name with a slash is a folder,
-    searched for in the current directory, then in the project.
+    The one rule for paths in settings: a relative path is the current directory's if it exists there or begins with
+    ./ or ../, and else the project's.
     """
     name = os.path.expanduser(str(name))
+    here = name in ('.', '..') or name.startswith(('./', '../', f'.{os.sep}', f'..{os.sep}')) or os.path.exists(name)
+    return Path(name).resolve() if here else PROJECT / name
+
+
+def dataset_folder(name):
+    """Path of a dataset, which need not exist: a plain name means <project>/data/<name>, a path is find_path's."""
+    name = str(name)
     if not any(separator and separator in name for separator in ('/', os.sep, os.altsep)):
-        return PROJECT / 'data' / name
-    return Path(name).resolve() if os.path.isdir(name) else PROJECT / name
+        return PROJECT / 'data' / os.path.expanduser(name)
+    return find_path(name)
 
 
 def how_to_prepare(folder):

@@ -551,7 +551,7 @@ def small_run(max_iters=None):
     def run(folder):
         with tempfile.TemporaryDirectory() as parent:
             lines = run_train(folder, 'config/train_shakespeare_char.py', out_dir=f'{parent}/run', **flags)
-        first = next(seconds for seconds, line in lines if re.match(r'iter \d+:', line))
+        first = next(seconds for seconds, line in lines if re.match(r'(iter|step) \d+: loss', line))
         losses = [float(loss) for _, line in lines for loss in re.findall(r'val loss ([\d.]+)', line)]
         return {'s to the first step': first, 's to the end': lines[-1][0], 'val loss': losses[-1]}
 

@@ -91,7 +91,7 @@ class Script:
         return namespace
 
     def run(self, *argv, dataclass=None):
-        return configure(self.namespace(), dataclass, list(argv))
+        return configure(self.namespace(), dataclass, list(argv))[:2]
 
     def file(self, name, text):
         path = self.folder / name
@@ -133,7 +133,13 @@ def test_settings_are_the_scripts_plain_assignments(script, capsys):
 def test_assignments_below_the_call_are_not_settings(tmp_path):
     source = ('class First:\n    c = 1\nimport configurator\na = 1\n'
               'result = configurator.configure(globals(), argv=[])\nb = 2')
-    assert Script(tmp_path, source).namespace()['result'] == ({'a': 1}, {})
+    assert Script(tmp_path, source).namespace()['result'] == ({'a': 1}, {}, {})
+
+
+def test_what_a_flag_replaces(script):
+    path = script.file('conf.py', 'max_iters = 50')
+    replaced = configure(script.namespace(), None, [path, '--max_iters=7', '--out_dir=x'])[2]
+    assert replaced == {'max_iters': 50, 'out_dir': script.namespace()['out_dir']}
 
 
 def test_dataclass_fields_are_settings(script):
@@ -157,7 +163,7 @@ def test_dataclass_defined_without_source(script):
 
 def test_namespace_gets_the_scripts_own_settings_only(script):
     namespace = script.namespace()
-    config, given = configure(namespace, NetConfig, ['--max_iters=7', '--width=8'])
+    config, given, *_ = configure(namespace, NetConfig, ['--max_iters=7', '--width=8'])
     assert namespace['max_iters'] == 7 and 'width' not in namespace and config['width'] == 8
 
 
@@ -541,7 +547,7 @@ def test_all_values_out_of_range_are_reported_at_once():
 
 def test_settings_are_taken_from_the_run(script):
     namespace = script.namespace()
-    config, given = configure(namespace, NetConfig, ['--max_iters=7', '--betas=0.9,0.95', '--out_dir=new'])
+    config, given, replaced = configure(namespace, NetConfig, ['--max_iters=7', '--betas=0.9,0.95', '--out_dir=new'])
     stored = dict(max_iters=5, betas=[0.9, 0.95], learning_rate=1.0, shape=[1, 2], width=8, out_dir='old', start='old',
                   gone=1)
     changed = take_settings(namespace, config, given, stored, ('out_dir', 'start'))
@@ -608,7 +614,7 @@ def test_peak_flops_measured(dtype):
 PROCESS = SCRIPT + '''
 import json, sys
 from configurator import configure
-config, given = configure(globals())
+config, given, _ = configure(globals())
 print(json.dumps([max_iters, out_dir, given, sorted({'torch', 'numpy'} & set(sys.modules))]))
 below = 1
 '''

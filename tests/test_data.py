@@ -884,9 +884,25 @@ def test_prepare_text_by_position(tmp_path):
         printed = prepare('text', f'--input={tmp_path}/book.txt', f'--tokenizer={tokenizer}', f'--out={out}')
         assert text_of(out, 'train') + text_of(out, 'val') == text
         assert len(text_of(out, 'val')) == len(text) - int(len(text) * 0.9)
-        assert 'the end of the text' in printed
+        assert 'held out: the end\n' in printed and f'read 1 file: {tmp_path}/book.txt' in printed
+        command = f'python train.py config/text.py --dataset={out} --max_iters=100 --out_dir=out-{tokenizer}'
+        assert f'next: {command}\n' in printed
     meta = load_meta(tmp_path / 'char')
     assert meta['characters'] == ''.join(sorted(set(text))) and 'eot' not in meta
+
+
+def test_prepare_text_holds_out_the_end_of_each_file(tmp_path):
+    (tmp_path / 'in').mkdir()
+    texts = {name: ''.join(f'{name} {i} é\n' for i in range(n)) for name, n in dict(a=400, b=30, c=200).items()}
+    for name, text in texts.items():
+        (tmp_path / f'in/{name}.txt').write_text(text, encoding='utf-8', newline='')
+    (tmp_path / 'in/photo.jpg').write_bytes(b'no text')
+    printed = prepare('text', f'--input={tmp_path}/in', f'--out={tmp_path}/out')
+    train, val = (text_of(tmp_path / 'out', split).split(EOT)[:-1] for split in ('train', 'val'))
+    assert [a + b for a, b in zip(train, val, strict=True)] == list(texts.values())
+    assert [len(b) for b in val] == [len(text) - int(len(text) * 0.9) for text in texts.values()]
+    assert 'held out: the end of each file' in printed and 'read 3 files: ' in printed
+    assert f'skipped, for their suffixes: {tmp_path}/in/photo.jpg' in printed
 
 
 def test_prepare_text_by_documents(tmp_path):
@@ -914,8 +930,8 @@ def test_prepare_text_few_documents(tmp_path):
     (tmp_path / 'a.txt').write_text('abc' * 30, encoding='utf-8')
     (tmp_path / 'b.txt').write_text('def' * 30, encoding='utf-8')
     prepare('text', f'--input={tmp_path}/b.txt,{tmp_path}/a.txt', '--tokenizer=char', f'--out={tmp_path}/out')
-    whole = text_of(tmp_path / 'out', 'train') + text_of(tmp_path / 'out', 'val')
-    assert whole == 'def' * 30 + EOT + 'abc' * 30 + EOT
+    assert text_of(tmp_path / 'out', 'train') == 'def' * 27 + EOT + 'abc' * 27 + EOT
+    assert text_of(tmp_path / 'out', 'val') == 'def' * 3 + EOT + 'abc' * 3 + EOT
 
 
 def test_prepare_text_mistakes(tmp_path):
@@ -954,7 +970,7 @@ def test_text_is_read_in_pieces(tmp_path_factory, text, chunk):
     path = tmp_path_factory.mktemp('text') / 'a.txt'
     path.write_bytes(text.encode())
     documents = ['']
-    for piece, ends in text_script(chunk)['read']([path], None):
+    for _, piece, ends in text_script(chunk)['read']([path], None):
         documents[-1] += piece
         documents += [''] * ends
     assert documents == [document for document in text.split(EOT) if document] + ['']

@@ -2,8 +2,8 @@
 The mixers' contract, checked for every entry of MIXERS by itself, in float64 with all weights random (weights that
 start at zero hide leaks): no output sees a later token, prefixes and any chunks of a sequence give the numbers of the
 whole, every parameter learns and is in one optimizer group. The same at a length of 301, for what works in chunks, and
-in training mode; and each optimizer, 16 bits and a saved checkpoint. Then the checks against broken networks, which they must
-refuse, and each mixer against its definition written as loops over positions.
+in training mode; and each optimizer, 16 bits and a saved checkpoint. Then the checks against broken networks, which
+they must refuse, and each mixer against its definition written as loops over positions.
 
 Someone's new mixer needs no test: an entry in MIXERS is enough, and a line in OPTIONS if it has settings of its own.
 """

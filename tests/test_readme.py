@@ -70,7 +70,7 @@ def settings(*files):
     """What train.py would make of these config files."""
     namespace = {'__file__': str(ROOT / 'train.py'), '__name__': 'train', 'Literal': Literal}
     source = (ROOT / 'train.py').read_text(encoding='utf-8')
-    exec(source[source.index('# files and evaluation'):source.index('config, given = configure(')], namespace)
+    exec(source[source.index('# files and evaluation'):source.index('config, given, replaced = configure(')], namespace)
     return configure(namespace, GPTConfig, [str(f) for f in files])[0]
 
 

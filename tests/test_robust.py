@@ -1,4 +1,5 @@
 """Runs survive what happens to long runs. KILLS=100 python -m pytest tests/test_robust.py -k kill is the long mode."""
+import errno
 import json
 import os
 import random
@@ -18,7 +19,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from data.tokenizers import ByteTokenizer, CharTokenizer
 from data.tokens import DataError, Split
 from data.writer import Writer
-from data.checkpoints import load_checkpoint
+from data.checkpoints import load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ['--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_size=4',
@@ -88,7 +89,7 @@ def test_kill_at_random_moments_loses_at_most_an_interval(dataset, whole, tmp_pa
         process = subprocess.Popen(command(dataset, out, *long), stdout=subprocess.PIPE, text=True)
         step, wanted = 0, rng.randint(1, 9) # kill somewhere after so many more lines
         for line in process.stdout:
-            if line.startswith('iter'):
+            if ': loss ' in line:
                 step, wanted = int(line.split()[1].rstrip(':')), wanted - 1
                 if wanted == 0:
                     time.sleep(rng.random() * 0.05)
@@ -130,7 +131,7 @@ def test_signals_save_and_exit_with_the_customary_code(name, dataset, whole, tmp
     process = subprocess.Popen(command(dataset, out, '--max_iters=100000', '--eval_interval=100000'),
                                stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
-        if line.startswith('iter 7:'):
+        if line.startswith('step 7:'):
             process.send_signal(getattr(signal, name))
             break
     rest = process.stdout.read()
@@ -167,11 +168,20 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_training_goes_on(dataset, whol
     size = (out / 'ckpt.pt').stat().st_size
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2)) # as a disk without room for it
     done = run(dataset, out, '--init_from=resume', '--checkpoint_interval=10', code=1, preexec_fn=limit)
-    assert done.stdout.count('ckpt.pt could not be written, the old one is kept') > 3
-    assert 'iter 120' in done.stdout and 'error: the state of step 120 is not on disk' in done.stdout
+    assert done.stdout.count('ckpt.pt could not be written: ') == done.stdout.count('; the old one is kept') > 3
+    assert 'step 120: loss' in done.stdout and 'error: the state of step 120 is not on disk' in done.stdout
     assert load_checkpoint(out / 'ckpt.pt')['iter_num'] == 40 and not list(out.glob('*.tmp'))
     run(dataset, out, '--init_from=resume') # there is room again
     same(out / 'ckpt.pt', whole / 'ckpt.pt')
+
+
+def test_a_full_disk_is_called_so(monkeypatch, tmp_path):
+    def full(file):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+    monkeypatch.setattr(os, 'fsync', full)
+    with pytest.raises(OSError, match='ckpt.pt could not be written: the disk is full'):
+        save_checkpoint(tmp_path / 'ckpt.pt', dict(model={}))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_damaged_checkpoint_is_refused_and_the_good_one_named(dataset, whole, tmp_path):
@@ -333,7 +343,7 @@ def test_a_lost_rank_is_replaced_and_the_run_goes_on(dataset, tmp_path):
     killed, seen = False, []
     for line in process.stdout:
         seen.append(line)
-        if line.startswith('iter 12:') and not killed:
+        if line.startswith('step 12:') and not killed:
             workers = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()
             os.kill(int(workers[-1]), signal.SIGKILL)
             killed = True

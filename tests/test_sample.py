@@ -275,6 +275,39 @@ def test_streams(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # chat
 
+@pytest.mark.skipif(os.name != 'posix', reason='needs a pseudo-terminal')
+def test_ctrl_c_stops_the_answer_and_keeps_the_chat(tmp_path):
+    import pty
+    write_cycle(tmp_path)
+    args = flags(out_dir=tmp_path / 'out', device='cpu', temperature=0, max_new_tokens=10 ** 6, interactive=True,
+                 user_prefix='Q', bot_prefix='a')
+    terminal, inside = pty.openpty()
+    with subprocess.Popen([sys.executable, str(PROJECT / 'sample.py'), *args], stdin=inside, stdout=inside,
+                          stderr=inside, env=ENV, start_new_session=True) as process:
+        os.close(inside)
+        shown, seen = b'', 0
+        def read_until(word):
+            nonlocal shown, seen
+            while word not in shown[seen:]:
+                shown += os.read(terminal, 4096)
+            seen = shown.index(word, seen) + len(word)
+        read_until(b'/reset forgets')
+        read_until(b'Q')
+        for _ in range(2): # the chat goes on after the first one
+            os.write(terminal, b'ab\n')
+            read_until('日'.encode())
+            process.send_signal(signal.SIGINT)
+            read_until(b'(stopped)')
+            read_until(b'Q')
+        os.write(terminal, b'/help\n')
+        read_until(b'Ctrl-D')
+        read_until(b'Q')
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    os.close(terminal)
+    assert b'Traceback' not in shown
+
+
 LINES = ['the cat', 'a dog ran', '/reset', 'a dog ran', 'one two §', 'is one two. is one two. is one two?', 'sat']
 
 

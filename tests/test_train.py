@@ -27,12 +27,11 @@ from model import GPT, GPTConfig, optimizer_groups
 
 @job
 def plain(folder):
-    """From another directory; dataset relative to that one, out_dir relative to the project; settings from a file."""
+    """From another directory, relative to which the dataset and out_dir are; settings from a file."""
     write_data(folder / 'data')
     (folder / 'tiny.py').write_text('\n'.join(f'{k} = {v!r}' for k, v in (TINY | dict(eval_iters=100)).items()),
                                     encoding='utf-8')
-    out = os.path.relpath(folder / 'out', PROJECT) # as in ../../tmp/...
-    text = well(run('train.py', ['tiny.py', *flags(dataset=f'.{os.sep}data', out_dir=out)], cwd=folder))
+    text = well(run('train.py', ['tiny.py', *flags(dataset=f'.{os.sep}data', out_dir=f'.{os.sep}out')], cwd=folder))
     return folder, text
 
 
@@ -120,7 +119,7 @@ def test_cosine(plain):
 def test_says_what_runs(plain):
     _, text = plain
     assert '20 steps of 128 tokens = 2,560' in text and 'cpu, float32' in text and '701 to validate' in text
-    assert text.count('\niter ') == 20 and text.count('\nstep ') == 5
+    assert text.count(': loss ') == 20 and text.count(': train loss ') == 5
 
 
 def test_evaluation_is_the_naive_one(plain):
@@ -149,7 +148,7 @@ def test_samples_while_training(again):
 def test_terminal(again):
     _, text, shown = again
     assert '20/20' in shown and re.search(r'loss \d\.\d+, [\d,]+ tokens/s, mfu', shown)
-    assert 'iter 1:' not in text # the bar is in its place
+    assert 'step 1: loss' not in text # the bar is in its place
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,7 +196,7 @@ def killed(folder):
     with subprocess.Popen([sys.executable, str(PROJECT / 'train.py'), *args], stdout=subprocess.PIPE,
                           env=ENV) as process:
         for line in process.stdout:
-            if line.startswith(b'iter 12:'):
+            if line.startswith(b'step 12:'):
                 process.kill()
     cut = max(line['step'] for line in metrics(folder / 'cut'))
     text = well(run('train.py', flags(out_dir=folder / 'cut', init_from='resume'), cwd=folder))
@@ -231,7 +230,7 @@ def test_resume_after_a_kill(killed):
     assert history(folder / 'cut') == history(folder / 'whole')
     for name in ('ckpt.pt', 'best.pt'):
         assert_same_run(folder / 'cut' / name, folder / 'whole' / name)
-    assert '\niter 1:' not in text and '\niter 60:' in text
+    assert '\nstep 1: loss' not in text and '\nstep 60: loss' in text
 
 
 def test_resume_takes_the_runs_settings(killed):
@@ -245,7 +244,7 @@ def test_resume_epoch_bfloat16(epoch_bfloat16):
     folder, text = epoch_bfloat16
     assert history(folder / 'cut') == history(folder / 'whole')
     assert_same_run(folder / 'cut/ckpt.pt', folder / 'whole/ckpt.pt')
-    assert '\niter 10:' not in text and '\niter 11:' in text
+    assert '\nstep 10: loss' not in text and '\nstep 11: loss' in text
 
 
 def test_resume_float16(float16):
@@ -337,7 +336,7 @@ def test_grows(nano):
 def test_resumes_nanogpt(nano):
     """On the machine at hand, from its step, settings and optimizer's state, each moment at its own parameter."""
     folder, _, _, _, text = nano
-    assert 'cpu' in text and re.findall(r'^iter (\d+):', text, re.M) == ['41']
+    assert 'cpu' in text and re.findall(r'^step (\d+): loss', text, re.M) == ['41']
     checkpoint = load_checkpoint(folder / 'nano/ckpt.pt')
     assert checkpoint['iter_num'] == 41 and checkpoint['config']['lr_decay_iters'] == 5000
     model = GPT(GPTConfig(**checkpoint['model_args']))
@@ -430,7 +429,7 @@ def two_processes(folder):
 
 def test_two_processes_train_as_one(two_processes):
     folder, text = two_processes
-    assert '2 processes' in text and text.count('\niter ') == 10 # one of them speaks
+    assert '2 processes' in text and text.count(': loss ') == 10 # one of them speaks
     one, two = history(folder / 'one'), history(folder / 'two')
     assert len(one) == len(two) > 10
     for a, b in zip(one, two):
@@ -503,6 +502,67 @@ def test_overwrite(overwritten):
     assert (out / 'notes.txt').read_text(encoding='utf-8') == 'mine' and not (out / 'step-7.pt').exists()
 
 
+@job
+def shortened(folder):
+    write_data(folder / 'data')
+    (folder / 'long.py').write_text('max_iters = 100; warmup_iters = 20; wsd_decay_iters = 50; eval_interval = 100')
+    settings = {name: value for name, value in TINY.items() if name not in ('max_iters', 'warmup_iters',
+                                                                           'lr_decay_iters', 'eval_interval')}
+    settings |= dict(dataset=folder / 'data', max_iters=10)
+    text = well(run('train.py', ['long.py', *flags(**settings, out_dir=folder / 'out')], cwd=folder))
+    asked = dict(settings, warmup_iters=15, schedule='wsd', out_dir=folder / 'asked')
+    by_hand = dict(settings, warmup_iters=12, lr_decay_iters=10, out_dir=folder / 'by_hand') # as nanoGPT allows it
+    for args in asked, by_hand:
+        run('train.py', ['long.py', *flags(**args)], cwd=folder)
+    again = well(run('train.py', flags(out_dir=folder / 'out', init_from='resume')))
+    on = well(run('train.py', flags(out_dir=folder / 'out', init_from='resume', max_iters=12)))
+    tested = well(run('train.py', flags(out_dir=folder / 'out', init_from='resume', eval_only=True)))
+    return folder, text, again, on, tested
+
+
+def test_a_shorter_run_has_a_shorter_schedule(shortened):
+    folder, text, *_ = shortened
+    config = json.loads((folder / 'out/config.json').read_text(encoding='utf-8'))
+    assert config['warmup_iters'] == 2 and 'warmup_iters=2, shortened from 20 with max_iters' in text
+    lr = [line['lr'] for line in metrics(folder / 'out') if 'lr' in line]
+    assert lr[:3] == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2]) and lr[9] < 1.5e-3
+    assert not (folder / 'asked').exists() # a warmup of 15, and 5 of decay, in 10 steps
+    lr = [line['lr'] for line in metrics(folder / 'by_hand') if 'lr' in line]
+    assert lr == pytest.approx([1e-2 * i / 13 for i in range(1, 11)])
+
+
+def test_the_end_says_what_came_of_it(shortened):
+    folder, text, again, on, tested = shortened
+    lines = text.splitlines()
+    assert f"lowest validation loss {val_losses(folder / 'out')[10]:.4f} at step 10" in text
+    assert lines[-1] == f"next     python sample.py --out_dir={folder / 'out'}" and 'loss.png' in lines[-2]
+    assert 'at max_iters=10 already: to go on, --max_iters=20' in again
+    assert load_checkpoint(folder / 'out/ckpt.pt')['state']['step'] == 12 and 'already' not in on
+    config = json.loads((folder / 'out/config.json').read_text(encoding='utf-8'))
+    assert config['lr_decay_iters'] == 10 # what a run began with holds
+    line = metrics(folder / 'out')[-1]
+    assert f"loss {line['whole_val_loss']:.4f}" in tested and f"{line['bits_per_byte']:.4f} bits per byte" in tested
+
+
+def test_many_epochs_and_days_are_warned_of(folder_of_mistakes):
+    text = folder_of_mistakes
+    assert re.search(r'warning: [\d,]+ times the same [\d,]+ tokens; for 20 times, --max_iters=\d+', text)
+    assert 'warning: at 40% of the peak that takes about' in text and ' days;' in text
+
+
+@job
+def folder_of_mistakes(folder):
+    write_data(folder / 'data')
+    return train(folder, eval_only=True, out='x', max_iters=10 ** 6, peak_flops=1e7)
+
+
+def test_without_data_the_quick_start_is_named():
+    if any((PROJECT / 'data/openwebtext').glob('*.bin')):
+        pytest.skip('openwebtext is there')
+    done = run('train.py', ['--device=cpu'])
+    assert done.returncode == 2 and b'python train.py config/quick.py' in done.stderr and done.stderr.count(b'\n') == 1
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # mistakes
 
@@ -570,8 +630,10 @@ MISTAKES = {
     'unknown architecture': (
         lambda f: write_checkpoint(f / RUN, random_model(V), model_args=dict(NANO_ARGS, vocab_size=V, n_experts=8)),
         dict(init_from='resume'), ['n_experts']),
-    'another width asked': (None, dict(init_from='resume', n_embd=32), ['n_embd=32', '16', '--allow_changes']),
-    'another depth asked': (None, dict(init_from='resume', n_layer=3), ['n_layer=3', '2', '--allow_changes']),
+    'another width asked': (None, dict(init_from='resume', n_embd=32), ['n_embd=32', '16', 'leave it as it was\n']),
+    'another depth asked': (None, dict(init_from='resume', n_layer=3), ['n_layer=3', '2', 'leave it as it was\n']),
+    'another activation asked': (None, dict(init_from='resume', mlp='relu2'),
+                                 ["mlp='relu2'", 'or --allow_changes=True']),
     'another vocabulary': (lambda f: write_checkpoint(f / 'old/ckpt.pt', random_model(10)),
                            lambda f: dict(init_from=f / 'old/ckpt.pt', out_dir=f / 'new'), ['vocab_size is 10']),
     'longer blocks than the checkpoint': (None, lambda f: dict(init_from=f / RUN, out_dir=f / 'new', block_size=2 * T),
@@ -590,7 +652,14 @@ MISTAKES = {
                         ['batch_size=0', 'eval_iters=-1', 'beta2=1.0']),
     'a setting that AdamW lacks': (None, dict(momentum=0.8), ['momentum=0.8', "optimizer='adamw'", 'beta1']),
     'decay longer than the run': (None, dict(schedule='wsd', wsd_decay_iters=18), ['wsd_decay_iters=18', '17']),
-    'warmup longer than the schedule': (None, dict(warmup_iters=21), ['warmup_iters=21', 'lr_decay_iters=20']),
+    'no folder': (None, dict(out_dir=''), ["out_dir=''", '--out_dir=out-x']),
+    'the folder is a dataset': (None, lambda f: dict(out_dir=f / 'data', overwrite=True), ['holds code or data']),
+    'the folder is the project': (None, dict(out_dir=PROJECT, overwrite=True),
+                                  ['holds code or data', '--out_dir=out-x']),
+    'a dry run where a run is': (None, dict(dry_run=True), ['already holds a run', '--overwrite=True']),
+    'nothing to continue': (None, dict(sample_tokens=5, sample_prompt=''), ["sample_prompt=''", '--sample_tokens=0']),
+    'a prompt of other characters': (None, dict(sample_tokens=5, sample_prompt='§'),
+                                     ["sample_prompt='§'", "lacks '§'"]),
     'CUDA graphs with accumulation': (
         None, dict(compile='reduce-overhead', gradient_accumulation_steps=4),
         ["compile='reduce-overhead'", 'gradient_accumulation_steps=4 must be 1', '--compile=True']),
@@ -600,7 +669,7 @@ MISTAKES = {
 # those that find a run in out_dir
 HOLDING = ('truncated checkpoint', 'flipped bit', 'not a checkpoint', 'malicious checkpoint', 'another width asked',
            'another depth asked', 'another optimizer than the checkpoint', 'longer blocks than the checkpoint',
-           'shorter than a block', 'the folder holds a run')
+           'shorter than a block', 'the folder holds a run', 'a dry run where a run is', 'another activation asked')
 
 
 def mistake(name):

@@ -3,11 +3,11 @@ Your own text: files or folders of plain text, or of jsonl with the text in one 
 
     python data/text/prepare.py --input=book.txt
     python data/text/prepare.py --input=notes/,more.jsonl --tokenizer=gpt2 --out=notes
-    python train.py --dataset=notes --out_dir=out-notes
+    python train.py config/text.py --dataset=notes --out_dir=out-notes
 
 A document is a file or a line of jsonl, and <|endoftext|> within them begins another one. If there are several
 documents, <|endoftext|> ends each of them in the output. Of many documents, whole ones are held out for validation. Of
-few, the end of the text is. The text is read twice, in pieces, so it may be larger than memory. Line ends stay as they
+few, the end of each file is. The text is read twice, in pieces, so it may be larger than memory. Line ends stay as they
 are.
 """
 import codecs
@@ -37,12 +37,16 @@ CHUNK = 1 << 22 # bytes to read at once
 
 
 def find_files(names, suffixes):
-    """Paths of the named files, and of those in named folders, which come in the order of their names."""
-    files = []
+    """
+    -> (paths of the named files, and of those in named folders in the order of their names; what was skipped there).
+    """
+    files, skipped = [], []
     for name in filter(None, names):
         path = Path(os.path.expanduser(name))
         if path.is_dir():
-            found = sorted(p for p in path.rglob('*') if p.suffix.lower() in suffixes and p.is_file())
+            there = sorted(p for p in path.rglob('*') if p.is_file())
+            found = [p for p in there if p.suffix.lower() in suffixes]
+            skipped += [p for p in there if p.suffix.lower() not in suffixes]
             if not found:
                 raise DataError(f"no {' '.join(sorted(suffixes))} files in {path}: name others with --suffixes=.a,.b")
             files += found
@@ -52,7 +56,7 @@ def find_files(names, suffixes):
             raise DataError(f"there is no file or folder {path}: give one with --input=PATH")
     if not files:
         raise DataError("which text? give files or folders with --input=PATH,PATH")
-    return files
+    return files, skipped
 
 
 def bad_utf8(path, offset):
@@ -117,7 +121,7 @@ def read_jsonl(path, progress):
 
 
 def read(files, label):
-    """Yields (piece of text, whether a document ends after it) of all files, without empty documents and pieces."""
+    """Yields (path, piece of text, whether a document ends after it), without empty documents and pieces."""
     begun = False # part of the current document has come; its end may come alone, with an empty piece
     total = sum(path.stat().st_size for path in files)
     with tqdm(total=total, unit='B', unit_scale=True, desc=label, disable=None) as bar:
@@ -125,8 +129,13 @@ def read(files, label):
             for text, ends in (read_jsonl if path.suffix.lower() == '.jsonl' else read_plain)(path, bar.update):
                 begun = begun or bool(text)
                 if text or begun and ends:
-                    yield text, ends
+                    yield path, text, ends
                 begun = begun and not ends
+
+
+def first_few(paths):
+    names = [str(path) for path in paths[:8]]
+    return ', '.join(names) + (f" and {len(paths) - 8:,} more" if len(paths) > 8 else '')
 
 
 with exit_on_error():
@@ -134,14 +143,15 @@ with exit_on_error():
         raise DataError(f"val_fraction is {val_fraction}, but must be between 0 and 1")
     if tokenizer not in ('char', 'bytes'):
         codec = TiktokenTokenizer(tokenizer)
-    files = find_files(input.split(','), set(suffixes.lower().split(',')))
+    files, skipped = find_files(input.split(','), set(suffixes.lower().split(',')))
 
-    n_characters, n_documents, characters = 0, 0, set()
-    for text, ends in read(files, 'reading'):
-        n_characters += len(text)
+    lengths, n_documents, characters = dict.fromkeys(files, 0), 0, set() # lengths in characters
+    for path, text, ends in read(files, 'reading'):
+        lengths[path] += len(text)
         n_documents += ends
         if tokenizer == 'char':
             characters.update(text)
+    n_characters = sum(lengths.values())
     if n_characters == 0:
         raise DataError(f"input {input} holds no text: give other files with --input=PATH")
     several = n_documents > 1
@@ -151,22 +161,29 @@ with exit_on_error():
     elif tokenizer == 'char':
         codec = CharTokenizer(''.join(sorted(characters)), eot=several)
 
-    cut = int(n_characters * (1 - val_fraction)) # where the end of the text begins
-    position = document = 0
+    position, document, written = dict.fromkeys(files, 0), 0, set() # written: splits that have a part of the document
     with Writer(dataset_folder(out), codec) as writer:
-        for text, ends in read(files, 'writing'):
+        for path, text, ends in read(files, 'writing'):
             if by_document:
-                split = 'val' if fraction(str(document)) < val_fraction else 'train'
-                writer.write(split, codec.encode(text))
-            else:
-                here = max(0, cut - position)
-                writer.write('train', codec.encode(text[:here]))
-                writer.write('val', codec.encode(text[here:]))
-                position += len(text)
-                split = 'train' if position <= cut else 'val'
+                parts = {'val' if fraction(str(document)) < val_fraction else 'train': text}
+            else: # the end of each file is held out
+                here = max(0, int(lengths[path] * (1 - val_fraction)) - position[path])
+                parts = {'train': text[:here], 'val': text[here:]}
+                position[path] += len(text)
+            for split, part in parts.items():
+                writer.write(split, codec.encode(part))
+                written |= {split} if part else set()
             document += ends
             if ends and several:
-                writer.write(split, [codec.eot])
-    print(f"{n_documents:,} documents, {n_characters:,} characters; held out: "
-          f"{'whole documents' if by_document else 'the end of the text'}")
-    summarize(writer, f'python train.py --dataset={out} --out_dir=out-{Path(out).name}')
+                for split in sorted(written):
+                    writer.write(split, [codec.eot])
+            written = set() if ends else written
+    print(f"read {len(files):,} file{'s' if len(files) > 1 else ''}: {first_few(files)}")
+    if skipped:
+        print(f"skipped, for their suffixes: {first_few(skipped)}; --suffixes names what is taken")
+    print(f"{n_documents:,} document{'s' if several else ''}, {n_characters:,} characters; held out: "
+          f"{'whole documents' if by_document else 'the end of each file' if len(files) > 1 else 'the end'}")
+    # config/text.py takes 2,048 tokens a step; small texts are seen 20 times, large ones for some minutes
+    steps = max(100, min(2000, round(20 * writer.tokens['train'] / 2048, -2)))
+    summarize(writer, f'python train.py config/text.py --dataset={out} --max_iters={steps} '
+                      f'--out_dir=out-{Path(out).name}')
