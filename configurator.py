@@ -30,6 +30,13 @@ PLAIN = bool | int | float | str | tuple | None # all that a setting can hold
 BOOLS = {'true': True, 'false': False, '1': True, '0': False}
 
 
+class Configured(typing.NamedTuple):
+    config: dict # every setting's value by name
+    given: dict # those of them that a file or the command line set
+    replaced: dict # for each flag, the value that holds without it
+    files: list # paths of the config files
+
+
 class Setting(typing.NamedTuple):
     default: object
     hint: object # what it may be: int, float | None, tuple[int, ...], Literal['cosine', 'linear']
@@ -61,35 +68,45 @@ def exit_on_error():
         sys.exit(130)
 
 
-def configure(namespace, dataclass=None, argv=None):
+def configure(namespace, dataclass=None, argv=None, adopt=None, foreign=()):
     """Resolve a script's settings from its defaults, config files and the command line.
 
     namespace: globals() of the script. Its settings are the module-level assignments above the call, except names that
         start with an underscore and values that are not PLAIN (lists count as tuples).
     dataclass: each of its fields (all need defaults) is a setting too. A default in the script wins over the field's.
     argv: sys.argv[1:] by default.
+    adopt: called with each class that a config file has; it may add fields to dataclass. What it returns, a name or
+        None, is what the class means as a value. ValueError refuses the class.
+    foreign: names of another script's settings. Of a file that sets one of them only out_dir is taken.
 
-    Returns (config, given, replaced): every setting's value by name; those of them that a file or the command line
-    set; and for each flag the value that holds without it. Writes the script's own settings back to namespace.
-    Mistakes are reported all at once: status 2, nothing changed.
+    Returns a Configured and writes the script's own settings back to namespace. Mistakes are reported all at once:
+    status 2, nothing changed.
     """
     argv = sys.argv[1:] if argv is None else argv
     own, settings = find_settings(namespace, dataclass)
-    if '--help' in argv or '-h' in argv:
+    folder = os.path.dirname(os.path.abspath(namespace['__file__']))
+    helps = [arg for arg in argv if arg in ('--help', '-h')]
+    argv = [arg for arg in argv if arg not in helps]
+    files, flags, _ = read_arguments(argv, folder, settings)
+    config, given, mistakes = {name: setting.default for name, setting in settings.items()}, {}, []
+    for path in files: # files can read the flags: with --max_iters=9, lr_decay_iters = max_iters means 9
+        assigned = run_file(path, {**config, **given, **flags}, mistakes)
+        if adopt:
+            adopt_classes(path, assigned, adopt, mistakes)
+            settings.update(find_settings(namespace, dataclass)[1])
+        given.update(check_file(path, assigned, settings, foreign, mistakes))
+    files, flags, wrong = read_arguments(argv, folder, settings) # again: files may have brought settings
+    if helps:
         show_help(namespace, settings)
         sys.exit(0)
-    files, flags, mistakes = read_arguments(argv, os.path.dirname(os.path.abspath(namespace['__file__'])), settings)
-    config, given = {name: setting.default for name, setting in settings.items()}, {}
-    for path in files: # files can read the flags: with --max_iters=9, lr_decay_iters = max_iters means 9
-        given.update(run_file(path, {**config, **given, **flags}, settings, mistakes))
-    if mistakes:
-        fail(*mistakes)
-    config.update(given)
+    if mistakes or wrong:
+        fail(*mistakes, *wrong)
+    config = {name: setting.default for name, setting in settings.items()} | given
     replaced = {name: config[name] for name in flags}
     given.update(flags)
     config.update(flags)
     namespace.update({name: config[name] for name in own})
-    return config, given, replaced
+    return Configured(config, given, replaced, files)
 
 
 def say(text):
@@ -110,6 +127,12 @@ def find_settings(namespace, dataclass):
         try:
             notes = scan(textwrap.dedent(inspect.getsource(dataclass)))
         except (OSError, TypeError): # a class that was typed in has no source, and so no comments
+            pass
+    for cls in set(getattr(dataclass, 'declared_by', {}).values()):
+        try:
+            notes |= {name: (hint, comment, f'mixer {cls.__name__}') for name, (hint, comment, _) in
+                      scan(inspect.getsource(cls)).items() if name in fields}
+        except (OSError, TypeError):
             pass
     settings, own = {}, []
     for name, (annotation, comment, group) in script.items():
@@ -248,6 +271,12 @@ def parse(text, hint):
     raise TypeError(f'{text!r} is not {hint}')
 
 
+def settings_of(script):
+    """Names of the settings of another script beside this file."""
+    with tokenize.open(os.path.join(os.path.dirname(os.path.abspath(__file__)), script)) as f:
+        return set(scan(f.read()))
+
+
 # arguments and files -------------------------------------------------------------------------------------------------
 
 def read_arguments(argv, folder, settings):
@@ -287,23 +316,63 @@ def read_arguments(argv, folder, settings):
     return files, flags, mistakes
 
 
-def run_file(path, known, settings, mistakes):
-    """Execute a config file, which can read the values in known. Returns what it set, adds to mistakes."""
+def run_file(path, known, mistakes):
+    """Execute a config file, which can read the values in known. Returns what it assigned; {} if it fails."""
+    stem = os.path.splitext(os.path.basename(path))[0]
+    module = types.ModuleType(stem)
+    assigned = vars(module)
     # The known values join its builtins, so its globals are exactly what it assigned, equal to the default or not.
-    assigned = {'__builtins__': {**vars(builtins), **known}, '__file__': os.path.abspath(path),
-                '__name__': os.path.splitext(os.path.basename(path))[0]}
+    assigned.update({'__builtins__': {**vars(builtins), **known}, '__file__': os.path.abspath(path)})
     try:
         with open(path, 'rb') as f:
             source = f.read()
-        exec(compile(source, path, 'exec'), assigned)
+        exec(compile(source, os.path.abspath(path), 'exec'), assigned)
     except Exception as e:
-        lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == path]
+        frames = traceback.extract_tb(e.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == os.path.abspath(path)]
         line = lines[-1] if lines else getattr(e, 'lineno', None) # a SyntaxError has run nothing yet
         mistakes.append(f'{path}{f":{line}" if line else ""}: {type(e).__name__}: {getattr(e, "msg", None) or e}')
         return {}
+    # where inspect and torch.compile look for it, under a name that hides no other module
+    module.__name__ = f'config:{stem}'
+    sys.modules[module.__name__] = module
+    for value in assigned.values():
+        if isinstance(value, type) and value.__module__ == stem:
+            value.__module__ = module.__name__
+    return assigned
+
+
+def adopt_classes(path, assigned, adopt, mistakes):
+    """Hand a file's classes to adopt, and put their names in the place of classes that are values of settings."""
+    names, refused = {}, set()
+    for cls in {value for value in assigned.values() if isinstance(value, type)}:
+        try:
+            names[cls] = adopt(cls) or cls
+        except ValueError as e:
+            mistakes.append(f'{path}: {e}')
+            refused.add(cls)
+    for name, value in list(assigned.items()):
+        values = value if isinstance(value, (tuple, list)) else [value]
+        classes = [v for v in values if isinstance(v, type)]
+        if classes and not (isinstance(value, type) and value.__name__ == name):
+            if refused.intersection(classes): # said already
+                del assigned[name]
+            else:
+                assigned[name] = tuple(names.get(v, v) if isinstance(v, type) else v for v in values) \
+                    if isinstance(value, (tuple, list)) else names.get(value, value)
+
+
+def check_file(path, assigned, settings, foreign, mistakes):
+    """The settings among what a file assigned, by name. Adds to mistakes."""
+    if not assigned:
+        return {}
+    with tokenize.open(path) as f:
+        tree = ast.parse(f.read())
     # what the file imports is no setting: only what it assigns
-    lines = {node.id: f':{node.lineno}' for node in ast.walk(ast.parse(source))
+    lines = {node.id: f':{node.lineno}' for node in ast.walk(tree)
              if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    if any(name in foreign and name not in settings for name in assigned):
+        assigned = {name: assigned[name] for name in ('out_dir',) if name in assigned}
     values = {}
     for name, value in assigned.items():
         where = path + lines.get(name, '')
@@ -312,6 +381,8 @@ def run_file(path, known, settings, mistakes):
                 values[name] = fit(value, settings[name].hint)
             except TypeError:
                 wrong = no_choice(name, value, settings[name])
+                if isinstance(value, type):
+                    wrong = f'{name} = {value.__name__} is a class that cannot be one: derive it from Mixer in model.py'
                 mistakes.append(f'{where}: {wrong}' if wrong else
                                 f'{where}: {name} = {value!r}: expected {type_name(settings[name])}, '
                                 f'as in {name} = {settings[name].default!r}')

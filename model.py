@@ -4,14 +4,17 @@ A GPT whose token mixer is a setting: the whole network in one file.
 Reading order: the configuration, the cache, what mixers share, the mixers from the simplest on, the registry MIXERS,
 Block, the UNet, GPT, generation. Below the line "machinery" is what nobody needs to add a mixer.
 
-To try an idea, write a Mixer and add it to MIXERS: it trains, samples, reports MFU and is tested.
+To try an idea, write a Mixer in a file of its own (see config/mixers/), or here, and add it to MIXERS: it trains,
+samples, reports MFU and is tested.
 
 One letter means one thing in the whole file: B batch, T tokens in this call, S tokens so far (past and present),
 C channels (n_embd), H heads, D channels of a head, V vocabulary.
 """
 
 import ctypes
+import inspect
 import math
+import re
 import sys
 import typing
 from contextlib import nullcontext
@@ -40,7 +43,8 @@ class GPTConfig:
     recompute: bool = False # activation checkpointing: keep only each block's input and run the block again in backward
     bias: bool = True # biases in Linear and LayerNorm, as in GPT-2; False is a bit better and faster
     tie_weights: bool = True # one matrix for the embedding and the head
-    mixer: str = 'attention' # how tokens talk to each other: a name in MIXERS
+    mixer: str | tuple[str, ...] = 'attention' # how tokens talk to each other: a name in MIXERS; several: a pattern
+        # that the layers repeat. The settings of a mixer are declared in its class
     pos_emb: Literal['learned', 'rope', 'relative', 'learned+relative', 'none'] = 'learned' # relative: a bias per
         # head and distance
     mlp: Literal['gelu', 'gelu_tanh', 'relu2', 'swiglu', 'none'] = 'gelu' # gelu_tanh is what OpenAI's GPT-2 has
@@ -48,22 +52,21 @@ class GPTConfig:
     rezero: bool = False # scale every residual branch by one learned number that starts at zero
     time_mixing: float = 0.0 # fraction of a mixer's input channels taken from the previous token
     time_mixing_alternate: bool = False # shift the first channels in even layers, the last ones in odd layers
-    time_weighting: Literal['none', 'circulant', 'full'] = 'none' # attention: learned weights after the softmax
-    qk_norm: bool = False # attention, container: normalize queries and keys, then scale by one learned number a head
-    gmlp_ratio: float = 4.0 # gmlp: channels before the split in two halves, as a multiple of n_embd
-    gmlp_tanh: bool = False # gmlp: tanh on the gate
-    gmlp_attn: int = 0 # gmlp: head size of the tiny attention added to the gate (the paper uses 64); 0 is off
-    synthesizer: Literal['dense', 'random'] = 'dense' # dense: weights from each token; random: learned outright
-    synthesizer_attn: bool = False # synthesizer: mix its scores with dot-product attention's
     unet_layers: tuple[int, ...] = () # blocks at each resolution on the way down (and up), outermost first; (): flat
     unet_up_layers: tuple[int, ...] | None = None # blocks on the way up, outermost first; None: as unet_layers
     unet_factor: int | tuple[int, ...] = 2 # tokens merged into one at each level: one number, or one a level
 
     def __post_init__(self):
-        for name in ('unet_layers', 'unet_up_layers', 'unet_factor'): # JSON and config files bring lists
+        if isinstance(self.mixer, str) and ',' in self.mixer: # from the command line
+            self.mixer = tuple(self.mixer.split(','))
+        for name in ('mixer', 'unet_layers', 'unet_up_layers', 'unet_factor'): # JSON and config files bring lists
             if isinstance(getattr(self, name), list):
                 setattr(self, name, tuple(getattr(self, name)))
         check_config(self)
+
+    def mixers(self):
+        """-> the classes of the pattern."""
+        return [MIXERS[name] for name in ((self.mixer,) if isinstance(self.mixer, str) else self.mixer)]
 
     def unet_levels(self):
         """-> (blocks down, blocks up, factor): tuples with one entry a level, outermost first."""
@@ -97,9 +100,11 @@ class Cache:
             raise ValueError(f"a sequence of {self.length} tokens is longer than block_size={limit}")
         return slice(start, self.length)
 
-    def append(self, name, new):
-        """Appends new (B, ..., T, D) along time -> everything so far (B, ..., S, D)."""
+    def append(self, name, new, window=None):
+        """Appends new (B, ..., T, D) along time -> all so far (B, ..., S, D); with window at least the last window."""
         buffer, past = self.buffers.get(name, (None, 0))
+        if window and past >= 2 * window:
+            buffer, past = buffer[..., past - window + 1:past, :], window - 1
         S = past + new.size(-2)
         if buffer is None or S > buffer.size(-2):
             # grow to a power of two: most appends then copy nothing old and allocate nothing
@@ -137,7 +142,7 @@ class NoCache(Cache):
             raise ValueError(f"a sequence of {T} tokens is longer than block_size={limit}")
         return slice(0, T)
 
-    def append(self, name, new):
+    def append(self, name, new, window=None):
         return new
 
     def put(self, name, *tensors):
@@ -156,10 +161,11 @@ class Mixer(nn.Module):
     token. block_size is the longest sequence that the mixer meets: in a UNet, less than the config's.
 
     A subclass defines mix(x) for whole sequences: decoding then recomputes the past, which is right but slow. Or it
-    defines forward and keeps what it needs in the cache.
+    defines forward and keeps what it needs in the cache. Its settings are annotated names with defaults in its body,
+    as in `chunk: int = 64 # tokens done at once`; it reads them from config, and other mixers refuse them.
     """
-    settings = () # the fields of GPTConfig that only this mixer reads
     pos_embs = ('learned', 'none') # 'rope' and 'relative' act on queries and keys, which not every mixer has
+    bounded = True # by block_size; False: decoding may go on for ever, in constant memory
 
     def __init__(self, config, block_size):
         super().__init__()
@@ -167,9 +173,6 @@ class Mixer(nn.Module):
     @classmethod
     def check(cls, config):
         """Raises ValueError if this mixer cannot be built from config."""
-        if config.pos_emb not in cls.pos_embs:
-            raise ValueError(f"pos_emb={config.pos_emb!r} acts on queries and keys, which mixer={config.mixer!r} "
-                             f"lacks: use {' or '.join(cls.pos_embs)}")
 
     def forward(self, x, cache=NO_CACHE):
         return self.mix(cache.append('x', x))[:, -x.size(1):]
@@ -245,14 +248,15 @@ def causal_softmax(scores):
         return (scores + mask).softmax(dim=-1)
 
 
-def causal_attention(q, k, v, dropout=0.0, mask=None):
+def causal_attention(q, k, v, dropout=0.0, mask=None, window=None):
     """
-    Attention of the last T of S tokens: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D). A cache's mask replaces
-    the causal one.
+    Attention of the last T of S tokens: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D), each to the last window
+    tokens. A cache's mask replaces the causal one.
     """
     T, S = q.size(2), k.size(2)
-    if mask is None and 1 < T < S:
+    if mask is None and (1 < T < S or window and S > window):
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+        mask = mask if window is None else mask.triu(S - T - window + 1)
     return fused_attention(q, k, v, mask, dropout, is_causal=mask is None and T > 1)
 
 
@@ -282,7 +286,9 @@ class GatedMLP(Mixer):
     gate starts as the identity. It brings its own MLP: mlp='none' gives the paper's block. gmlp_attn adds a tiny
     attention to the gate (the paper's aMLP).
     """
-    settings = ('gmlp_ratio', 'gmlp_tanh', 'gmlp_attn')
+    gmlp_ratio: float = 4.0 # channels before the split in two halves, as a multiple of n_embd
+    gmlp_tanh: bool = False # tanh on the gate
+    gmlp_attn: int = 0 # head size of the tiny attention added to the gate (the paper uses 64); 0 is off
 
     def __init__(self, config, block_size):
         super().__init__(config, block_size)
@@ -332,21 +338,24 @@ class CausalSelfAttention(Mixer):
     Multi-head attention. With time_weighting (minGPT-tuned), y_i = sum_{j<=i} softmax_j(q_i k_j / sqrt(D)) w_ij v_j:
     'full' learns every w_ij, 'circulant' learns w_ij = alpha_{i-j} beta_j; all start at one. qk_norm: arXiv 2010.04245.
     """
-    settings = ('time_weighting', 'qk_norm')
+    time_weighting: Literal['none', 'circulant', 'full'] = 'none' # learned weights after the softmax
+    qk_norm: bool = False # normalize queries and keys, then scale by one learned number a head
+    attention_window: int | None = None # each token sees the last so many, itself too; None: all
     pos_embs = ('learned', 'rope', 'relative', 'learned+relative', 'none')
 
     def __init__(self, config, block_size):
         super().__init__(config, block_size)
         H, D = config.n_head, config.n_embd // config.n_head
-        self.n_head = H
+        own = {name: getattr(config if name in own_settings(type(self)) else type(self), name)
+               for name in own_settings(CausalSelfAttention)} # what a subclass does not declare is off
+        self.n_head, self.window, self.time_weighting = H, own['attention_window'], own['time_weighting']
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias, parts=3)
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.attn_dropout, self.resid_dropout = Dropout(config.dropout), Dropout(config.dropout)
         self.rope = Rope(D, block_size) if config.pos_emb == 'rope' else None
         # tables of zeros and ones: switched on over trained weights, they leave the logits as they were
         self.relative = nn.Parameter(torch.zeros(H, block_size)) if 'relative' in config.pos_emb else None
-        self.qk_scale = nn.Parameter(torch.ones(H, 1, 1)) if config.qk_norm else None # how sharp a head can become
-        self.time_weighting = config.time_weighting
+        self.qk_scale = nn.Parameter(torch.ones(H, 1, 1)) if own['qk_norm'] else None # how sharp a head can become
         if self.time_weighting == 'full':
             self.weight = nn.Parameter(torch.ones(H, block_size, block_size).tril())
         elif self.time_weighting == 'circulant':
@@ -360,6 +369,11 @@ class CausalSelfAttention(Mixer):
         if config.pos_emb == 'rope' and D % 2:
             raise ValueError(f"pos_emb='rope' turns pairs of channels, but a head has n_embd/n_head={D} channels: "
                              "make that even")
+        if config.attention_window is not None and config.attention_window < 1:
+            raise ValueError(f"attention_window={config.attention_window} must be at least 1, or None for all tokens")
+        if config.attention_window and (config.time_weighting != 'none' or 'relative' in config.pos_emb):
+            raise ValueError(f"attention_window={config.attention_window} forgets where tokens stand, which "
+                             "time_weighting and pos_emb='relative' need: leave it at None")
 
     def forward(self, x, cache=NO_CACHE):
         B, T, C = x.size()
@@ -370,7 +384,8 @@ class CausalSelfAttention(Mixer):
             q = q * self.qk_scale.to(q.dtype)
         if self.rope is not None:
             q, k = self.rope(q, positions), self.rope(k, positions)
-        y = self.attend(q, cache.append('k', k), cache.append('v', v), cache.mask) # (B, H, T, D)
+        k, v = cache.append('k', k, self.window), cache.append('v', v, self.window)
+        y = self.attend(q, k, v, cache.mask) # (B, H, T, D)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
     def heads(self, x):
@@ -379,8 +394,9 @@ class CausalSelfAttention(Mixer):
 
     def attend(self, q, k, v, mask=None):
         dropout = self.attn_dropout.p if self.training else 0.0
-        if self.time_weighting == 'none' and self.relative is None and fused_attention_pays(q, dropout):
-            return causal_attention(q, k, v, dropout, mask)
+        if self.time_weighting == 'none' and self.relative is None and (self.window or
+                                                                        fused_attention_pays(q, dropout)):
+            return causal_attention(q, k, v, dropout, mask, self.window)
         if self.time_weighting == 'circulant':
             v = v * self.beta[:, :v.size(2), None].to(v.dtype)
         T, past = q.size(2), k.size(2) - q.size(2)
@@ -409,7 +425,7 @@ class Container(CausalSelfAttention):
     CONTAINER (arXiv 2106.01401): (alpha softmax(q k) + beta tril(A)) v, where A is a learned affinity of positions.
     Dropout acts on the softmax alone.
     """
-    settings = ('qk_norm',)
+    qk_norm: bool = False # normalize queries and keys, then scale by one learned number a head
 
     def __init__(self, config, block_size):
         super().__init__(config, block_size)
@@ -429,7 +445,8 @@ class Synthesizer(CausalSelfAttention):
     Synthesizer (arXiv 2005.00743): attention whose scores do not compare tokens. 'dense': token i proposes its row of
     scores by an MLP; 'random': the rows are learned outright. synthesizer_attn mixes in q k by learned shares.
     """
-    settings = ('synthesizer', 'synthesizer_attn')
+    synthesizer: Literal['dense', 'random'] = 'dense' # dense: weights from each token; random: learned outright
+    synthesizer_attn: bool = False # mix its scores with dot-product attention's
 
     def __init__(self, config, block_size):
         super().__init__(config, block_size)
@@ -483,14 +500,18 @@ MIXERS = {
     'attention': CausalSelfAttention,
     'container': Container,
     'synthesizer': Synthesizer,
-}
+} # add_mixer adds those of config files
 
 
 def check_config(c):
     """Raises ValueError for an architecture that cannot be built, or that has a setting which nothing reads."""
+    for name in [c.mixer] if isinstance(c.mixer, str) else c.mixer:
+        if name not in MIXERS:
+            raise ValueError(f"mixer={name!r} is not one of {', '.join(MIXERS)}; one of a file's own needs that file, "
+                             "as in config/mixers/NAME.py")
     choices = {name: typing.get_args(hint) for name, hint in typing.get_type_hints(GPTConfig).items()
                if typing.get_origin(hint) is Literal}
-    for name, allowed in (choices | dict(mixer=tuple(MIXERS))).items():
+    for name, allowed in choices.items():
         if getattr(c, name) not in allowed:
             raise ValueError(f"{name}={getattr(c, name)!r} is not one of {', '.join(allowed)}")
     for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
@@ -509,48 +530,16 @@ def check_config(c):
     if c.n_embd % c.n_head:
         raise ValueError(f"n_embd={c.n_embd} is not divisible by n_head={c.n_head}: "
                          f"try n_embd={math.ceil(c.n_embd / c.n_head) * c.n_head}")
+    longest = max([c.n_layer, *c.unet_layers, *(c.unet_up_layers or ())]) if c.unet_layers else c.n_layer
+    if not c.mixers() or len(c.mixers()) > longest:
+        raise ValueError(f"mixer={c.mixer!r} is a pattern of {len(c.mixers())} layers, and there are {longest}")
     check_every_setting_is_read(c)
-    MIXERS[c.mixer].check(c)
+    if not any(c.pos_emb in cls.pos_embs for cls in c.mixers()):
+        raise ValueError(f"pos_emb={c.pos_emb!r} acts on queries and keys, which mixer={c.mixer!r} lacks: use "
+                         f"{' or '.join(c.mixers()[0].pos_embs)}")
+    for cls in c.mixers():
+        cls.check(c)
     check_unet(c)
-
-
-def check_every_setting_is_read(c):
-    """A setting that only another choice reads would silently do nothing."""
-    unread = {}
-    for other, cls in MIXERS.items():
-        for name in cls.settings:
-            if name not in MIXERS[c.mixer].settings:
-                unread[name] = f"only mixer={other!r} reads it, and mixer={c.mixer!r} is set"
-    if not c.unet_layers:
-        unread['unet_factor'] = unread['unet_up_layers'] = "only a UNet reads it, and unet_layers=() is set"
-    if not c.time_mixing:
-        unread['time_mixing_alternate'] = "only time_mixing reads it, and time_mixing=0.0 is set"
-    if c.mlp == 'none':
-        unread['mlp_ratio'] = "only an MLP reads it, and mlp='none' is set"
-    for field in fields(c):
-        value = getattr(c, field.name)
-        if field.name in unread and value != field.default:
-            raise ValueError(f"{field.name}={value!r}: {unread[field.name]}; leave {field.name} at {field.default!r}")
-
-
-def check_unet(c):
-    kinds = dict(unet_layers=tuple, unet_up_layers=(tuple, type(None)), unet_factor=(tuple, int))
-    for name, kind in kinds.items():
-        value = getattr(c, name)
-        if not isinstance(value, kind) or isinstance(value, tuple) and not all(isinstance(n, int) for n in value):
-            raise ValueError(f"{name}={value!r} must be a tuple of whole numbers, such as (2, 2)")
-    if not c.unet_layers and not c.unet_up_layers:
-        return
-    down, up, factors = c.unet_levels()
-    if not len(down) == len(up) == len(factors):
-        raise ValueError(f"unet_layers={c.unet_layers} has {len(down)} levels, unet_up_layers={up} has {len(up)}, "
-                         f"unet_factor={c.unet_factor} has {len(factors)}: give as many of each")
-    if min(down + up) < 0 or min(factors) < 2:
-        raise ValueError(f"unet_factor={c.unet_factor} must be 2 or more, and unet_layers={down}, "
-                         f"unet_up_layers={up} must not be negative")
-    if math.prod(factors) > c.block_size:
-        raise ValueError(f"unet_layers={c.unet_layers} with unet_factor={c.unet_factor} makes one token of "
-                         f"{math.prod(factors)}, but block_size={c.block_size}: use fewer levels or a longer block")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -602,7 +591,9 @@ class Block(nn.Module):
         has_mlp = config.mlp != 'none'
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.shift = TimeMixing(config, layer) if config.time_mixing else None
-        self.attn = MIXERS[config.mixer](config, block_size) # called attn whatever it is: GPT-2's weights load by name
+        pattern = config.mixers()
+        # called attn whatever it is: GPT-2's weights load by name
+        self.attn = pattern[layer % len(pattern)](config, block_size)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias) if has_mlp else None
         self.mlp = MLP(config) if has_mlp else None
         # ReZero, arXiv 2003.04887: one number a branch
@@ -704,10 +695,12 @@ class GPT(nn.Module):
                 nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * n_blocks) if residual else 0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
+        # without tables of positions a sequence has no end
+        self.bounded = config.pos_emb != 'none' or bool(config.unet_layers) or any(m.bounded for m in config.mixers())
 
     def hidden(self, idx, cache=NO_CACHE):
         """The normalized residual stream before the head: idx (B, T) -> (B, T, C)."""
-        positions = cache.advance(idx.size(1), self.config.block_size)
+        positions = cache.advance(idx.size(1), self.config.block_size if self.bounded else math.inf)
         x = self.transformer.wte(idx)
         if self.transformer.wpe is not None:
             x = x + self.transformer.wpe.weight[positions]
@@ -786,7 +779,7 @@ class Window:
     def next_logits(self, out):
         """Logits (B, V) of the token after out (B, T), of which the last call had the beginning."""
         n, block_size = out.size(1), self.model.config.block_size
-        if self.cache is None or n - self.start > block_size:
+        if self.cache is None or n - self.start > block_size and self.model.bounded:
             self.start = n - max(1, block_size // 2) if self.cache is not None else max(0, n - block_size)
             self.done, self.cache = self.start, Cache()
         if self.decoder and n - 1 == self.done > self.start:
@@ -842,6 +835,98 @@ def pick(logits, temperature, top_k, top_p, min_p, generator):
 # Machinery: you need none of this to add a mixer
 # ---------------------------------------------------------------------------------------------------------------------
 
+# Mixers' settings, and the checks of a config
+
+def own_settings(cls):
+    """{name: type} of the settings that a Mixer's class declares."""
+    return inspect.get_annotations(cls)
+
+
+def declare_settings(cls):
+    """Makes the settings of a Mixer's class fields of GPTConfig. ValueError if another one has such a name."""
+    hints = typing.get_type_hints(cls)
+    for name in own_settings(cls):
+        if name not in vars(cls):
+            raise ValueError(f"the setting {name} of {cls.__name__} needs a default, as in {name}: int = 4")
+        before = GPTConfig.declared_by.get(name, GPTConfig)
+        if before.__name__ != cls.__name__ and getattr(GPTConfig, name, vars(cls)[name]) != vars(cls)[name]:
+            raise ValueError(f"the setting {name} of {cls.__name__} is declared elsewhere with another meaning: choose "
+                             "another name")
+        GPTConfig.__annotations__[name] = hints[name]
+        setattr(GPTConfig, name, vars(cls)[name])
+        GPTConfig.declared_by[name] = cls
+    for name in ('__init__', '__repr__', '__eq__', '__match_args__'): # dataclass makes them again, with the new fields
+        if name in vars(GPTConfig):
+            delattr(GPTConfig, name)
+    dataclass(GPTConfig)
+
+
+def add_mixer(cls):
+    """
+    A Mixer of a config file: adds it to MIXERS by its name in snake_case, and its settings to GPTConfig -> that name.
+    For any other class None. ValueError if it cannot be one.
+    """
+    if not issubclass(cls, Mixer) or cls is Mixer:
+        return None
+    known = [name for name, other in MIXERS.items() if other is cls]
+    if known:
+        return known[0]
+    if cls.forward is Mixer.forward and not callable(getattr(cls, 'mix', None)):
+        raise ValueError(f"{cls.__name__} defines neither mix(x) nor forward(x, cache): see Mixer in model.py")
+    name = re.sub(r'(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])', '_', cls.__name__).lower()
+    if name in BUILT_IN:
+        raise ValueError(f"mixer={name!r} is model.py's own: choose another name than {cls.__name__}")
+    declare_settings(cls)
+    MIXERS[name] = cls
+    return name
+
+
+BUILT_IN = tuple(MIXERS)
+GPTConfig.declared_by = {} # setting -> the class that declares it
+for _cls in MIXERS.values():
+    declare_settings(_cls)
+
+
+def check_every_setting_is_read(c):
+    """A setting that only another choice reads would silently do nothing."""
+    unread = {}
+    for other, cls in MIXERS.items():
+        for name in own_settings(cls):
+            if not any(name in own_settings(cls) for cls in c.mixers()):
+                unread[name] = f"only mixer={other!r} reads it, and mixer={c.mixer!r} is set"
+    if not c.unet_layers:
+        unread['unet_factor'] = unread['unet_up_layers'] = "only a UNet reads it, and unet_layers=() is set"
+    if not c.time_mixing:
+        unread['time_mixing_alternate'] = "only time_mixing reads it, and time_mixing=0.0 is set"
+    if c.mlp == 'none':
+        unread['mlp_ratio'] = "only an MLP reads it, and mlp='none' is set"
+    for field in fields(c):
+        value = getattr(c, field.name)
+        if field.name in unread and value != field.default:
+            raise ValueError(f"{field.name}={value!r}: {unread[field.name]}; leave {field.name} at {field.default!r}")
+
+
+def check_unet(c):
+    kinds = dict(unet_layers=tuple, unet_up_layers=(tuple, type(None)), unet_factor=(tuple, int))
+    for name, kind in kinds.items():
+        value = getattr(c, name)
+        if not isinstance(value, kind) or isinstance(value, tuple) and not all(isinstance(n, int) for n in value):
+            raise ValueError(f"{name}={value!r} must be a tuple of whole numbers, such as (2, 2)")
+    if not c.unet_layers and not c.unet_up_layers:
+        return
+    down, up, factors = c.unet_levels()
+    if not len(down) == len(up) == len(factors):
+        raise ValueError(f"unet_layers={c.unet_layers} has {len(down)} levels, unet_up_layers={up} has {len(up)}, "
+                         f"unet_factor={c.unet_factor} has {len(factors)}: give as many of each")
+    if min(down + up) < 0 or min(factors) < 2:
+        raise ValueError(f"unet_factor={c.unet_factor} must be 2 or more, and unet_layers={down}, "
+                         f"unet_up_layers={up} must not be negative")
+    if math.prod(factors) > c.block_size:
+        raise ValueError(f"unet_layers={c.unet_layers} with unet_factor={c.unet_factor} makes one token of "
+                         f"{math.prod(factors)}, but block_size={c.block_size}: use fewer levels or a longer block")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Decoding: beams, and CUDA graphs
 
 def check_generation(model, idx, repetition_penalty, repetition_window, no_repeat_ngram, temperature=1.0, top_k=None,
@@ -912,7 +997,7 @@ class StaticCache(Cache):
     def advance(self, T, limit=math.inf):
         return self.position
 
-    def append(self, name, new):
+    def append(self, name, new, window=None):
         return self.buffers[name].index_copy_(-2, self.position, new)
 
     def load(self, cache):
@@ -931,7 +1016,7 @@ class Decoder:
     def supports(model):
         c = model.config # what reads positions or past tokens as Python numbers cannot be captured
         return c.mixer == 'attention' and c.time_weighting == 'none' and 'relative' not in c.pos_emb and \
-            not c.time_mixing and not c.unet_layers
+            not c.time_mixing and not c.unet_layers and not c.attention_window
 
     def __init__(self, model, batch):
         if not self.supports(model):

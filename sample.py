@@ -19,11 +19,11 @@ from configurator import yield_if_busy
 yield_if_busy()
 import torch
 
-from configurator import check_ranges, configure, exit_on_error, resolve
+from configurator import check_ranges, configure, exit_on_error, resolve, settings_of
 from data.checkpoints import GPT2_NAMES, find_weights, good_checkpoints, is_pretrained, load_model, load_pretrained
 from data.tokenizers import load_tokenizer, with_line_ends
 from data.tokens import dataset_folder, find_path, load_meta
-from model import beam_search
+from model import GPTConfig, add_mixer, beam_search
 
 # ---------------------------------------------------------------------------------------------------------------------
 # where the weights come from
@@ -58,7 +58,8 @@ device = 'auto' # auto | cpu | cuda | cuda:1 | mps
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
 compile = False # torch.compile; whether it pays here is not measured
 # ---------------------------------------------------------------------------------------------------------------------
-config, *_ = configure(globals())
+# a config file of training gives its mixer and its out_dir
+config, *_ = configure(globals(), adopt=add_mixer, foreign=settings_of('train.py') | vars(GPTConfig()).keys())
 
 RANGES = {
     '[0, inf)': 'temperature no_repeat_ngram',

@@ -37,8 +37,8 @@ from data.checkpoints import (build_model, evaluated_weights, find_weights, full
 from data.run import RunFolder, peak_memory
 from data.tokenizers import load_tokenizer, with_line_ends
 from data.tokens import Split, dataset_folder, find_path, load_meta, prefetch
-from model import (GPT, Block, GPTConfig, clip_adaptively, cost, find_leak, first_nonfinite, keep_freed_memory,
-                   optimizer_groups, recompute_what_is_cheap)
+from model import (BUILT_IN, GPT, MIXERS, Block, GPTConfig, add_mixer, clip_adaptively, cost, find_leak,
+                   first_nonfinite, keep_freed_memory, optimizer_groups, recompute_what_is_cheap)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # files and evaluation
@@ -114,7 +114,7 @@ peak_flops: float | Literal['auto', 'measure'] = 'auto' # FLOP/s that MFU is a s
 parallel: Literal['ddp', 'fsdp'] = 'ddp' # under torchrun: each process holds the model, or they share it out
 backend: Literal['auto', 'nccl', 'gloo'] = 'auto' # torch.distributed's
 # ---------------------------------------------------------------------------------------------------------------------
-config, given, replaced = configure(globals(), GPTConfig)
+config, given, replaced, files = configure(globals(), GPTConfig, adopt=add_mixer)
 
 RANGES = {
     '[1, inf)': 'batch_size gradient_accumulation_steps eval_iters eval_interval log_interval max_bad_steps',
@@ -688,7 +688,8 @@ def sum_up():
         say(f"note     the run was at max_iters={max_iters} already: to go on, --max_iters={2 * max_iters}")
     if (run.path / 'loss.png').exists():
         say(f"picture  {run.path / 'loss.png'}")
-    say(f"next     python sample.py --out_dir={out_dir}")
+    own = files if not set(raw_model.config.mixers()) <= {MIXERS[name] for name in BUILT_IN} else []
+    say(f"next     python sample.py {' '.join([*own, f'--out_dir={out_dir}'])}")
 
 
 def begin_dry_run():
@@ -722,6 +723,8 @@ def begin_run():
         if not overwrite: # another run may have begun since the first look
             run.refuse_if_taken(restart=init_from == 'auto')
         run.remove_run()
+    if code_changed := run.keep_code(files, state.step):
+        say(f"note     the code has changed: {', '.join(code_changed)}; {run.code()[-2]} has what made the run so far")
     run.write_config(config | dict(resolved=dict(device=device, dtype=dtype, compile=compile, world=world),
                                    data=[split.fingerprint() for split in splits.values()]))
 

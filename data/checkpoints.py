@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from data.tokens import find_path
-from model import GPT, GPTConfig
+from model import GPT, MIXERS, GPTConfig
 
 GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 NANOGPT_FIELDS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
@@ -133,6 +133,11 @@ def build_model(args, state, allow_changes=False, **changes):
     leave the weights their meaning: dropout, another block_size, additions that start as the identity, and
     time_mixing, which has no identity and must be trained in. Others are refused unless allow_changes.
     """
+    mixer = args.get('mixer', 'attention')
+    lost = [name for name in ([mixer] if isinstance(mixer, str) else mixer) if name not in MIXERS]
+    if lost:
+        raise ValueError(f"the mixer {lost[0]!r} of the checkpoint is not in model.py: give the file that defines it, "
+                         f"as in python train.py or sample.py config/mixers/{lost[0]}.py")
     defaults = vars(GPTConfig())
     # what a model.py without the field cannot do; a field that is off says nothing
     unknown = sorted(k for k, v in args.items() if k not in defaults and v and v != 'none')

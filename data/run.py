@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,28 @@ class RunFolder:
         """Deletes a run's files, and nothing else that lies there."""
         for path in (self.latest, self.best, self.metrics, self.path / 'loss.png', *self.snapshots()):
             path.unlink(missing_ok=True)
+        for path in self.code():
+            shutil.rmtree(path)
+
+    def code(self):
+        """The folders with the code that made the run, the latest last: code, and code-STEP after a change."""
+        later = [p for p in self.path.glob('code-*') if p.name[5:].isdigit()]
+        first = [self.path / 'code'] if (self.path / 'code').is_dir() else []
+        return first + sorted(later, key=lambda p: int(p.name[5:]))
+
+    def keep_code(self, files, step):
+        """Keeps the scripts, the config files and git's diff as text -> names of what has changed since then."""
+        now = {Path(path).name: Path(path).read_bytes() for path in
+               (*(PROJECT / name for name in ('model.py', 'train.py', 'configurator.py')), *files)}
+        kept = self.code()
+        before = {path.name: path.read_bytes() for path in kept[-1].iterdir()} if kept else {}
+        changed = [name for name, text in now.items() if kept and before.get(name) != text]
+        if not kept or changed:
+            folder = self.path / (f'code-{step}' if kept else 'code')
+            folder.mkdir(exist_ok=True)
+            for name, text in (now | {'changes.diff': (git('diff', 'HEAD') or '').encode()}).items():
+                (folder / name).write_bytes(text)
+        return changed
 
     def read_metrics(self):
         """The lines of metrics.jsonl as dicts."""
@@ -82,7 +105,7 @@ class RunFolder:
         return lines
 
     def forget_after(self, step, evaluates):
-        """Drops the metrics that a run resumed at step writes again: later steps, and step's evaluation if evaluates."""
+        """Drops the metrics that a run resumed at step writes again: later steps; if it evaluates, that, too."""
         kept = [line for line in self.read_metrics() if line['step'] < step or line['step'] == step
                 and not (evaluates and 'val_loss' in line)]
         self.metrics.write_text(''.join(json.dumps(line) + '\n' for line in kept), encoding='utf-8')
@@ -123,15 +146,18 @@ class RunFolder:
         os.replace(self.path / 'loss.png.tmp', self.path / 'loss.png')
 
 
-def git_commit():
-    """The project's commit, with a + if files differ from it; None outside of git."""
-    def git(*args):
-        done = subprocess.run(['git', '-C', PROJECT, *args], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
+def git(*args):
+    """What git prints about the project; None where there is no repository or no git."""
     try:
-        return git('rev-parse', 'HEAD') + ('+' if git('status', '--porcelain') else '')
+        return subprocess.run(['git', '-C', PROJECT, *args], capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def git_commit():
+    """The project's commit, with a + if files differ from it; None outside of git."""
+    commit = git('rev-parse', 'HEAD')
+    return commit and commit + ('+' if git('status', '--porcelain') else '')
 
 
 def peak_memory(device):

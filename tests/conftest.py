@@ -16,6 +16,15 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
+def pytest_addoption(parser):
+    parser.addoption('--mixer', help="a config file: test the mixer that it defines, by tests/test_mixers.py")
+
+
+def pytest_configure(config):
+    if config.getoption('--mixer'): # in the workers, too
+        os.environ['MIXER'] = str(Path(config.getoption('--mixer')).resolve())
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0) # the same numbers whichever tests ran before

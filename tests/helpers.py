@@ -8,16 +8,18 @@ import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from configurator import configure
 from data.checkpoints import load_checkpoint, save_checkpoint
 from data.tokenizers import CharTokenizer
 from data.writer import Writer
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, add_mixer
 
 PROJECT = Path(__file__).resolve().parent.parent
 ENV = dict(os.environ, OMP_NUM_THREADS='1', PYTHONIOENCODING='utf-8', CUDA_VISIBLE_DEVICES='', WANDB_MODE='offline',
@@ -28,6 +30,14 @@ TINY = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=4, gradien
 T = TINY['block_size']
 WORDS = ['the cat sat. ', 'a dog ran. ', 'one is two. ', 'été où? ']
 V = len(set(''.join(WORDS)))
+
+
+def settings_of(*files):
+    """What train.py would make of these config files, whose mixers are then known."""
+    namespace = {'__file__': str(PROJECT / 'train.py'), '__name__': 'train', 'Literal': Literal}
+    source = (PROJECT / 'train.py').read_text(encoding='utf-8')
+    exec(source[source.index('# files and evaluation'):source.index('config, given, replaced, files =')], namespace)
+    return configure(namespace, GPTConfig, [str(f) for f in files], adopt=add_mixer).config
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -81,10 +91,10 @@ def run(script, args, cwd=None, text='', command=()):
         return subprocess.CompletedProcess(argv, status, *[path.read_bytes() for path in files[1:]])
 
 
-def train(folder, out='out', command=(), cwd=None, **settings):
+def train(folder, out='out', command=(), cwd=None, extra=(), **settings):
     """train.py with TINY's settings on folder/data into folder/out -> what it printed; it must end well."""
     args = flags(**{**TINY, 'dataset': folder / 'data', 'out_dir': folder / out, **settings})
-    return well(run('train.py', args, command=command, cwd=cwd))
+    return well(run('train.py', [*extra, *args], command=command, cwd=cwd))
 
 
 def well(process):

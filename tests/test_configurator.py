@@ -133,7 +133,7 @@ def test_settings_are_the_scripts_plain_assignments(script, capsys):
 def test_assignments_below_the_call_are_not_settings(tmp_path):
     source = ('class First:\n    c = 1\nimport configurator\na = 1\n'
               'result = configurator.configure(globals(), argv=[])\nb = 2')
-    assert Script(tmp_path, source).namespace()['result'] == ({'a': 1}, {}, {})
+    assert Script(tmp_path, source).namespace()['result'] == ({'a': 1}, {}, {}, [])
 
 
 def test_what_a_flag_replaces(script):
@@ -547,7 +547,7 @@ def test_all_values_out_of_range_are_reported_at_once():
 
 def test_settings_are_taken_from_the_run(script):
     namespace = script.namespace()
-    config, given, replaced = configure(namespace, NetConfig, ['--max_iters=7', '--betas=0.9,0.95', '--out_dir=new'])
+    config, given, *_ = configure(namespace, NetConfig, ['--max_iters=7', '--betas=0.9,0.95', '--out_dir=new'])
     stored = dict(max_iters=5, betas=[0.9, 0.95], learning_rate=1.0, shape=[1, 2], width=8, out_dir='old', start='old',
                   gone=1)
     changed = take_settings(namespace, config, given, stored, ('out_dir', 'start'))
@@ -614,7 +614,7 @@ def test_peak_flops_measured(dtype):
 PROCESS = SCRIPT + '''
 import json, sys
 from configurator import configure
-config, given, _ = configure(globals())
+config, given, *_ = configure(globals())
 print(json.dumps([max_iters, out_dir, given, sorted({'torch', 'numpy'} & set(sys.modules))]))
 below = 1
 '''

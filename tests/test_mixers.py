@@ -5,14 +5,17 @@ whole, every parameter learns and is in one optimizer group. The same at a lengt
 in training mode; and each optimizer, 16 bits and a saved checkpoint. Then the checks against broken networks, which
 they must refuse, and each mixer against its definition written as loops over positions.
 
-Someone's new mixer needs no test: an entry in MIXERS is enough, and a line in OPTIONS if it has settings of its own.
+Someone's new mixer needs no test: an entry in MIXERS or a file in config/mixers/ is enough, and a line in OPTIONS for
+settings of its own. One anywhere: python -m pytest tests/test_mixers.py --mixer=PATH
 """
 
 import itertools
 import math
+import os
 import shutil
 import time
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,8 +23,15 @@ import torch._inductor.config
 import torch.nn as nn
 
 from data.checkpoints import load_model, save_checkpoint
-from model import (GPT, MIXERS, MLP, Cache, FusedAttention, GPTConfig, Mixer, Stack, TimeLinear, TimeMixing, UNet,
-                   find_leak, optimizer_groups, recompute_what_is_cheap)
+from helpers import PROJECT, settings_of
+from model import (BUILT_IN, GPT, MIXERS, MLP, Cache, FusedAttention, GPTConfig, Mixer, Stack, TimeLinear, TimeMixing,
+                   UNet, find_leak, optimizer_groups, recompute_what_is_cheap)
+
+IDEAS = [Path(os.environ['MIXER'])] if 'MIXER' in os.environ else sorted((PROJECT / 'config/mixers').glob('*.py'))
+for path in IDEAS:
+    settings_of(path) # its mixer is then in MIXERS
+# those to test: with --mixer the new one alone
+TESTED = [name for name in MIXERS if 'MIXER' not in os.environ or name not in BUILT_IN]
 
 TOLERANCE = 1e-9 # the largest difference, in logits of size 1 to 10, that float64 rounding may make
 
@@ -237,7 +247,7 @@ BLOCK_SIZES = (1, 2, 5), (13, 16) # each architecture has all of the first, and 
 
 def architectures():
     """-> (id, configs), the configs differing in block_size; what GPTConfig refuses is left out."""
-    for mixer in MIXERS:
+    for mixer in TESTED:
         places = [options | time_mixing | dict(pos_emb=pos_emb) for options in OPTIONS.get(mixer, [{}])
                   for pos_emb in POS_EMBS for time_mixing in TIME_MIXING]
         places += [block | TIME_MIXING[1] for block in BLOCKS]
@@ -257,12 +267,13 @@ ARCHITECTURES = dict(architectures())
 # of each mixer's options and each stack, one: for what takes longer
 SOME = {f'{mixer}-{stack}-{i}': GPTConfig(block_size=16, vocab_size=11, n_head=2, n_embd=8, mixer=mixer,
                                           **levels, **options)
-        for mixer in MIXERS for stack, levels in STACKS.items() for i, options in enumerate(OPTIONS.get(mixer, [{}]))}
+        for mixer in TESTED for stack, levels in STACKS.items() for i, options in enumerate(OPTIONS.get(mixer, [{}]))}
 
 
 def test_the_contract_leaves_no_mixer_out():
     configs = [config for sizes in ARCHITECTURES.values() for config in sizes]
-    for mixer, cls in MIXERS.items():
+    for mixer in TESTED:
+        cls = MIXERS[mixer]
         own = [config for config in configs if config.mixer == mixer]
         assert {config.pos_emb for config in own} == set(cls.pos_embs)
         assert {config.block_size for config in own} == set(sum(BLOCK_SIZES, ()))
@@ -292,7 +303,7 @@ def test_round_trip(name, tmp_path):
     check_round_trip(randomized(SOME[name]), tmp_path / 'ckpt.pt')
 
 
-@pytest.mark.parametrize('args', [dict(mixer=mixer) for mixer in MIXERS] + [
+@pytest.mark.parametrize('args', [dict(mixer=mixer) for mixer in TESTED] + [
     dict(mixer='synthesizer', synthesizer='random')], ids=str)
 def test_no_weights_of_every_pair_of_tokens(args):
     """Where attention is fused, as on a GPU, no mixer keeps weights (B, H, T, T): most of its time and memory."""
@@ -307,7 +318,7 @@ def test_no_weights_of_every_pair_of_tokens(args):
     assert len(sizes) > 10 and max(sizes) < B * 2 * T * T
 
 
-@pytest.mark.parametrize('name', [f'{mixer}-flat-0' for mixer in MIXERS] + ['attention-unet2x2-0'])
+@pytest.mark.parametrize('name', [f'{mixer}-flat-0' for mixer in TESTED] + ['attention-unet2x2-0'])
 def test_compile_gives_the_same_numbers(name):
     torch.compiler.reset()
     check_compiled(randomized(SOME[name]), 'aot_eager')

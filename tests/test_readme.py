@@ -12,7 +12,7 @@ from typing import Literal
 import pytest
 
 from configurator import configure
-from model import GPTConfig
+from model import GPTConfig, add_mixer
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
@@ -66,17 +66,9 @@ def test_a_leaking_mixer_of_ones_own_fails(project):
         model.write_text(source, encoding='utf-8')
 
 
-def settings(*files):
-    """What train.py would make of these config files."""
-    namespace = {'__file__': str(ROOT / 'train.py'), '__name__': 'train', 'Literal': Literal}
-    source = (ROOT / 'train.py').read_text(encoding='utf-8')
-    exec(source[source.index('# files and evaluation'):source.index('config, given, replaced = configure(')], namespace)
-    return configure(namespace, GPTConfig, [str(f) for f in files])[0]
-
-
 @pytest.mark.parametrize('file', sorted((ROOT / 'config').glob('*.py')), ids=lambda f: f.stem)
 def test_every_config_is_one(file):
-    config = settings(file)
+    config = settings_of(file)
     GPTConfig(**{f.name: config[f.name] for f in fields(GPTConfig)})
     assert (ROOT / 'data' / config['dataset'] / 'prepare.py').is_file()
 
@@ -85,7 +77,7 @@ def test_every_config_is_one(file):
 def test_mixers_are_compared_at_equal_parameters(file):
     from model import GPT
     import torch
-    config = settings(ROOT / 'config' / 'shakespeare_small.py', file)
+    config = settings_of(ROOT / 'config' / 'shakespeare_small.py', file)
     with torch.device('meta'):
         model = GPT(GPTConfig(**{f.name: config[f.name] for f in fields(GPTConfig)} | dict(vocab_size=65)))
     assert abs(model.get_num_params(False) / 804096 - 1) < 0.015
@@ -148,13 +140,13 @@ def test_each_command_of_a_page_takes_the_settings_it_is_given(page):
 @pytest.mark.parametrize('page', PAGES)
 def test_settings_named_in_the_text_exist(page):
     words = set(re.findall(r'`--(\w+)', PAGES[page])) - {'help', 'key', 'tokenizer'}
-    known = settings().keys() | names_assigned('tests/bench.py')
+    known = settings_of().keys() | names_assigned('tests/bench.py')
     assert words and words <= known, words - known
 
 
 def test_settings_that_were_removed_are_gone():
     removed = re.search(r'\(`(\w+)`, `(\w+)`, `(\w+)`\) were\s+removed', README).groups()
-    assert not set(removed) & settings().keys()
+    assert not set(removed) & settings_of().keys()
 
 
 def test_the_tables_of_the_results_name_every_file():

@@ -76,7 +76,11 @@ def test_loss_falls(plain):
 def test_files(plain):
     folder, _ = plain
     out = folder / 'out'
-    assert {path.name for path in out.iterdir()} == {'ckpt.pt', 'best.pt', 'config.json', 'metrics.jsonl', 'loss.png'}
+    assert {path.name for path in out.iterdir()} == {'ckpt.pt', 'best.pt', 'config.json', 'metrics.jsonl', 'loss.png',
+                                                     'code'}
+    code = {path.name for path in (out / 'code').iterdir()}
+    assert code == {'model.py', 'train.py', 'configurator.py', 'tiny.py', 'changes.diff'}
+    assert (out / 'code/model.py').read_bytes() == (PROJECT / 'model.py').read_bytes()
     assert (out / 'loss.png').read_bytes().startswith(b'\x89PNG\r\n\x1a\n')
     config = json.loads((out / 'config.json').read_text(encoding='utf-8'))
     for name, value in TINY.items():
@@ -561,6 +565,129 @@ def test_without_data_the_quick_start_is_named():
         pytest.skip('openwebtext is there')
     done = run('train.py', ['--device=cpu'])
     assert done.returncode == 2 and b'python train.py config/quick.py' in done.stderr and done.stderr.count(b'\n') == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a mixer in a config file
+
+IDEA = '''
+import torch
+from dataclasses import dataclass
+from model import Mixer, nn
+
+@dataclass
+class Helper:
+    size: int
+
+class MovingAverage(Mixer):
+    memory: float = 1.0 # how much of the past is kept
+
+    def __init__(self, config, block_size):
+        super().__init__(config, block_size)
+        self.c_proj, self.memory = nn.Linear(config.n_embd, Helper(config.n_embd).size), config.memory
+
+    def mix(self, x):
+        return self.c_proj(x * (1 - self.memory) + self.memory * x.cumsum(dim=1) / 9)
+
+mixer = MovingAverage
+memory = 0.5
+'''
+LEAKING = IDEA.replace('x.cumsum(dim=1)', 'x.flip(1).cumsum(dim=1).flip(1)')
+
+
+@job
+def idea(folder):
+    write_data(folder / 'data')
+    (folder / 'idea.py').write_text(IDEA)
+    (folder / 'leaking.py').write_text(LEAKING)
+    settings = TINY | dict(dataset=folder / 'data', max_iters=6)
+    first = well(run('train.py', ['idea.py', *flags(**settings, out_dir=folder / 'out')], cwd=folder))
+    leaking = run('train.py', ['leaking.py', *flags(**settings, out_dir=folder / 'leak')], cwd=folder)
+    allowed = well(run('train.py', ['leaking.py', *flags(**settings, out_dir=folder / 'leak', allow_leak=True)],
+                       cwd=folder))
+    alone = [run(script, flags(out_dir=folder / 'out', init_from='resume')) for script in ('train.py', 'sample.py')]
+    (folder / 'idea.py').write_text(IDEA + '# changed')
+    more = flags(out_dir=folder / 'out', init_from='resume', max_iters=8, lr_decay_iters=20)
+    resumed = well(run('train.py', ['idea.py', *more], cwd=folder))
+    texts = [well(run('sample.py', ['idea.py', *flags(out_dir=folder / 'out', num_samples=1, max_new_tokens=8,
+                                                      temperature=0, start='one')], cwd=folder)),
+             well(run('train.py', ['idea.py', *flags(**settings, init_from=folder / 'out', out_dir=folder / 'tuned')],
+                      cwd=folder)),
+             well(run('train.py', ['idea.py', *flags(out_dir=folder / 'out', init_from='resume', eval_only=True)],
+                      cwd=folder))]
+    two = train(folder, 'two', command=['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2'],
+                cwd=folder, extra=['idea.py'], max_iters=6, parallel='fsdp')
+    return folder, first, leaking, allowed, alone, resumed, texts, two
+
+
+def test_a_mixer_of_a_file_trains_resumes_samples_and_is_finetuned(idea):
+    folder, first, _, _, _, resumed, (sampled, tuned, evaluated), two = idea
+    assert f"next     python sample.py idea.py --out_dir={folder / 'out'}" in first and 'causal   proven' in first
+    config = json.loads((folder / 'out/config.json').read_text(encoding='utf-8'))
+    assert config['mixer'] == 'moving_average' and config['memory'] == 0.5
+    assert losses(folder / 'out').keys() == set(range(1, 9))
+    assert sampled.startswith('one') and 'causal   proven' in tuned and 'bits per byte' in evaluated
+    assert '2 processes, sharded' in two
+
+
+def test_a_run_keeps_its_code(idea):
+    folder, _, _, _, _, resumed, *_ = idea
+    assert (folder / 'out/code/idea.py').read_text() == IDEA
+    assert (folder / 'out/code-6/idea.py').read_text() == IDEA + '# changed'
+    assert f"the code has changed: idea.py; {folder / 'out/code'} has what made the run so far" in resumed
+
+
+def test_without_its_file_a_checkpoint_says_which(idea):
+    for process in idea[4]:
+        said = process.stderr.decode()
+        assert process.returncode == 2 and said.startswith('error: ') and said.count('\n') == 1
+        assert "'moving_average'" in said and 'config/mixers/moving_average.py' in said
+
+
+def test_a_leaking_mixer_does_not_train(idea):
+    folder, _, leaking, allowed, *_ = idea
+    said = leaking.stderr.decode()
+    assert leaking.returncode == 2 and said.startswith('error: ') and said.count('\n') == 1
+    assert re.search(r'position \d+ sees position \d+, first in transformer.h.0.attn', said) and '--allow_leak' in said
+    assert re.search(r'causal   NO: position', allowed) and losses(folder / 'leak').keys() == set(range(1, 7))
+
+
+IDEAS_THAT_FAIL = {
+    'class that is no mixer': ('class Other: pass\nmixer = Other', ['mixer = Other', 'Mixer']),
+    'neither mix nor forward': ('from model import Mixer\nclass Empty(Mixer): pass\nmixer = Empty',
+                                ['Empty', 'mix(x)', 'forward(x, cache)']),
+    'unknown name in a pattern': ('mixer = "attention", "gone"', ["mixer='gone'", 'attention, container']),
+    'pattern too long': ('mixer = "attention", "gmlp", "attention"', ['pattern of 3', 'there are 2']),
+    'window below 1': ('attention_window = 0', ['attention_window=0', 'at least 1']),
+    'a setting that clashes': ('from model import Mixer\nclass Own(Mixer):\n    mlp_ratio: int = 3\n'
+                               '    def mix(self, x): return x\nmixer = Own', ['mlp_ratio', 'declared elsewhere']),
+    'a setting without a default': ('from model import Mixer\nclass Own(Mixer):\n    size: int\n'
+                                    '    def mix(self, x): return x\nmixer = Own', ['size', 'needs a default']),
+    'the name of a built-in mixer': ('from model import Mixer\nclass Attention(Mixer):\n'
+                                     '    def mix(self, x): return x\nmixer = Attention', ["mixer='attention'"]),
+    'a setting of another mixer': (IDEA + 'mixer = "attention"',
+                                   ['memory=0.5', "only mixer='moving_average' reads it"]),
+}
+
+
+@job
+def ideas_that_fail(folder):
+    write_data(folder / 'data')
+    found = {}
+    for name, (text, _) in IDEAS_THAT_FAIL.items():
+        (folder / 'idea.py').write_text(text)
+        args = flags(**TINY, dataset=folder / 'data', out_dir=folder / 'out')
+        found[name] = run('train.py', ['idea.py', *args], cwd=folder)
+    assert not (folder / 'out').exists()
+    return found
+
+
+@pytest.mark.parametrize('name', IDEAS_THAT_FAIL)
+def test_an_idea_that_fails_says_why(name, ideas_that_fail):
+    said = ideas_that_fail[name].stderr.decode()
+    assert ideas_that_fail[name].returncode == 2 and said.startswith('error: ') and said.count('\n') == 1, said
+    for word in IDEAS_THAT_FAIL[name][1]:
+        assert word in said
 
 
 # ---------------------------------------------------------------------------------------------------------------------
