@@ -225,7 +225,9 @@ def check_round_trip(model, path):
 # Every mixer, in every stack, with every position embedding and time-mixing
 
 OPTIONS = { # settings of the mixers' own, each tried in all of the places below
-    'attention': [{}, dict(time_weighting='circulant'), dict(time_weighting='full')],
+    'attention': [{}, dict(time_weighting='circulant'), dict(time_weighting='full'), dict(attention_window=3)],
+    'linear_attention': [{}, dict(chunk=3)],
+    'gated_delta': [{}, dict(chunk=3)],
     'gmlp': [dict(mlp='none'), dict(gmlp_tanh=True), dict(gmlp_attn=3),
              dict(gmlp_ratio=2.5, gmlp_tanh=True, gmlp_attn=3)],
     'synthesizer': [dict(synthesizer=kind, synthesizer_attn=mixed)
@@ -268,6 +270,13 @@ ARCHITECTURES = dict(architectures())
 SOME = {f'{mixer}-{stack}-{i}': GPTConfig(block_size=16, vocab_size=11, n_head=2, n_embd=8, mixer=mixer,
                                           **levels, **options)
         for mixer in TESTED for stack, levels in STACKS.items() for i, options in enumerate(OPTIONS.get(mixer, [{}]))}
+if 'MIXER' not in os.environ:
+    SOME |= {f'{"+".join(pattern)}-{stack}-0': GPTConfig(
+        block_size=16, vocab_size=11, n_head=2, n_embd=8, mixer=pattern, **levels | dict(n_layer=3), **options)
+        for stack, levels in STACKS.items() for pattern, options in [
+            (('gated_delta', 'linear_attention', 'attention'), dict(attention_window=5, pos_emb='rope', chunk=4)),
+            (('gmlp', 'synthesizer'), dict(gmlp_attn=3, time_mixing=0.5)),
+            (('attention', 'container'), dict(time_weighting='full', qk_norm=True))]}
 
 
 def test_the_contract_leaves_no_mixer_out():
@@ -838,6 +847,74 @@ def test_the_published_unet_can_be_built():
     assert levels == [(5, 5)] + [(2, 2)] * 4
     assert isinstance(unet, Stack) and len(unet) == 100
     assert model(torch.zeros(1, 1024, dtype=torch.long, device='meta'))[0].shape == (1, 1024, 64)
+
+
+@pytest.mark.parametrize('mixer', ['linear_attention', 'gated_delta'])
+def test_a_state_is_the_recurrence(mixer):
+    """Chunks against one token after the other, with its gradients; and the state that is left."""
+    B, H, T, D = 2, 2, 150, 4
+    layer = MIXERS[mixer](GPTConfig(n_embd=H * D, n_head=H, mixer=mixer, pos_emb='none', chunk=16), T).double()
+    q, k, v = (torch.randn(B, H, T, D, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    log_g = (-torch.rand(B, H, T, dtype=torch.float64)).requires_grad_()
+    b = torch.rand(B, H, T, dtype=torch.float64, requires_grad=True)
+    first = torch.randn(B, H, D, D, dtype=torch.float64, requires_grad=True)
+    with torch.no_grad():
+        k /= k.norm(dim=-1, keepdim=True) # as the delta rule takes its keys
+    state, rows = first, []
+    for t in range(T):
+        g, kt = log_g[:, :, t].exp()[..., None, None], k[:, :, t, :, None]
+        vt = v[:, :, t, None, :]
+        if mixer == 'gated_delta':
+            beta = b[:, :, t, None, None]
+            state = g * (state - beta * kt @ (kt.mT @ state)) + beta * kt @ vt
+        else:
+            state = g * state + kt @ vt
+        rows.append((q[:, :, t, None] @ state)[:, :, 0])
+    expected = torch.stack(rows, dim=2)
+    inputs = [q, k, v, log_g, *([b] if mixer == 'gated_delta' else []), first]
+    y, last = layer.scan(*inputs)
+    assert (y - expected).abs().max() < 1e-9 and (last - state).abs().max() < 1e-9
+    direction = torch.randn_like(y)
+    for found, right in zip(*(torch.autograd.grad((z * direction).sum() + s.sum(), inputs)
+                              for z, s in ((y, last), (expected, state)))):
+        assert (found - right).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize('mixer', ['linear_attention', 'gated_delta', ('gated_delta', 'attention')])
+def test_without_tables_of_positions_decoding_has_no_end(mixer):
+    """Greedy text far beyond block_size, against whole sequences in a model of longer blocks; in constant memory."""
+    def states(cache):
+        children = sum(map(states, cache.children.values()))
+        return children + sum(t.numel() for ts in cache.states.values() for t in ts)
+    model = network(mixer=mixer, pos_emb='none', block_size=8)
+    longer = GPT(replace(model.config, block_size=64)).double().eval()
+    longer.load_state_dict(model.state_dict())
+    idx = tokens(model, 1)[:, :3]
+    found = model.generate(idx, 40, temperature=0.0)
+    if mixer == ('gated_delta', 'attention'): # attention's past is bounded
+        assert model.bounded and found.size(1) == 43
+        return
+    for n in range(3, 43):
+        assert longer(found[:, :n])[0][0, -1].argmax() == found[0, n]
+    cache, sizes = Cache(), []
+    for n in range(30):
+        model(found[:, n:n + 1], cache=cache)
+        sizes.append(states(cache))
+    assert len(set(sizes)) == 1 and not any(c.buffers for c in [cache, *cache.children.values()])
+
+
+def test_a_window_is_decoded_with_a_cache_of_its_length():
+    model = network(attention_window=5, block_size=64, n_layer=1)
+    cache, idx = Cache(), tokens(model, 1)
+    logits = torch.cat([model(part, cache=cache)[0] for part in idx.split(1, dim=1)], dim=1)
+    assert (logits - model(idx)[0]).abs().max() < TOLERANCE
+    buffers = cache.child('h').child(0).child('attn').buffers
+    assert max(buffer.size(-2) for buffer, _ in buffers.values()) <= 16
+    # only the last five count
+    other = idx.clone()
+    other[:, :40] = (other[:, :40] + 1) % 11
+    changed = (model(other)[0] - model(idx)[0]).abs().amax(2)[0]
+    assert changed[43] > 1e-6 and changed[44:].max() == 0
 
 
 def test_a_gate_starts_as_the_identity():

@@ -43,7 +43,8 @@ class LinearAttention(Mixer):
     def forward(self, x, cache=NO_CACHE):
         B, T, C = x.size()
         q, k, v, gate = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.c_attn(x).chunk(4, dim=2))
-        log_g = -F.softplus(self.decay(x).transpose(1, 2) + self.decay_bias[:, None]) # (B, H, T)
+        # (B, H, T) at once: torch 2.13 cannot compile the gradient of a Linear layer's output that is transposed
+        log_g = -F.softplus(self.decay.weight @ x.mT + self.decay_bias[:, None])
         # 16 bits are too few for a sum over the whole past. Autocast does not know the meta device
         with torch.autocast(x.device.type.replace('meta', 'cpu'), enabled=False):
             q, k, v, log_g = (t if t.dtype == torch.float64 else t.float() for t in (q, k, v, log_g))
