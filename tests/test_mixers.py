@@ -15,7 +15,6 @@ import os
 import shutil
 import time
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,14 +23,15 @@ import torch.nn as nn
 
 from data.checkpoints import load_model, save_checkpoint
 from helpers import PROJECT, settings_of
-from model import (BUILT_IN, GPT, MIXERS, MLP, Cache, FusedAttention, GPTConfig, Mixer, Stack, TimeLinear, TimeMixing,
+from model import (GPT, MIXERS, MLP, Cache, FusedAttention, GPTConfig, Mixer, Stack, TimeLinear, TimeMixing,
                    UNet, find_leak, optimizer_groups, recompute_what_is_cheap)
 
-IDEAS = [Path(os.environ['MIXER'])] if 'MIXER' in os.environ else sorted((PROJECT / 'config/mixers').glob('*.py'))
-for path in IDEAS:
+for path in sorted((PROJECT / 'config/mixers').glob('*.py')):
     settings_of(path) # its mixer is then in MIXERS
-# those to test: with --mixer the new one alone
-TESTED = [name for name in MIXERS if 'MIXER' not in os.environ or name not in BUILT_IN]
+TESTED = list(MIXERS)
+if 'MIXER' in os.environ: # the one of --mixer alone
+    mixer = settings_of(os.environ['MIXER'])['mixer']
+    TESTED = [mixer] if isinstance(mixer, str) else list(dict.fromkeys(mixer))
 
 TOLERANCE = 1e-9 # the largest difference, in logits of size 1 to 10, that float64 rounding may make
 

@@ -7,12 +7,11 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import Literal
 
 import pytest
 
-from configurator import configure
-from model import GPTConfig, add_mixer
+from helpers import settings_of
+from model import GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
@@ -22,15 +21,12 @@ TABLES = (RESULTS / 'README.md').read_text(encoding='utf-8')
 
 @pytest.fixture(scope='module')
 def project(tmp_path_factory):
-    """A copy of the project with the README's mixer pasted in as it says."""
+    """A copy of the project with the README's mixer in a file, as it says."""
     folder = tmp_path_factory.mktemp('copy') / 'project'
     ignored = shutil.ignore_patterns('.git', '__pycache__', 'out*', '*.bin', 'meta.json', 'results')
     shutil.copytree(ROOT, folder, ignore=ignored)
-    code = re.search(r'```python\n(class MovingAverage.*?)```', README, re.DOTALL)[1]
-    entry = re.search(r"add `('moving_average': MovingAverage,)` to `MIXERS`", README)[1]
-    model = (folder / 'model.py').read_text(encoding='utf-8')
-    model = model.replace('MIXERS = {\n', code + '\n\nMIXERS = {\n    ' + entry + '\n', 1)
-    (folder / 'model.py').write_text(model, encoding='utf-8')
+    code = re.search(r'```python\n(from model import.*?)```', README, re.DOTALL)[1]
+    (folder / 'config/mixers/moving_average.py').write_text(code, encoding='utf-8')
     return folder
 
 
@@ -52,14 +48,15 @@ def test_the_mixer_of_the_readme_trains_samples_and_is_tested(project):
 
 
 def test_a_leaking_mixer_of_ones_own_fails(project):
-    model = project / 'model.py'
+    model = project / 'config/mixers/moving_average.py'
     source = model.read_text(encoding='utf-8')
     assert 'x.cumsum(dim=1) / count' in source
     model.write_text(source.replace('x.cumsum(dim=1) / count', 'x.mean(dim=1, keepdim=True) + 0 * count + 0 * x'),
                      encoding='utf-8')
     try:
-        command = [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', 'tests/test_mixers.py', '-k']
-        done = subprocess.run([*command, 'moving_average'], cwd=project, capture_output=True, text=True)
+        command = [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', 'tests/test_mixers.py']
+        done = subprocess.run([*command, '--mixer=config/mixers/moving_average.py'], cwd=project, capture_output=True,
+                              text=True)
         assert done.returncode == 1
         assert re.search(r'^E .*changes the logits of position \d', done.stdout, re.MULTILINE), done.stdout[-2000:]
     finally:
@@ -114,7 +111,7 @@ def test_the_paths_that_a_page_names_exist(page):
     named = set(re.findall(r'(?:config|data|tests)/[\w/]+\.\w+', PAGES[page]))
     assert named
     for path in named:
-        assert (ROOT / path.replace('NAME', 'gmlp')).exists(), path
+        assert (ROOT / path.replace('NAME', 'gmlp').replace('moving_average', 'gmlp')).exists(), path
     for target in re.findall(r'\]\(([^)]+)\)', PAGES[page]): # links and pictures, from the page's own folder
         path, _, heading = target.partition('#')
         assert ((ROOT / page).parent / path).exists(), target
@@ -127,9 +124,9 @@ def test_the_paths_that_a_page_names_exist(page):
 @pytest.mark.parametrize('page', PAGES)
 def test_each_command_of_a_page_takes_the_settings_it_is_given(page):
     for command in commands(PAGES[page]):
-        known = {f.name for f in fields(GPTConfig)} | {'help', 'key', 'nproc_per_node', 'standalone'}
+        known = {f.name for f in fields(GPTConfig)} | {'help', 'key', 'nproc_per_node', 'standalone', 'mixer'}
         for script in re.findall(r'[\w/]+\.py', command):
-            known |= names_assigned(script.replace('NAME', 'gmlp'))
+            known |= names_assigned(script.replace('NAME', 'gmlp').replace('moving_average', 'gmlp'))
         for name in re.findall(r'--(\w+)', command):
             assert name in known, (command, name)
         measured = re.match(r'python (tests/(?:bench|studies)\.py) (\w+)', command)
@@ -139,7 +136,7 @@ def test_each_command_of_a_page_takes_the_settings_it_is_given(page):
 
 @pytest.mark.parametrize('page', PAGES)
 def test_settings_named_in_the_text_exist(page):
-    words = set(re.findall(r'`--(\w+)', PAGES[page])) - {'help', 'key', 'tokenizer'}
+    words = set(re.findall(r'`--(\w+)', PAGES[page])) - {'help', 'key', 'tokenizer', 'share'}
     known = settings_of().keys() | names_assigned('tests/bench.py')
     assert words and words <= known, words - known
 
