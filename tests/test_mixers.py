@@ -666,7 +666,10 @@ def naive_attention(config, mixer, x):
     scores = compare(q, k, config.n_head, config.pos_emb, mixer.relative, mixer.qk_scale)
 
     def row(b, h, i):
-        att = softmax(scores(b, h, i))
+        own = scores(b, h, i)
+        if config.attention_window:
+            own[:max(0, i + 1 - config.attention_window)] = -math.inf
+        att = softmax(own)
         if config.time_weighting == 'full':
             att = att * torch.stack([mixer.weight[h, i, j] for j in range(i + 1)])
         elif config.time_weighting == 'circulant':
@@ -736,6 +739,8 @@ def test_definition(mixer, options, size):
     B, T, H, C = SIZES[size].values()
     for pos_emb in MIXERS[mixer].pos_embs:
         if pos_emb not in Mixer.pos_embs and options.get('synthesizer_attn') is False:
+            continue
+        if options.get('attention_window') and 'relative' in pos_emb:
             continue
         if size == 'long' and pos_emb in ('learned', 'learned+relative', 'rope'):
             continue # nothing in them is done in blocks of rows
