@@ -1,8 +1,10 @@
 """The real sample.py as a process of its own, on checkpoints with known answers."""
 import os
+import select
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -289,19 +291,25 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_chat(tmp_path):
         def read_until(word):
             nonlocal shown, seen
             while word not in shown[seen:]:
+                assert select.select([terminal], [], [], 30)[0], (word, shown[-500:])
                 shown += os.read(terminal, 4096)
             seen = shown.index(word, seen) + len(word)
+
+        def write(line):
+            time.sleep(0.5) # readline shows its prompt before it listens, and what came until then may be lost
+            os.write(terminal, line)
         read_until(b'/reset forgets')
         read_until(b'Q')
         for _ in range(2): # the chat goes on after the first one
-            os.write(terminal, b'ab\n')
+            write(b'ab\n')
             read_until('日'.encode())
             process.send_signal(signal.SIGINT)
             read_until(b'(stopped)')
             read_until(b'Q')
-        os.write(terminal, b'/help\n')
+        write(b'/help\n')
         read_until(b'Ctrl-D')
         read_until(b'Q')
+        time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130
     os.close(terminal)
