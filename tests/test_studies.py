@@ -81,7 +81,7 @@ def test_ablations(studies, words):
 
 def test_every_ablation_is_legal(studies, told):
     """train.py takes the settings of each row."""
-    from test_readme import settings
+    from helpers import settings_of as settings
     config = settings(PROJECT / 'config' / 'speedrun_shakespeare_cpu.py')
     studies('ablations', '--seeds=1,')
     assert len(told) == len(studies.script.ABLATIONS)
