@@ -2,7 +2,7 @@
 
     batch_size = 12 # sequences in a micro-batch
     top_k: int | None = 200 # keep only the k most likely tokens; None: all
-    config, given, replaced = configure(globals())
+    config, given, replaced, files = configure(globals())
 
     python script.py config/a.py config/b.py --batch_size=32 --flag
 
@@ -92,7 +92,11 @@ def configure(namespace, dataclass=None, argv=None, adopt=None, foreign=()):
     for path in files: # files can read the flags: with --max_iters=9, lr_decay_iters = max_iters means 9
         assigned = run_file(path, {**config, **given, **flags}, mistakes)
         if adopt:
+            before = set(dir(dataclass))
             adopt_classes(path, assigned, adopt, mistakes)
+            script = os.path.basename(namespace['__file__'])
+            mistakes += [f'{path}: a class declares the setting {name}, which {script} has: choose another name'
+                         for name in own if name in set(dir(dataclass)) - before]
             settings.update(find_settings(namespace, dataclass)[1])
         given.update(check_file(path, assigned, settings, foreign, mistakes))
     files, flags, wrong = read_arguments(argv, folder, settings) # again: files may have brought settings

@@ -17,7 +17,7 @@ import math
 import re
 import sys
 import typing
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
@@ -780,7 +780,8 @@ class Window:
         """Logits (B, V) of the token after out (B, T), of which the last call had the beginning."""
         n, block_size = out.size(1), self.model.config.block_size
         if self.cache is None or n - self.start > block_size and self.model.bounded:
-            self.start = n - max(1, block_size // 2) if self.cache is not None else max(0, n - block_size)
+            begin = n - block_size if self.model.bounded else 0
+            self.start = n - max(1, block_size // 2) if self.cache is not None else max(0, begin)
             self.done, self.cache = self.start, Cache()
         if self.decoder and n - 1 == self.done > self.start:
             logits = self.decoder(out[:, -1:])
@@ -848,10 +849,10 @@ def declare_settings(cls):
     for name in own_settings(cls):
         if name not in vars(cls):
             raise ValueError(f"the setting {name} of {cls.__name__} needs a default, as in {name}: int = 4")
-        before = GPTConfig.declared_by.get(name, GPTConfig)
-        if before.__name__ != cls.__name__ and getattr(GPTConfig, name, vars(cls)[name]) != vars(cls)[name]:
-            raise ValueError(f"the setting {name} of {cls.__name__} is declared elsewhere with another meaning: choose "
-                             "another name")
+        before = GPTConfig.declared_by.get(name) # another mixer may have the same setting
+        taken = hasattr(GPTConfig, name) if before is None else getattr(GPTConfig, name) != vars(cls)[name]
+        if taken and (before is None or before.__name__ != cls.__name__):
+            raise ValueError(f"the setting {name} of {cls.__name__} is declared elsewhere, too: choose another name")
         GPTConfig.__annotations__[name] = hints[name]
         setattr(GPTConfig, name, vars(cls)[name])
         GPTConfig.declared_by[name] = cls
@@ -1266,82 +1267,96 @@ def cost(model, T=None, dtype=torch.float32, device_type=None):
     return 3 * counter.get_total_flops() / T, (sum(s.nbytes() for s in kept.values()) - weights) / T
 
 
-def find_leak(model, idx, forward=None):
-    """
-    Which position of model's output sees a later token, in words; None if none does. Each row of idx (B, T) is cut at
-    another position. The gradient of the output there must be zero, exactly, for every embedded token after the cut;
-    and other tokens after the cut must leave the loss up to it as it is, to the last bit. forward: the model as it will
-    train, such as a compiled one, for the second. Weights that are zero hide leaks: they are random meanwhile.
-    """
-    (B, T), rows = idx.shape, torch.arange(idx.size(0), device=idx.device)
-    first = [T // 2, T - 2, T // 2 + 1, T // 3] # neighbours, since a leak may skip every other position
-    cuts = torch.tensor([*first, *torch.randint(max(1, T - 1), (B,)).tolist()][:B], device=idx.device).clamp(min=0)
-    later = torch.arange(T, device=idx.device) > cuts[:, None] # (B, T)
-    seed = int(torch.randint(2 ** 31, ()))
-
-    def outputs(idx):
-        """-> [(the name of a module, its output)], the embedded tokens first, in the order in which they are done."""
-        done = []
-        def keep(name):
-            def hook(module, args, y):
-                y = y.detach().requires_grad_() if module is model.transformer.wte else y
-                done.append((f'{name} ({type(module).__name__})', y))
-                return y
-            return hook
-        named = [(name, m) for name, m in model.named_modules() if m is model.transformer.wte or
-                 isinstance(m, (Mixer, TimeMixing, MLP, Block, UNet))]
-        hooks = [m.register_forward_hook(keep(name)) for name, m in named]
-        torch.manual_seed(seed) # the same dropout each time
-        done.append(('the output', model.hidden(idx)))
-        for hook in hooks:
-            hook.remove()
-        return done
-
-    def seen(y, b, t):
-        """(T,): how much the output y at position t of row b depends on each embedded token."""
-        direction = torch.randn(y.size(2), device=y.device, dtype=y.dtype)
-        return torch.autograd.grad((y[b, t] * direction).sum(), x, retain_graph=True)[0][b].abs().amax(-1)
-
+@contextmanager
+def without_zeros(model):
+    """Meanwhile weights that are zero are random, since zeros hide leaks; then weights and buffers are as before."""
     buffers = [(p, p.clone()) for p in model.buffers()]
+    # a sharded parameter's own part
     zeros = [(p, p == 0) for p in (getattr(p, 'to_local', lambda: p)() for p in model.parameters())]
     try:
         with torch.no_grad():
             for p, zero in zeros:
                 p[zero] = 0.02 * torch.randn(int(zero.sum()), device=p.device, dtype=p.dtype)
-        n = min(B, 4)
-        (_, x), *done = outputs(idx[:n])
-        y = done[-1][1]
-        grad, = torch.autograd.grad((y[rows[:n], cuts[:n]] * torch.randn_like(y[:, 0])).sum(), x, retain_graph=True)
-        sees = (grad.abs().amax(-1) * later[:n]).nan_to_num(nan=0.0) # (n, T)
-        if sees.any():
-            b, s = divmod(int(sees.argmax()), T)
-            t = int(cuts[b])
-            # in a UNet's inside the positions are others: it counts as a whole
-            where = next(name for name, y in done if y.size(1) == T and seen(y, b, t)[t + 1:].any())
-            return f"position {t} sees position {s}, first in {where}"
-        if model.config.vocab_size == 1:
-            return None
-        other = torch.where(later, (idx + 1) % model.config.vocab_size, idx)
-        targets = torch.where(later, -1, idx)
-        def loss(idx):
-            torch.manual_seed(seed)
-            return (model if forward is None else forward)(idx, targets)[1].item()
-        changed = loss(idx) != loss(other)
-        if not changed or loss(idx) != loss(idx): # where no two runs are alike, bits say nothing
-            return None
-        with torch.no_grad():
-            differs = ((outputs(idx)[-1][1] != outputs(other)[-1][1]).any(2) & ~later).nonzero()
-        if not len(differs):
-            return "a position sees a later one in the compiled network alone"
-        b, t = differs[0].tolist()
-        return (f"position {t} changes with the tokens after position {int(cuts[b])}, though its gradient does not say "
-                "so")
+        yield
     finally:
         with torch.no_grad():
             for p, old in buffers:
                 p.copy_(old)
             for p, zero in zeros:
                 p[zero] = 0.0
+
+
+def trace(model, idx, seed):
+    """-> [(name of a module, its output)] of a pass over idx: the embedding's first, the whole network's last."""
+    wte, done = model.transformer.wte, []
+    def keep(name):
+        def hook(module, args, y):
+            y = y.detach().requires_grad_() if module is wte else y
+            done.append((f'{name} ({type(module).__name__})', y))
+            return y
+        return hook
+    hooks = [module.register_forward_hook(keep(name)) for name, module in model.named_modules()
+             if module is wte or isinstance(module, (Mixer, TimeMixing, MLP, Block, UNet))]
+    torch.manual_seed(seed) # the same dropout each time
+    try:
+        return done + [('the output', model.hidden(idx))]
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def find_leak(model, idx, forward=None):
+    """
+    Which position of model's output sees a later token, in words; None if none does. Rows of idx (B, T) are cut at
+    several positions. The gradient of the output there must be zero, exactly, for every embedded token after the cut;
+    and other tokens after the cut must leave the loss up to it as it is, to the last bit. forward: the model as it will
+    train, such as a compiled one, for the second.
+    """
+    with without_zeros(model):
+        return find_gradient_of_future(model, idx) or find_change_by_future(model, idx, forward or model.forward)
+
+
+def find_gradient_of_future(model, idx, seed=0):
+    B, T = idx.shape
+    # neighbours, since a leak may skip every other position
+    for cuts in torch.tensor([T // 2, T - 2, T // 2 + 1, T // 3], device=idx.device).clamp(0, T - 1).split(B):
+        (_, x), *done = trace(model, idx[:len(cuts)], seed)
+
+        def seen(y):
+            """(rows, T): how much each row's output y at its cut depends on each later embedded token."""
+            at_cut = y[torch.arange(len(cuts), device=y.device), cuts]
+            grad, = torch.autograd.grad((at_cut * torch.randn_like(at_cut)).sum(), x, retain_graph=True)
+            return grad.abs().amax(-1).nan_to_num(nan=0.0) * (torch.arange(T, device=y.device) > cuts[:, None])
+
+        later = seen(done[-1][1])
+        if later.any():
+            row, s = divmod(int(later.argmax()), T)
+            # in a UNet's inside the positions are others: it counts as a whole
+            where = next(name for name, y in done if y.size(1) == T and seen(y)[row].any())
+            return f"position {int(cuts[row])} sees position {s}, first in {where}"
+    return None
+
+
+def find_change_by_future(model, idx, forward, seed=0):
+    (B, T), V = idx.shape, model.config.vocab_size
+    cuts = torch.randint(max(1, T - 1), (B, 1), device=idx.device)
+    later = torch.arange(T, device=idx.device) > cuts # (B, T)
+    other, targets = torch.where(later, (idx + 1) % V, idx), torch.where(later, -1, idx)
+
+    def loss(idx):
+        torch.manual_seed(seed)
+        return forward(idx, targets)[1].item()
+
+    changed = loss(idx) != loss(other)
+    if not changed or loss(idx) != loss(idx): # where no two runs are alike, bits say nothing
+        return None
+    with torch.no_grad():
+        (_, y), (_, z) = trace(model, idx, seed)[-1], trace(model, other, seed)[-1]
+    differs = ((y != z).any(2) & ~later).nonzero()
+    if not len(differs):
+        return "a position sees a later one in the compiled network alone"
+    row, t = differs[0].tolist()
+    return f"position {t} changes with the tokens after position {int(cuts[row])}, though its gradient is zero"
 
 
 def first_nonfinite(model, idx, targets):

@@ -32,8 +32,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from configurator import check_ranges, configure, exit_on_error, find_peak_flops, resolve, take_settings
-from data.checkpoints import (build_model, evaluated_weights, find_weights, full_state, is_pretrained, load_checkpoint,
-                              load_latest, load_optimizer, load_pretrained, save_checkpoint, stored_config)
+from data.checkpoints import (architecture, build_model, evaluated_weights, find_weights, full_state, is_pretrained,
+                              load_checkpoint, load_latest, load_optimizer, load_pretrained, save_checkpoint,
+                              stored_config)
 from data.run import RunFolder, peak_memory
 from data.tokenizers import load_tokenizer, with_line_ends
 from data.tokens import Split, dataset_folder, find_path, load_meta, prefetch
@@ -242,7 +243,7 @@ def build_network():
         return load_pretrained(init_from if init_from.startswith('gpt2') else find_weights(init_from), asked), []
     if checkpoint:
         weights = checkpoint['model'] if resuming else evaluated_weights(checkpoint)
-        return build_model(checkpoint['model_args'], weights, allow_changes, **asked)
+        return build_model(architecture(checkpoint), weights, allow_changes, **asked)
     args = {f.name: config[f.name] for f in fields(GPTConfig)}
     if 'vocab_size' not in given: # a large vocabulary is padded: multiples of 64 make faster matrix products
         size = meta.get('vocab_size', 50257)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from data.tokens import find_path
-from model import GPT, MIXERS, GPTConfig
+from model import GPT, MIXERS, GPTConfig, own_settings
 
 GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 NANOGPT_FIELDS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
@@ -106,6 +106,16 @@ def stored_config(config):
             if f.name in NANOGPT_FIELDS or getattr(config, f.name) != f.default}
 
 
+def architecture(checkpoint):
+    """The fields of GPTConfig that a checkpoint was trained with, also where a default has changed since."""
+    args = checkpoint['model_args']
+    mixer = args.get('mixer', 'attention')
+    read = [name for m in (mixer if isinstance(mixer, (tuple, list)) else [mixer]) if m in MIXERS
+            for name in own_settings(MIXERS[m])]
+    known = [f.name for f in fields(GPTConfig) if f.name not in GPTConfig.declared_by or f.name in read]
+    return {k: v for k, v in checkpoint.get('config', {}).items() if k in known} | args
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # From a checkpoint to a model
 
@@ -113,7 +123,7 @@ def load_model(path, device='cpu', **changes):
     """A checkpoint of train.py (or nanoGPT's) -> (model in evaluation mode, the checkpoint's dict)."""
     checkpoint = load_checkpoint(path)
     try:
-        model, _ = build_model(checkpoint['model_args'], evaluated_weights(checkpoint), **changes)
+        model, _ = build_model(architecture(checkpoint), evaluated_weights(checkpoint), **changes)
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from None
     return model.to(device).eval(), checkpoint
@@ -134,7 +144,7 @@ def build_model(args, state, allow_changes=False, **changes):
     time_mixing, which has no identity and must be trained in. Others are refused unless allow_changes.
     """
     mixer = args.get('mixer', 'attention')
-    lost = [name for name in ([mixer] if isinstance(mixer, str) else mixer) if name not in MIXERS]
+    lost = [name for name in (mixer if isinstance(mixer, (tuple, list)) else [mixer]) if name not in MIXERS]
     if lost:
         raise ValueError(f"the mixer {lost[0]!r} of the checkpoint is not in model.py: give the file that defines it, "
                          f"as in python train.py or sample.py config/mixers/{lost[0]}.py")

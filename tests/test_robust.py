@@ -501,6 +501,26 @@ def test_a_mixer_with_a_buffer_can_be_opened_again(ema, tmp_path, monkeypatch):
     assert cropped.transformer.h[0].attn.bias.shape == (1, 1, 5, 5)
 
 
+def test_a_changed_default_leaves_a_checkpoint_its_meaning(tmp_path, monkeypatch):
+    """Of a setting that the mixer reads; one that another mixer reads says nothing."""
+    from data.checkpoints import load_model, save_checkpoint, stored_config
+    from model import GPT, GPTConfig, GatedMLP, declare_settings
+    for mixer in 'gmlp', 'attention':
+        network = GPT(GPTConfig(block_size=8, vocab_size=5, n_layer=1, n_head=2, n_embd=8, mixer=mixer))
+        save_checkpoint(tmp_path / f'{mixer}.pt', dict(model=network.state_dict(), config=dict(vars(network.config)),
+                                                       model_args=stored_config(network.config)))
+    try:
+        with monkeypatch.context() as m:
+            m.setattr(GatedMLP, 'gmlp_tanh', True)
+            declare_settings(GatedMLP)
+            assert GPTConfig(mixer='gmlp').gmlp_tanh
+            assert not load_model(tmp_path / 'gmlp.pt')[0].config.gmlp_tanh
+            load_model(tmp_path / 'attention.pt')
+    finally:
+        declare_settings(GatedMLP)
+    assert not GPTConfig(mixer='gmlp').gmlp_tanh
+
+
 def test_a_deleted_setting_at_its_default_locks_nothing_out(tmp_path):
     from data.checkpoints import load_model, save_checkpoint, stored_config
     from model import GPT, GPTConfig

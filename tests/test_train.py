@@ -661,6 +661,10 @@ IDEAS_THAT_FAIL = {
     'window below 1': ('attention_window = 0', ['attention_window=0', 'at least 1']),
     'a setting that clashes': ('from model import Mixer\nclass Own(Mixer):\n    mlp_ratio: int = 3\n'
                                '    def mix(self, x): return x\nmixer = Own', ['mlp_ratio', 'declared elsewhere']),
+    'a clash at the default': ('from model import Mixer\nclass Own(Mixer):\n    mlp_ratio: float = 4.0\n'
+                               '    def mix(self, x): return x\nmixer = Own', ['mlp_ratio', 'elsewhere']),
+    'a setting of train.py': ('from model import Mixer\nclass Own(Mixer):\n    momentum: float = 0.9\n'
+                              '    def mix(self, x): return x\nmixer = Own', ['momentum', 'train.py has']),
     'a setting without a default': ('from model import Mixer\nclass Own(Mixer):\n    size: int\n'
                                     '    def mix(self, x): return x\nmixer = Own', ['size', 'needs a default']),
     'the name of a built-in mixer': ('from model import Mixer\nclass Attention(Mixer):\n'
