@@ -13,6 +13,7 @@ import ast
 import builtins
 import dataclasses
 import difflib
+import functools
 import inspect
 import os
 import shutil
@@ -128,16 +129,10 @@ def find_settings(namespace, dataclass):
     fields, hints, notes = {}, {}, {}
     if dataclass:
         fields, hints = {f.name: f for f in dataclasses.fields(dataclass)}, typing.get_type_hints(dataclass)
-        try:
-            notes = scan(textwrap.dedent(inspect.getsource(dataclass)))
-        except (OSError, TypeError): # a class that was typed in has no source, and so no comments
-            pass
+        notes = scan_class(dataclass)
     for cls in set(getattr(dataclass, 'declared_by', {}).values()):
-        try:
-            notes |= {name: (hint, comment, f'mixer {cls.__name__}') for name, (hint, comment, _) in
-                      scan(inspect.getsource(cls)).items() if name in fields}
-        except (OSError, TypeError):
-            pass
+        notes |= {name: (hint, comment, f'mixer {cls.__name__}') for name, (hint, comment, _) in scan_class(cls).items()
+                  if name in fields}
     settings, own = {}, []
     for name, (annotation, comment, group) in script.items():
         try:
@@ -160,16 +155,28 @@ def find_settings(namespace, dataclass):
     return own, settings
 
 
-def scan(source):
-    """{name: (annotation, comment, group)} of the assignments at the top level of a script or in a lone class' body.
+def scan_class(cls):
+    """scan of the class' body; {} for one that was typed in, which has no source."""
+    try:
+        with tokenize.open(inspect.getsourcefile(cls)) as f:
+            return scan_classes(f.read()).get(cls.__name__, {})
+    except (OSError, TypeError):
+        return {}
+
+
+@functools.cache
+def scan_classes(source): # parsed once for all classes: inspect.getsource parses the whole file for each
+    return {node.name: scan(source, node.body) for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+
+
+def scan(source, body=None):
+    """{name: (annotation, comment, group)} of the assignments at the top level of a script or in a class' body.
 
     The comment is the one behind the value, with deeper indented comment lines under it. The group is the nearest
     block of comment lines right above an assignment.
     """
-    lines, body, found, group = source.split('\n'), ast.parse(source).body, {}, ''
-    if len(body) == 1 and isinstance(body[0], ast.ClassDef):
-        body = body[0].body
-    for node in body:
+    lines, found, group = source.split('\n'), {}, ''
+    for node in ast.parse(source).body if body is None else body:
         row, above, indent = node.lineno - 2, [], ' ' * node.col_offset # row counts from 0
         while row >= 0 and lines[row].startswith(indent + '#'):
             above.insert(0, lines[row].strip('-=# '))

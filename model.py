@@ -131,6 +131,12 @@ class Cache:
         self.states = {name: tuple(t[rows] for t in tensors) for name, tensors in self.states.items()}
         self.buffers = {name: (buffer[rows], length) for name, (buffer, length) in self.buffers.items()}
 
+    def n_bytes(self):
+        """Bytes of what it remembers."""
+        kept = [t for tensors in self.states.values() for t in tensors]
+        kept += [buffer[..., :length, :] for buffer, length in self.buffers.values()]
+        return sum(t.nbytes for t in kept) + sum(child.n_bytes() for child in self.children.values())
+
 
 class NoCache(Cache):
     """In training each sequence is whole: it starts at position 0, and nothing is remembered."""

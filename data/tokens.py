@@ -7,7 +7,8 @@ val_*.bin; a prefix is fine too, as in fineweb_train_000001.bin). meta.json desc
     {"dtype": "uint16", "vocab_size": 65, "tokenizer": "char", "characters": "...", "tokens": {"train": n, "val": n}}
 
 Token files are bare little-endian ids. nanoGPT's files work unchanged, with or without their meta.pkl. So do the shards
-of llm.c and modded-nanogpt, which begin with a header.
+of llm.c and modded-nanogpt, which begin with a header. train.mask beside train.bin has a byte for each of its tokens: a 0
+says that the token is not to be predicted.
 
 Whatever is wrong with a file raises DataError. Its message is one line with the value and the way out.
 """
@@ -143,6 +144,7 @@ class Shard(NamedTuple):
     dtype: np.dtype
     start: int # byte at which the tokens begin
     n_tokens: int
+    mask: str | None = None # a file with one byte a token; 0: not a target of the training
 
 
 def open_shard(path, dtype):
@@ -165,7 +167,11 @@ def open_shard(path, dtype):
     elif size % dtype.itemsize:
         raise DataError(f"{path}: {size} bytes are not a whole number of {dtype.name} tokens, so the file is cut short "
                         f"or not a token file; {how_to_prepare(path.parent)}")
-    return Shard(str(path), dtype, start, (size - start) // dtype.itemsize)
+    n_tokens, mask = (size - start) // dtype.itemsize, path.with_suffix('.mask')
+    if mask.is_file() and mask.stat().st_size != n_tokens:
+        raise DataError(f"{mask}: {mask.stat().st_size} bytes are not one for each of the {n_tokens} tokens of "
+                        f"{path.name}; {how_to_prepare(path.parent)}")
+    return Shard(str(path), dtype, start, n_tokens, str(mask) if mask.is_file() else None)
 
 
 def map_tokens(shard):
@@ -300,6 +306,7 @@ class Split:
             digest.update(f'{os.path.basename(shard.path)} {shard.n_tokens} '.encode())
             tokens = map_tokens(shard)
             digest.update(tokens[:4096].tobytes() + tokens[-4096:].tobytes())
+            digest.update(Path(shard.mask).read_bytes()[:4096] if shard.mask else b'')
         return digest.hexdigest()[:16]
 
     def sum_windows(self, counts, length):
@@ -322,6 +329,9 @@ class Split:
             if self.vocab_size:
                 check_ids(self.shards[shard], offset, tokens, self.vocab_size)
             x[row, :n], y[row, :n] = tokens[:-1], tokens[1:]
+            if mask := self.shards[shard].mask:
+                is_target = np.memmap(mask, np.uint8, 'r', offset + 1, (n,))
+                y[row, :n][is_target == 0] = -1
         return x, y
 
 

@@ -25,18 +25,21 @@ class Writer:
     shard_tokens  None: one file per split; else tokens per shard (train_000000.bin...)
     job           a dict of plain values that describes what is written. Then an interruption keeps the *.tmp files, and
                   a Writer with the same job goes on from the last out.save(state)
+    about         more for meta.json: a dict of plain values
     state         that state; None: nothing to go on from
     tokens        tokens written so far, by split
     n_bytes       bytes of text in both splits
     """
-    def __init__(self, folder, tokenizer, shard_tokens=None, job=None):
+    def __init__(self, folder, tokenizer, shard_tokens=None, job=None, about=None):
         self.folder, self.tokenizer, self.shard_tokens, self.job = Path(folder), tokenizer, shard_tokens, job
+        self.about = about or {}
         self.dtype = np.dtype('<u2' if tokenizer.vocab_size <= 65536 else '<u4')
         self.tokens = {'train': 0, 'val': 0}
         self.n_bytes = 0
         self.state = None
         self.progress = self.folder / 'progress.json.tmp'
         self.files = {} # split -> the open file
+        self.masks = {} # split -> list of arrays
 
     def __enter__(self):
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -56,11 +59,13 @@ class Writer:
             if self.job is None:
                 self.remove_temporary()
 
-    def write(self, split, ids):
-        """Appends ids to a split, 'train' or 'val'."""
+    def write(self, split, ids, mask=None):
+        """Appends ids to a split, 'train' or 'val'. mask: one boolean an id, whether to learn it; then no shards."""
         ids = np.asarray(ids)
         if len(ids) == 0:
             return
+        if mask is not None:
+            self.masks.setdefault(split, []).append(np.asarray(mask, np.uint8))
         wrong = ids[(ids < 0) | (ids >= self.tokenizer.vocab_size)]
         if len(wrong):
             raise DataError(f"id {wrong[0]} is outside the vocabulary of {self.tokenizer.vocab_size}")
@@ -135,7 +140,11 @@ class Writer:
         for path in self.folder.glob('*.bin'):
             if path.name not in names and re.fullmatch(r'(train|val)(_\d+)?\.bin', path.name):
                 path.unlink() # of an earlier preparation, with other shards
-        write_json(meta, {'dtype': self.dtype.name, **self.tokenizer.meta(), 'tokens': self.tokens})
+        for path in self.folder.glob('*.mask'):
+            path.unlink()
+        for split, masks in self.masks.items():
+            np.concatenate(masks).tofile(self.folder / f'{split}.mask')
+        write_json(meta, {'dtype': self.dtype.name, **self.tokenizer.meta(), **self.about, 'tokens': self.tokens})
         self.progress.unlink(missing_ok=True)
 
     def remove_temporary(self):

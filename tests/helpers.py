@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from configurator import configure
-from data.checkpoints import load_checkpoint, save_checkpoint
+from data.checkpoints import load_checkpoint, save_checkpoint, stored_config
 from data.tokenizers import CharTokenizer
 from data.writer import Writer
 from model import GPT, GPTConfig, add_mixer
@@ -155,7 +155,7 @@ def random_model(vocab_size, seed=0, std=0.3, **settings):
 
 def write_checkpoint(path, model, **more):
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(path, dict(format=1, model=model.state_dict(), model_args=vars(model.config), iter_num=7,
+    save_checkpoint(path, dict(format=1, model=model.state_dict(), model_args=stored_config(model.config), iter_num=7,
                                best_val_loss=1.5, config={}) | more)
 
 

@@ -854,7 +854,7 @@ def test_calc_accuracy(tmp_path):
 def test_calc_evaluate_a_checkpoint(tmp_path):
     import torch
     from data.calc.evaluate import load_generator
-    from data.checkpoints import save_checkpoint
+    from data.checkpoints import save_checkpoint, stored_config
     from model import GPT, GPTConfig
     prepare('calc', f'--out={tmp_path}/calc', '--examples=20', *PLAIN_CALC)
     meta = load_meta(tmp_path / 'calc')
@@ -862,7 +862,7 @@ def test_calc_evaluate_a_checkpoint(tmp_path):
     config = GPTConfig(block_size=16, vocab_size=meta['vocab_size'], n_layer=1, n_head=1, n_embd=8)
     model = GPT(config)
     (tmp_path / 'run').mkdir()
-    weights = {'model': model.state_dict(), 'model_args': vars(config)}
+    weights = {'model': model.state_dict(), 'model_args': stored_config(config)}
     save_checkpoint(tmp_path / 'run' / 'ckpt.pt', {**weights, 'meta': meta})
     printed = prepare('calc/evaluate.py', f'--out_dir={tmp_path}/run', f'--dataset={tmp_path}/calc', '--device=cpu')
     assert f'of {len(problems_of(tmp_path / "calc", "val"))}' in printed.splitlines()[-1]
@@ -1116,3 +1116,147 @@ def test_hub_dataset_that_is_a_script(monkeypatch):
     monkeypatch.setattr(datasets, 'load_dataset', refuses)
     with pytest.raises(DataError, match='no longer supported.*--revision=refs/convert/parquet'):
         hub.open_stream('x', '', '', '')
+
+
+# ---- recall: tasks with masked targets
+
+def answers_by_hand(task, row):
+    """{position: the token that belongs there}, by reading the row (text) from left to right as the task says."""
+    if task == 'mqar':
+        pairs, expected = {}, {}
+        for i in range(0, len(row), 2):
+            if row[i] in pairs:
+                expected[i + 1] = pairs[row[i]]
+            elif row[i] != ' ':
+                pairs[row[i]] = row[i + 1]
+        return expected
+    if task == 'induction':
+        return {len(row) - 1: row[row.index('*') + 1]}
+    before, bar, after = row.partition('|')
+    if task == 'parity':
+        return {len(before) + 1: str(before.count('1') % 2)}
+    said = before.replace(' ', '')
+    return {len(before) + 1 + i: c for i, c in enumerate(said)}
+
+
+@pytest.mark.parametrize('task', ['mqar', 'copy', 'selective_copy', 'induction', 'parity'])
+def test_prepare_recall(tmp_path, task):
+    options = ['recall', f'--task={task}', f'--out={tmp_path}', '--sizes=3,7', '--length=30', '--symbols=20',
+               '--val_examples=50']
+    prepare(*options, '--examples=201')
+    meta = load_meta(tmp_path)
+    assert meta['recall'] == dict(task=task, sizes=[3, 7], length=30)
+    tokenizer, rows = load_tokenizer(meta), {}
+    for split, n in ('train', 201), ('val', 50):
+        rows[split] = tokens_of(tmp_path / f'{split}.bin', (n, 30))
+        mask = np.fromfile(tmp_path / f'{split}.mask', np.uint8).reshape(n, 30)
+        for i, (row, targets) in enumerate(zip(rows[split], mask)):
+            text = tokenizer.decode(row)
+            expected = answers_by_hand(task, text)
+            assert {int(at): text[at] for at in np.flatnonzero(targets)} == expected, text
+            size = (3, 7)[i % 2]
+            assert len(expected) == (1 if task in ('induction', 'parity') else size)
+            if task == 'induction':
+                assert text.index('*') == 27 - size
+    assert not np.array_equal(rows['train'][:50], rows['val'])
+    before = (tmp_path / 'train.bin').read_bytes()
+    prepare(*options, '--examples=201')
+    assert (tmp_path / 'train.bin').read_bytes() == before
+
+
+def tokens_of(path, shape):
+    return np.fromfile(path, '<u2').reshape(shape)
+
+
+def test_prepare_recall_mistakes(tmp_path):
+    out = f'--out={tmp_path}/x'
+    prepare('recall', out, '--sizes=4,17', error='sizes has 17, for which mqar takes 68 tokens, .*--length=68')
+    prepare('recall', out, '--sizes=0,4', error='sizes=\\(0, 4\\) must be')
+    prepare('recall', out, '--symbols=10', '--sizes=6', error='of symbols=10 only 5 are keys: .*--symbols=12')
+    prepare('recall', out, '--task=guess', error="task='guess' is not one of mqar, copy")
+    assert not (tmp_path / 'x').exists()
+
+
+def test_masked_targets(tmp_path):
+    """A target is -1 where its byte in the mask is 0: in batches, in fixed windows, and over the whole split."""
+    rng = np.random.default_rng(0)
+    ids, mask = rng.integers(60, size=95), rng.integers(2, size=95)
+    with Writer(tmp_path, CharTokenizer(''.join(map(chr, range(48, 108))))) as out:
+        for i in range(0, 95, 19):
+            out.write('train', ids[i:i + 19], mask[i:i + 19] > 0)
+        out.write('val', ids)
+    split = Split(tmp_path, 'train')
+    expected = np.where(mask > 0, ids, -1)
+    for offset in range(85):
+        x, y = split.read(np.array([0]), np.array([offset]), 10)
+        assert np.array_equal(x[0], ids[offset:offset + 10]) and np.array_equal(y[0], expected[offset + 1:offset + 11])
+    targets = np.concatenate([y.ravel() for _, y, _ in split.all_batches(3, 10)])[:94]
+    assert np.array_equal(targets, expected[1:])
+    assert sum(n for _, _, n in split.all_batches(3, 10)) == (expected[1:] >= 0).sum()
+    fixed = np.concatenate([y for _, y in split.fixed_batches(9, 1, 10)])
+    assert np.array_equal(fixed.ravel(), expected[1:91])
+    other = [s.fingerprint() for s in (split, Split(tmp_path, 'val'))]
+    (tmp_path / 'train.mask').write_bytes(bytes(95))
+    assert Split(tmp_path, 'train').fingerprint() != other[0]
+    # the other split has none, and one of another length is refused
+    assert (Split(tmp_path, 'val').read(np.array([0]), np.array([0]), 10)[1] >= 0).all()
+    (tmp_path / 'train.mask').write_bytes(bytes(94))
+    with pytest.raises(DataError, match='train.mask: 94 bytes are not one for each of the 95 tokens of train.bin') as e:
+        Split(tmp_path, 'train')
+    message(e)
+    with Writer(tmp_path, ByteTokenizer()) as out: # another preparation takes the mask with it
+        out.write('train', ids), out.write('val', ids)
+    assert not list(tmp_path.glob('*.mask'))
+
+
+def test_evaluate_recall(tmp_path):
+    """Against a network that knows the rule, but not the last key's value."""
+    import torch
+
+    from data.recall.evaluate import accuracy
+    prepare('recall', f'--out={tmp_path}', '--sizes=3,5', '--length=24', '--examples=4', '--val_examples=31')
+    split = Split(tmp_path, 'val')
+    tokenizer = load_tokenizer(split.meta)
+
+    class Reader(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lm_head = torch.nn.Linear(1, 1)
+
+        def forward(self, x):
+            logits = torch.zeros(*x.shape, tokenizer.vocab_size)
+            for b, row in enumerate(x.tolist()):
+                pairs = {}
+                for i in range(0, len(row) - 1, 2):
+                    if row[i] in pairs and row[i] != row[2 * (size_of(row) - 1)]:
+                        logits[b, i, pairs[row[i]]] = 1.0
+                    pairs.setdefault(row[i], row[i + 1])
+            return logits, None
+
+    def size_of(row):
+        return next(n for n in (3, 5) if row[2 * n] == 0 or row[2 * n] in row[:2 * n:2])
+
+    counts = accuracy(Reader(), split, 7)
+    assert counts == {3: [2 * 16, 3 * 16, 0, 16], 5: [4 * 15, 5 * 15, 0, 15]}
+
+
+def test_recall_from_data_to_accuracy(tmp_path):
+    """The three commands; also with an idea's file, on longer examples than it was trained on."""
+    prepare('recall', f'--out={tmp_path}/short', '--sizes=2', '--length=8', '--symbols=4', '--examples=2000',
+            '--val_examples=40')
+    prepare('recall', f'--out={tmp_path}/long', '--sizes=2', '--length=20', '--symbols=4', '--examples=10',
+            '--val_examples=40')
+    small = [f'--out_dir={tmp_path}/run', f'--dataset={tmp_path}/short', '--block_size=8', '--n_embd=32',
+             '--max_iters=300', '--eval_interval=300', '--device=cpu']
+    files = ['config/recall.py', 'config/mixers/gated_delta.py']
+    subprocess.run([sys.executable, ROOT / 'train.py', *files, *small], check=True, cwd=ROOT, capture_output=True)
+    printed = prepare('recall/evaluate.py', files[1], f'--out_dir={tmp_path}/run', f'--dataset={tmp_path}/short')
+    answers, examples, state = printed.splitlines()[1:]
+    assert float(answers.split()[-1].rstrip('%')) > 60 >= 0 # guessing one of two values gives 50%
+    assert float(examples.split()[-1].rstrip('%')) <= float(answers.split()[-1].rstrip('%'))
+    assert state.split()[0].replace(',', '') == str(2 * 4 * 2 * 16 * 16) # layers, bytes, heads, D x D
+    printed = prepare('recall/evaluate.py', files[1], f'--out_dir={tmp_path}/run', f'--dataset={tmp_path}/long')
+    assert 'after 20 tokens' in printed and printed.splitlines()[-1].split()[0] == state.split()[0]
+    prepare('recall/evaluate.py', f'--out_dir={tmp_path}/run', f'--dataset={tmp_path}/long',
+            error="the mixer 'gated_delta' of the checkpoint is not in model.py")
+    prepare('recall/evaluate.py', f'--out_dir={tmp_path}/run', '--dataset=calc', error='calc')

@@ -353,6 +353,14 @@ def test_the_head_in_chunks(monkeypatch, chunk, N):
         assert_same(ours, right, 1e-12)
 
 
+def test_a_batch_without_targets():
+    """Its loss is 0 and so are its gradients, where a mean over no target would be NaN."""
+    model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=1, n_embd=8))
+    loss = model(torch.zeros(2, 8, dtype=torch.long), torch.full((2, 8), -1))[1]
+    loss.backward()
+    assert loss.item() == 0.0 and all(p.grad.count_nonzero() == 0 for p in model.parameters())
+
+
 @pytest.mark.parametrize('scale', [1.0, 65536.0])
 def test_gradients_of_the_head_in_float16(scale):
     """Many tokens and a large vocabulary: probabilities / tokens are below float16's smallest number."""

@@ -289,7 +289,12 @@ def torchrun(dataset, out, *more, restarts=0, **kwargs):
 @posix
 def test_sharded_and_plain_runs_continue_each_other(dataset, tmp_path):
     """fsdp and ddp and one process give the same losses to rounding, and read each other's checkpoints."""
-    steps = ['--dropout=0.0', '--dtype=float32', '--learning_rate=1e-3', '--gradient_accumulation_steps=4']
+    # the mixer is a file's, with a state
+    idea = tmp_path / 'idea.py'
+    idea.write_text('from __future__ import annotations\n' + re.sub(
+        "out_dir = .*\n", '', (ROOT / 'config/mixers/linear_attention.py').read_text()).replace('chunk: int = 64',
+                                                                                            'chunk: int = 5'))
+    steps = [str(idea), '--dropout=0.0', '--dtype=float32', '--learning_rate=1e-3', '--gradient_accumulation_steps=4']
     run(dataset, tmp_path / 'one', *steps, '--max_iters=12')
     for first, second, launch in [('fsdp', 'ddp', torchrun), ('ddp', 'fsdp', torchrun)]:
         out = tmp_path / first
@@ -301,6 +306,13 @@ def test_sharded_and_plain_runs_continue_each_other(dataset, tmp_path):
         found = {step: loss for step, loss, _, _ in losses(out) if loss}
         assert found.keys() == expected.keys() and max(abs(found[s] - expected[s]) for s in expected) < 2e-5
     run(dataset, tmp_path / 'ddp', '--init_from=resume', '--parallel=ddp', '--max_iters=14', *steps) # written by fsdp
+
+
+def test_accumulation_that_does_not_divide(dataset, tmp_path):
+    process = run(dataset, tmp_path / 'out', '--gradient_accumulation_steps=5', code=2,
+                  env=os.environ | dict(RANK='0', LOCAL_RANK='0', WORLD_SIZE='4'))
+    assert process.stderr == ("error: gradient_accumulation_steps=5 is not divisible by the 4 processes: take 8\n")
+    assert not (tmp_path / 'out').exists()
 
 
 @posix

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.checkpoints import save_pretrained
+from data.checkpoints import save_pretrained, stored_config
 from data.tokenizers import ByteTokenizer, CharTokenizer, load_tokenizer
 from helpers import (ENV, JOBS, PROJECT, V, WORDS, flags, job, jobs, random_model, run, tree, well,  # noqa: F401
                      write_checkpoint, write_malicious, write_nano, write_nano_data)
@@ -395,7 +395,7 @@ def mistake(name):
         (folder / 'damaged/best.pt').write_bytes(good[:-700])
         model = random_model(V)
         write_checkpoint(folder / 'vocabulary.pt', model, meta=ByteTokenizer().meta())
-        write_checkpoint(folder / 'architecture.pt', model, model_args=vars(model.config) | dict(warp=2))
+        write_checkpoint(folder / 'architecture.pt', model, model_args=stored_config(model.config) | dict(warp=2))
         save_pretrained(model, folder / 'exported', ByteTokenizer().meta())
         before = tree(folder)
         settings = dict(out_dir=Path('out'), device='cpu', start='the cat', num_samples=1) | MISTAKES[name][0]

@@ -1,0 +1,24 @@
+# Recall of what was said before: synthetic tasks on which token mixers differ. Give an idea's file after this one.
+# Prepare: python data/recall/prepare.py
+# Evaluate: python data/recall/evaluate.py --out_dir=out-recall
+
+out_dir = 'out-recall'
+dataset = 'recall'
+sampling = 'epoch' # whole examples: each window is one
+block_size = 64 # the dataset's length
+eval_interval = 500
+eval_iters = 20
+log_interval = 50
+
+n_layer = 2
+n_head = 2
+n_embd = 64
+
+batch_size = 64
+gradient_accumulation_steps = 1
+learning_rate = 3e-3
+min_lr = 3e-4
+warmup_iters = 100
+max_iters = 3000
+beta2 = 0.99
+compile = False # compiling takes longer than it saves in a run this short

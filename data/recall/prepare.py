@@ -1,0 +1,116 @@
+"""
+Tasks that tell memories apart, one example in every `length` tokens. What must be predicted is underlined here; nothing
+else is a target of the training (train.mask, val.mask).
+
+    mqar            3a7fBc   7f 3a  Bc       multi-query associative recall (arXiv 2312.04927): pairs of a key and its
+                             -   -   -       value, then every key once more, most of them soon
+    copy            f3aZ|f3aZ                the symbols again
+                         ----
+    selective_copy  f  3 a   Z|f3aZ          the same, scattered among blanks (arXiv 2312.00752)
+                              ----
+    induction       a3f*Zk0d9a*Z             what followed the mark before (arXiv 2212.14052)
+                               -
+    parity          0110101=0                whether the number of ones is odd (arXiv 2411.12537)
+                            -
+
+    python data/recall/prepare.py --task=mqar --sizes=4,8,16
+    python train.py config/recall.py
+    python data/recall/evaluate.py --out_dir=out-recall
+"""
+import string
+import sys
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from configurator import check_ranges, configure, exit_on_error
+from data.tokenizers import CharTokenizer
+from data.tokens import DataError, dataset_folder
+from data.writer import Writer, summarize
+
+task: Literal['mqar', 'copy', 'selective_copy', 'induction', 'parity'] = 'mqar'
+sizes = (4, 8, 16) # how hard, in turn: pairs, symbols to copy, symbols since the mark, bits
+length = 64 # tokens of an example; blanks fill it up
+symbols = 64 # different ones; of mqar half are keys and half are values
+examples = 100000 # to train on
+val_examples = 3000 # held out
+seed = 1337
+out = 'recall' # dataset to write: a name in data/, or a folder
+
+BLANK, BAR, MARK, FIRST = range(4) # FIRST is the first symbol's id
+NEAR = 0.01 # of mqar: the chance of a question falls with its distance to the power of NEAR - 1, as in the paper
+
+
+def mqar(n, rng):
+    keys = FIRST + rng.choice(symbols // 2, n, replace=False)
+    values = FIRST + symbols // 2 + rng.integers(symbols // 2, size=n)
+    slots = (length - 2 * n) // 2 # where a question may stand
+    chance = np.arange(1, slots + 1) ** (NEAR - 1.0)
+    at = 2 * n + 2 * rng.choice(slots, n, replace=False, p=chance / chance.sum())
+    row = np.full(length, BLANK)
+    row[0:2 * n:2], row[1:2 * n:2] = keys, values
+    row[at], row[at + 1] = keys, values
+    return row, at + 1
+
+
+def copy(n, rng):
+    row = np.full(length, BLANK)
+    row[:n] = row[n + 1:2 * n + 1] = FIRST + rng.integers(symbols, size=n)
+    row[n] = BAR
+    return row, np.arange(n + 1, 2 * n + 1)
+
+
+def selective_copy(n, rng):
+    row = np.full(length, BLANK)
+    at = np.sort(rng.choice(length - n - 1, n, replace=False))
+    row[at] = row[length - n:] = FIRST + rng.integers(symbols, size=n)
+    row[length - n - 1] = BAR
+    return row, np.arange(length - n, length)
+
+
+def induction(n, rng):
+    row = FIRST + rng.integers(symbols, size=length)
+    row[[length - 2, length - 3 - n]] = MARK
+    row[length - 1] = row[length - 2 - n]
+    return row, np.array([length - 1])
+
+
+def parity(n, rng):
+    row = np.full(length, BLANK)
+    bits = rng.integers(2, size=n)
+    row[:n], row[n], row[n + 1] = FIRST + bits, BAR, FIRST + bits.sum() % 2
+    return row, np.array([n + 1])
+
+
+# task -> (what makes an example of size n: its tokens, and where the answers stand; the tokens that it takes)
+TASKS = dict(mqar=(mqar, lambda n: 4 * n), copy=(copy, lambda n: 2 * n + 1), induction=(induction, lambda n: n + 3),
+             selective_copy=(selective_copy, lambda n: 2 * n + 1), parity=(parity, lambda n: n + 2))
+
+config = configure(globals()).config
+with exit_on_error():
+    check_ranges(config, {'[1, inf)': 'length examples val_examples', '[2, 8192]': 'symbols'})
+    if not sizes or min(sizes) < 1:
+        raise DataError(f"sizes={sizes} must be one or more numbers from 1 up, as in --sizes=4,8,16")
+    example, needed = TASKS[task]
+    if needed(max(sizes)) > length:
+        raise DataError(f"sizes has {max(sizes)}, for which {task} takes {needed(max(sizes))} tokens, and length is "
+                        f"{length}: use --length={needed(max(sizes))} or more")
+    if task == 'mqar' and max(sizes) > symbols // 2:
+        raise DataError(f"sizes has {max(sizes)}, but of symbols={symbols} only {symbols // 2} are keys: use "
+                        f"--symbols={2 * max(sizes)} or more")
+    letters = string.digits + string.ascii_letters + ''.join(c for c in map(chr, range(0xC0, 0x4E00)) if c.isalpha())
+    tokenizer = CharTokenizer(' |*' + letters[:symbols])
+    about = dict(recall=dict(task=task, sizes=sizes, length=length))
+    with Writer(dataset_folder(out), tokenizer, about=about) as writer:
+        for split, count in ('train', examples), ('val', val_examples):
+            rng = np.random.default_rng([seed, split == 'val'])
+            rows, mask = np.empty((count, length), np.int64), np.zeros((count, length), bool)
+            for i in range(count):
+                rows[i], answers = example(sizes[i % len(sizes)], rng)
+                mask[i, answers] = True
+            writer.write(split, rows.ravel(), mask.ravel())
+    for i in range(min(len(sizes), val_examples)):
+        print(f"{sizes[i]:>4}: {tokenizer.decode(rows[i])}")
+    summarize(writer, f'python train.py config/recall.py --block_size={length}')
