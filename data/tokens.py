@@ -16,6 +16,7 @@ import hashlib
 import io
 import itertools
 import json
+import mmap
 import os
 import pickle
 import pickletools
@@ -174,15 +175,20 @@ def open_shard(path, dtype):
     return Shard(str(path), dtype, start, n_tokens, str(mask) if mask.is_file() else None)
 
 
-def map_tokens(shard):
+def map_tokens(shard, windows=False):
     """
     The tokens of a shard as a memory map, made anew for each batch. Every page that is read through a map counts as
-    memory of this process until the map is closed, so one that stays open looks like a leak.
+    memory of this process until the map is closed, so one that stays open looks like a leak. windows: little is read
+    here and there.
     """
     # a map that reaches beyond the end of its file would kill the process with SIGBUS
     if os.path.getsize(shard.path) < shard.start + shard.n_tokens * shard.dtype.itemsize:
         raise DataError(f"{shard.path} has become shorter while in use: start again when it is complete")
-    return np.memmap(shard.path, shard.dtype, 'r', shard.start, (shard.n_tokens,))
+    tokens = np.memmap(shard.path, shard.dtype, 'r', shard.start, (shard.n_tokens,))
+    # the kernel would read megabytes ahead for each window. A small file is soon in memory by that, and may be
+    if windows and shard.n_tokens > 1e8 and hasattr(mmap, 'MADV_RANDOM'):
+        tokens.base.madvise(mmap.MADV_RANDOM)
+    return tokens
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -322,7 +328,7 @@ class Split:
         """(x, y) of the windows that begin at these offsets of these shards. pad: a window may reach beyond the end."""
         x = np.zeros((len(shards), block_size), dtype=np.int64)
         y = np.full_like(x, -1)
-        maps = {shard: map_tokens(self.shards[shard]) for shard in set(shards.tolist())}
+        maps = {shard: map_tokens(self.shards[shard], windows=True) for shard in set(shards.tolist())}
         for row, (shard, offset) in enumerate(zip(shards.tolist(), offsets.tolist())):
             n = min(block_size, len(maps[shard]) - 1 - offset) if pad else block_size
             tokens = maps[shard][offset:offset + n + 1]

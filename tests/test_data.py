@@ -469,9 +469,9 @@ def test_large_dataset(tmp_path):
     for sampling in ('random', 'epoch'):
         split.batch(0, 16, 1024, sampling)
         before = resident()
-        for i in range(100):
+        for i in range(int(os.environ.get('BATCHES', 1000))):
             split.batch(10 ** 9 + 16 * i, 16, 1024, sampling)
-        assert resident() - before < 20e6
+        assert resident() - before < 8e6
     assert split.n_windows(1024) == 100 * ((10 ** 9 - 1) // 1024)
 
 

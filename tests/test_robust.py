@@ -366,28 +366,6 @@ def test_a_lost_rank_is_replaced_and_the_run_goes_on(dataset, tmp_path):
     assert steps == list(range(1, 61))
 
 
-@posix
-def test_memory_stays_flat_over_many_batches_of_a_huge_dataset(tmp_path):
-    """10^11 tokens in 100 sparse shards: opens at once, and reading does not pile up in memory."""
-    for i in range(100):
-        with open(tmp_path / f'train_{i:03d}.bin', 'wb') as f:
-            f.truncate(2 * 10 ** 9)
-    rss = lambda: int(re.search(r'VmRSS:\s+(\d+)', Path('/proc/self/status').read_text())[1]) * 1024
-    if not Path('/proc/self/status').exists():
-        pytest.skip('needs /proc')
-    split = Split(tmp_path, 'train')
-    assert split.n_tokens == 10 ** 11
-    batches = int(os.environ.get('BATCHES', 1000))
-    for sampling in 'random', 'epoch':
-        for i in range(batches // 2 + 50):
-            split.batch(i * 12, 12, 1024, sampling)
-            if i == 49:
-                start = rss()
-        grown = rss() - start
-        print(f'{sampling}: {batches // 2} batches, resident memory grew by {grown / 1e6:.2f} MB')
-        assert grown < 8e6
-
-
 @settings(max_examples=150, deadline=None)
 @given(words=st.lists(st.one_of(st.sampled_from([20240520, 20240801, 1, 7, 0, -1, 40, 2 ** 31 - 1]),
                                 st.integers(-2 ** 31, 2 ** 31 - 1)),
