@@ -49,6 +49,7 @@ init_from = 'scratch' # scratch | resume | auto (resume if there is something to
     # gpt2-large, gpt2-xl | a checkpoint, a run's folder, or one in Hugging Face's layout, to finetune
 eval_interval = 2000 # steps between evaluations
 eval_iters = 200 # batches in an evaluation: fixed windows, the same every time
+eval_tokens = 0 # tokens in an evaluation, whatever batch_size and block_size are; 0: see eval_iters
 eval_only = False # evaluate the whole validation split and exit
 always_save_checkpoint = True # save ckpt.pt before every evaluation; False: at the end and every checkpoint_interval
 checkpoint_interval = 0 # steps between saves of ckpt.pt; 0: see always_save_checkpoint
@@ -121,7 +122,7 @@ RANGES = {
     '[1, inf)': 'batch_size gradient_accumulation_steps eval_iters eval_interval log_interval max_bad_steps',
     '[0, inf)': 'learning_rate hidden_lr embedding_lr other_lr min_lr weight_decay hidden_decay embedding_decay '
                 'grad_clip adaptive_clip max_iters warmup_iters lr_decay_iters wsd_decay_iters patience '
-                'checkpoint_interval snapshot_interval sample_tokens min_block_size',
+                'checkpoint_interval snapshot_interval sample_tokens eval_tokens min_block_size',
     '[0, 1)': 'beta1 beta2 momentum ema',
 }
 # what a resumed run does not take from its checkpoint
@@ -221,8 +222,23 @@ def open_data():
             raise ValueError(f"dataset={dataset!r} has the {key} {meta.get(key)!r}, and the weights were trained with "
                              f"{known.get(key)!r}: take another dataset{', or --allow_changes=True' if fits else ''}")
     if 'tokenizer' not in meta: # bare token files: the checkpoint knows, or they are GPT-2's as nanoGPT takes them
-        meta |= known or dict(tokenizer='tiktoken', encoding='gpt2')
+        is_gpt2 = given.get('vocab_size', 50257) >= 50257
+        meta |= known or (dict(tokenizer='tiktoken', encoding='gpt2') if is_gpt2 else {})
     return meta, splits
+
+
+def open_tokenizer():
+    """The dataset's. None where it cannot be had and nothing but bits per byte would use it."""
+    try:
+        tokenizer = load_tokenizer(meta)
+    except ValueError:
+        if sample_tokens or eval_only:
+            raise
+        return None
+    if tokenizer is None and sample_tokens:
+        raise ValueError(f"sample_tokens={sample_tokens}, but dataset={dataset!r} names no tokenizer to read and write "
+                         "with: --sample_tokens=0")
+    return tokenizer
 
 
 def check_prompt():
@@ -283,7 +299,7 @@ with exit_on_error():
     device, dtype = resolve(device, dtype)
     peak, peak_source = find_peak_flops(peak_flops, device, getattr(torch, dtype))
     meta, splits = open_data()
-    tokenizer = load_tokenizer(meta) if sample_tokens or eval_only else None # training itself needs only ids
+    tokenizer = open_tokenizer()
     if sample_tokens:
         check_prompt()
     model, added = build_network()
@@ -470,19 +486,33 @@ def averaged():
         p.copy_(c)
 
 
+def eval_batches(name):
+    windows = max(1, eval_tokens // block_size) if eval_tokens else eval_iters * batch_size
+    return splits[name].fixed_batches(windows, batch_size, block_size)
+
+
+def bits_per_byte(loss, targets):
+    """A mean loss over arrays of targets in bits per byte of text; None where the tokenizer is not known."""
+    n_targets = n_bytes = 0
+    for y in targets if tokenizer else ():
+        n_targets, n_bytes = n_targets + (y >= 0).sum(), n_bytes + tokenizer.n_bytes(y)
+    return float(loss * n_targets / n_bytes / math.log(2)) if n_bytes else None
+
+
 def evaluate():
     """Training and validation loss, best.pt if it is the best one, the picture, a sample. -> whether to stop."""
     with averaged():
-        train_loss, val_loss = (mean_loss(splits[name].fixed_batches(eval_iters, batch_size, block_size))
-                                for name in ('train', 'val'))
+        train_loss, val_loss = (mean_loss(eval_batches(name)) for name in ('train', 'val'))
+    bits = bits_per_byte(val_loss, (y for _, y in eval_batches('val')))
     # a resumed run repeats the evaluation that made best.pt
     again = resuming and state.step == first_step and val_loss == state.best_val_loss
     better = val_loss < state.best_val_loss or again
     state.evals_since_best = 0 if better else state.evals_since_best + 1
     if better:
         state.best_val_loss, state.best_step = val_loss, state.step
-    say(f"step {state.step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}{' *' if better else ''}")
-    log(train_loss=train_loss, val_loss=val_loss)
+    say(f"step {state.step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}"
+        f"{f', {bits:.4f} bits per byte' if bits else ''}{' *' if better else ''}")
+    log(train_loss=train_loss, val_loss=val_loss, bits_per_byte=bits)
     if better and state.step > 0:
         save(run.best)
     if is_main and time.perf_counter() - last_plot > 60: # each takes a fifth of a second, the first one a second
@@ -641,7 +671,7 @@ def describe_run():
         f"{n_decayed / 1e6:.2f}M decayed; {flops / 1e9:.4g} GFLOP a token")
     say(f"machine  {device}, {how}{', sharded' if sharded else ''}; peak {ceiling}")
     say(f"data     {dataset}: {n_tokens:,} tokens to train on, {splits['val'].n_tokens:,} to validate; "
-        f"{meta.get('encoding', meta['tokenizer'])}, vocabulary {raw_model.config.vocab_size:,}")
+        f"{meta.get('encoding') or meta.get('tokenizer', 'unknown tokens')}, vocabulary {raw_model.config.vocab_size:,}")
     say(f"run      {max_iters:,} steps of {step_tokens:,} tokens = {max_iters * step_tokens:,}: "
         f"{epochs:,.3g} epochs")
     if not resuming and epochs > 100:
@@ -670,13 +700,12 @@ def prove_causal():
 
 def evaluate_all():
     """--eval_only: the whole validation split."""
-    loss = mean_loss((x, y) for x, y, _ in splits['val'].all_batches(batch_size, block_size))
-    n_targets = n_bytes = 0
-    for _, y, n in splits['val'].all_batches(batch_size, block_size):
-        n_targets, n_bytes = n_targets + n, n_bytes + tokenizer.n_bytes(y[y >= 0])
-    bits = loss * n_targets / n_bytes / math.log(2)
-    say(f"whole validation split, {n_targets:,} tokens: loss {loss:.4f}, perplexity {math.exp(loss):.4g}, "
-        f"{bits:.4f} bits per byte")
+    batches = splits['val'].all_batches
+    loss = mean_loss((x, y) for x, y, _ in batches(batch_size, block_size))
+    bits = bits_per_byte(loss, (y for _, y, _ in batches(batch_size, block_size)))
+    n_targets = sum(n for _, _, n in batches(batch_size, block_size))
+    say(f"whole validation split, {n_targets:,} tokens: loss {loss:.4f}, perplexity {math.exp(loss):.4g}"
+        f"{f', {bits:.4f} bits per byte' if bits else ''}")
     if resuming: # the folder is this run's
         log(whole_val_loss=loss, bits_per_byte=bits)
 

@@ -265,14 +265,14 @@ class Split:
         """How many windows of `stride` tokens (and a target for each) the split has: the samples of an epoch."""
         return int(((self.sizes - 1) // stride).sum())
 
-    def fixed_batches(self, n_batches, batch_size, block_size):
+    def fixed_batches(self, n_windows, batch_size, block_size):
         """
-        Yields (x, y) as batch does, but the same ones at every call: up to n_batches * batch_size windows, evenly
-        spaced over the split. No two overlap, so a small split gives fewer, and its last batch may be smaller.
+        Yields (x, y) as batch does, but the same ones at every call: up to n_windows windows, evenly spaced over the
+        split. No two overlap, so a small split gives fewer. The last batch may be smaller.
         """
         counts = (self.sizes - 1) // block_size
         total = self.sum_windows(counts, block_size)
-        wanted = min(n_batches * batch_size, total)
+        wanted = min(n_windows, total)
         chosen = np.arange(wanted, dtype=np.int64) * total // wanted
         for i in range(0, wanted, batch_size):
             shard, index = locate(chosen[i:i + batch_size], counts)

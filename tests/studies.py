@@ -272,7 +272,7 @@ def repetition():
     model, checkpoint = load_model(find_weights(run), device)
     T = model.config.block_size
     split = Split(dataset_folder(checkpoint['config']['dataset']), 'val')
-    x, _ = next(iter(split.fixed_batches(1, prompts, T)))
+    x, _ = next(iter(split.fixed_batches(prompts, prompts, T)))
     idx = torch.from_numpy(x[:, :32]).to(device)
     rows = []
     for name, options in WAYS.items():

@@ -385,13 +385,13 @@ def test_permutation_looks_random():
 
 def test_fixed_batches(tmp_path):
     split = shards_of(tmp_path, [200, 300])
-    batches = [list(split.fixed_batches(4, 5, 10)) for _ in range(2)]
+    batches = [list(split.fixed_batches(20, 5, 10)) for _ in range(2)]
     assert len(batches[0]) == 4
     assert all((a[0] == b[0]).all() and (a[1] == b[1]).all() for a, b in zip(*batches))
     starts = [start for x, _ in batches[0] for start in x[:, 0].tolist()]
     assert len(set(starts)) == 20 and min(starts) < 20 and max(starts) > 1250 # from one end to the other
     assert all((x + 1 == y).all() for x, y in batches[0])
-    small = list(split.fixed_batches(100, 5, 100)) # there are but 1 + 2 windows of 100
+    small = list(split.fixed_batches(500, 5, 100)) # there are but 1 + 2 windows of 100
     assert [x[:, 0].tolist() for x, _ in small] == [[0, 1000, 1100]]
 
 

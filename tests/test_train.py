@@ -133,7 +133,31 @@ def test_evaluation_is_the_naive_one(plain):
     ids = ids[:(len(ids) - 1) // T * T + 1]
     expected = naive_nats(load_model(folder / 'out/ckpt.pt')[0], ids) / (len(ids) - 1)
     assert val_losses(folder / 'out')[20] == pytest.approx(expected, abs=1e-6)
+    n_bytes = len(corpus()[-701:][1:len(ids)].encode()) # of the targets; accents take two
+    assert n_bytes > len(ids)
+    bits = {line['step']: line['bits_per_byte'] for line in metrics(folder / 'out') if 'val_loss' in line}
+    assert bits[20] == pytest.approx(expected * (len(ids) - 1) / n_bytes / math.log(2), abs=1e-6)
+    assert f', {bits[20]:.4f} bits per byte' in plain[1]
     assert float(load_checkpoint(folder / 'out/best.pt')['best_val_loss']) == val_losses(folder / 'out')[20]
+
+
+@job
+def tokens_evaluated(folder):
+    write_data(folder / 'data')
+    for name, settings in dict(a=dict(batch_size=5), b=dict(batch_size=2, eval_iters=1)).items():
+        train(folder, name, max_iters=1, learning_rate=0, min_lr=0, eval_tokens=10 * T + 1, **settings)
+    return folder
+
+
+def test_eval_tokens(tokens_evaluated):
+    """So many tokens in windows evenly spaced over the split, whatever batch_size and eval_iters are."""
+    folder = tokens_evaluated
+    model, ids = load_model(folder / 'a/ckpt.pt')[0], val_ids(folder / 'data')
+    total = (len(ids) - 1) // T
+    starts = [i * total // 10 * T for i in range(10)]
+    expected = sum(naive_nats(model, ids[s:s + T + 1]) for s in starts) / (10 * T)
+    for name in 'ab':
+        assert val_losses(folder / name)[1] == pytest.approx(expected, abs=1e-6)
 
 
 def test_same_seed_same_run(plain, again):
