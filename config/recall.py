@@ -6,19 +6,20 @@ out_dir = 'out-recall'
 dataset = 'recall'
 sampling = 'epoch' # whole examples: each window is one
 block_size = 64 # the dataset's length
-eval_interval = 500
+eval_interval = 200
 eval_iters = 20
 log_interval = 50
 
 n_layer = 2
 n_head = 2
 n_embd = 64
+time_mixing = 0.5 # each value sees its key, which short convolutions do in the papers; attention learns without, but late
 
 batch_size = 64
 gradient_accumulation_steps = 1
-learning_rate = 3e-3
-min_lr = 3e-4
+learning_rate = 2e-3
+min_lr = 2e-4
 warmup_iters = 100
-max_iters = 3000
+max_iters = 800
 beta2 = 0.99
 compile = False # compiling takes longer than it saves in a run this short

@@ -44,7 +44,7 @@ import torch.nn.functional as F
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 from configurator import configure, exit_on_error, fail, find_peak_flops, resolve
-from data.checkpoints import NANOGPT_FIELDS, load_weights
+from data.checkpoints import NANOGPT_FIELDS, load_weights, stored_config
 from data.run import git_commit, peak_memory
 from data.tokens import Split, dataset_folder, load_meta, prefetch
 from model import GPT, GPTConfig, LinearCrossEntropy, MIXERS, cost, keep_freed_memory, recompute_what_is_cheap
@@ -313,7 +313,7 @@ WORK = dict(train=work_train, sample=work_sample, profile=work_profile, head=wor
 
 def both(kind, config, batch, theirs=True, **more):
     """{'ours': a function that does this job in a worker, 'peer': the same for the peer, if there is one}"""
-    job = dict(kind=kind, config=vars(config), batch_size=batch, accumulation=gradient_accumulation_steps,
+    job = dict(kind=kind, config=stored_config(config), batch_size=batch, accumulation=gradient_accumulation_steps,
                data=write_data(config.vocab_size, dataset), device=device, dtype=dtype, compile=compile, peer=None,
                init=None, steps=steps, at_once=1 if device == 'cpu' else 10)
     jobs = {'ours': partial(run_worker, job | more)}

@@ -8,18 +8,17 @@ import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from configurator import configure
+from compare import configured
 from data.checkpoints import load_checkpoint, save_checkpoint, stored_config
 from data.tokenizers import CharTokenizer
 from data.writer import Writer
-from model import GPT, GPTConfig, add_mixer
+from model import GPT, GPTConfig
 
 PROJECT = Path(__file__).resolve().parent.parent
 ENV = dict(os.environ, OMP_NUM_THREADS='1', PYTHONIOENCODING='utf-8', CUDA_VISIBLE_DEVICES='', WANDB_MODE='offline',
@@ -34,10 +33,7 @@ V = len(set(''.join(WORDS)))
 
 def settings_of(*files):
     """What train.py would make of these config files, whose mixers are then known."""
-    namespace = {'__file__': str(PROJECT / 'train.py'), '__name__': 'train', 'Literal': Literal}
-    source = (PROJECT / 'train.py').read_text(encoding='utf-8')
-    exec(source[source.index('# files and evaluation'):source.index('config, given, replaced, files =')], namespace)
-    return configure(namespace, GPTConfig, [str(f) for f in files], adopt=add_mixer).config
+    return configured(*files).config
 
 
 # ---------------------------------------------------------------------------------------------------------------------

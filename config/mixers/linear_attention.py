@@ -53,7 +53,7 @@ class LinearAttention(Mixer):
             y, state = self.scan(q, k, v, log_g, state)
             y = F.rms_norm(y, y.shape[-1:], eps=1e-6).to(x.dtype)
         cache.put('state', state)
-        y = (y * F.silu(gate)).transpose(1, 2).reshape(B, T, C)
+        y = (y * F.silu(1 + gate)).transpose(1, 2).reshape(B, T, C) # 1: open at first, or recall is learned late
         return self.resid_dropout(self.c_proj(y))
 
     def scan(self, q, k, v, log_g, state):

@@ -1,0 +1,685 @@
+"""
+Which idea is better, and how sure that is: trains each arm with several seeds, and compares them seed by seed.
+
+    python tests/compare.py config/shakespeare_small.py --out=compare-x \\
+        --arms=config/mixers/gmlp.py,config/mixers/rope.py,qk_norm=True --seeds=5 --lrs=0.5,1,2 --equal=params
+
+The first arm is the config as it is. Any other one adds a config file, a setting, or several with + in between:
+config/mixers/rope.py+qk_norm=True. train.py's settings on the command line hold for all arms.
+
+First each arm is proven causal. Then it finds its learning rate, with seeds that the verdict does not use. Then all arms
+train with the same seeds, whose batches are the same, in turn. An interrupted comparison goes on where it was, one that
+is done prints its table at once, and arms and seeds can be added later: a run whose settings, code and data are known is
+not repeated. --out gets compare.json, a table and pictures.
+"""
+import hashlib
+import json
+import math
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Literal
+
+import torch
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+from configurator import check_ranges, configure, exit_on_error, fail
+from data.run import RunFolder, git_commit
+from data.tokens import Split, dataset_folder, load_meta
+from model import GPT, GPTConfig, add_mixer, cost, find_leak
+
+# ---------------------------------------------------------------------------------------------------------------------
+arms = '' # the other arms, with commas in between
+seeds = 5 # of the verdict
+lrs = (1.0,) # factors of the config's learning rates that each arm tries, as in 0.5,1,2
+lr_seeds = 1 # seeds of that search
+equal: Literal['steps', 'params', 'flops', 'seconds'] = 'steps' # params: by the width of the MLP (or of gMLP's gate);
+    # flops and seconds: by the number of steps
+scale = () # widths (n_embd) at which all is done again: does the gain close as models grow?
+aa = False # one more arm, which is the first with other seeds: nothing should come out
+out = 'out-compare' # folder
+eval_tokens = 65536 # tokens in each evaluation
+evaluations = 5 # of a run
+jobs = 1 # runs at once; on several GPUs one each
+cluster: Literal['', 'slurm', 'local'] = '' # hand the runs to this by submitit
+allow_leak = False # train arms that are not causal, too
+keep = False # keep the runs' checkpoints
+json_only = False # print the results as JSON
+# ---------------------------------------------------------------------------------------------------------------------
+OWN = [name for name in list(globals()) if name in __annotations__ or name in (
+    'arms', 'seeds', 'lrs', 'lr_seeds', 'scale', 'aa', 'out', 'eval_tokens', 'evaluations', 'jobs', 'allow_leak', 'keep',
+    'json_only')]
+SEARCH_SEED, AA_SEED = 10_000, 20_000 # the first seeds of the search and of the A/A arm
+RATES = ('learning_rate', 'hidden_lr', 'embedding_lr', 'other_lr', 'min_lr') # a factor is one of all of these
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Statistics, on lists of numbers
+
+def t_probability(t, n):
+    """P(-t < T < t) of Student's t with n degrees of freedom, by the substitution t = sqrt(n) tan(x): Simpson's rule."""
+    end, m = math.atan(t / math.sqrt(n)), 2000
+    x = [math.cos(i * end / m) ** (n - 1) for i in range(m + 1)]
+    total = (x[0] + x[-1] + 4 * sum(x[1::2]) + 2 * sum(x[2:-1:2])) * end / m / 3
+    return 2 * total * math.exp(math.lgamma((n + 1) / 2) - math.lgamma(n / 2)) / math.sqrt(math.pi)
+
+
+def t_quantile(p, n):
+    """The t with P(-t < T < t) = p."""
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_probability(math.sqrt(n) * math.tan(middle), n) < p else (low, middle)
+    return math.sqrt(n) * math.tan(low)
+
+
+def interval(values):
+    """Mean and half of the 95% t-interval, which is None for a single value."""
+    n = len(values)
+    return mean(values), t_quantile(0.95, n - 1) * stdev(values) / math.sqrt(n) if n > 1 else None
+
+
+def detectable(sd, n):
+    """The true difference that n pairs find at the 5% level four times out of five."""
+    return (t_quantile(0.95, n - 1) + t_quantile(0.6, n - 1)) * sd / math.sqrt(n)
+
+
+def paired(a, b):
+    """b - a pair by pair -> dict(difference, half, p, detectable, needed: pairs that would find such a difference)."""
+    d = [y - x for x, y in zip(a, b)]
+    n = len(d)
+    if n < 2:
+        return dict(difference=mean(d) if d else None, half=None, p=None, detectable=None, needed=None, pairs=n)
+    difference, half = interval(d)
+    sd = stdev(d)
+    if sd == 0.0:
+        p = 0.0 if difference else 1.0
+    else:
+        p = max(0.0, 1 - t_probability(abs(difference) * math.sqrt(n) / sd, n - 1))
+    needed = next((m for m in range(2, 1000) if detectable(sd, m) <= abs(difference)), None)
+    return dict(difference=difference, half=half, p=p, detectable=detectable(sd, n), needed=needed, pairs=n)
+
+
+def holm(ps):
+    """p-values corrected for their number (Holm 1979); None stays None."""
+    order = sorted((p, i) for i, p in enumerate(ps) if p is not None)
+    corrected, highest = list(ps), 0.0
+    for rank, (p, i) in enumerate(order):
+        highest = max(highest, min(1.0, p * (len(order) - rank)))
+        corrected[i] = highest
+    return corrected
+
+
+def line_fit(x, y):
+    """The slope of y against x, and half of its 95% t-interval (None for two points)."""
+    mx, my = mean(x), mean(y)
+    square = sum((a - mx) ** 2 for a in x)
+    slope = sum((a - mx) * (b - my) for a, b in zip(x, y)) / square
+    if len(x) < 3:
+        return slope, None
+    rest = sum((b - my - slope * (a - mx)) ** 2 for a, b in zip(x, y))
+    return slope, t_quantile(0.95, len(x) - 2) * math.sqrt(rest / (len(x) - 2) / square)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arms
+
+@dataclass
+class Arm:
+    name: str
+    argv: list # of train.py, with the common settings
+    config: dict # of train.py
+    model: dict # fields of GPTConfig
+    first_seed: int = 1
+    params: int = 0
+    flops: float = 0.0 # a token
+    steps: int = 0
+    leak: str | None = None
+    lr: float = 1.0 # the best factor
+    lr_losses: dict = field(default_factory=dict) # factor -> mean loss; inf where a run failed
+    bracketed: bool = True
+
+
+def configured(*files):
+    """What train.py would make of these config files and flags, whose mixers are then known."""
+    namespace = {'__file__': str(PROJECT / 'train.py'), '__name__': 'train', 'Literal': Literal}
+    source = (PROJECT / 'train.py').read_text(encoding='utf-8')
+    exec(source[source.index('# files and evaluation'):source.index('config, given, replaced, files =')], namespace)
+    return configure(namespace, GPTConfig, [str(f) for f in files], adopt=add_mixer)
+
+
+def split_arms(text):
+    """At the commas that are not in brackets."""
+    names, depth = [''], 0
+    for c in text:
+        depth += (c in '([') - (c in ')]')
+        if c == ',' and depth == 0:
+            names.append('')
+        else:
+            names[-1] += c
+    return [name.strip() for name in names if name.strip()]
+
+
+def make_arm(name, common, params=None):
+    argv = list(common)
+    for part in name.split('+') if name else ():
+        if not part.endswith('.py') and '=' not in part:
+            raise ValueError(f"the arm {name!r} has {part!r}: give a config file (x.py) or a setting (qk_norm=True)")
+        argv.append(part if part.endswith('.py') else '--' + part.lstrip('-'))
+    config, _, replaced, _ = configured(*argv)
+    if 'max_iters' in replaced and 'lr_decay_iters' not in replaced: # a shortened run's schedule shrinks, as in train.py
+        share = min(1, config['max_iters'] / max(1, replaced['max_iters']))
+        for schedule in 'warmup_iters', 'lr_decay_iters', 'wsd_decay_iters':
+            if schedule not in replaced and config[schedule]:
+                config[schedule] = round(share * config[schedule])
+    size = load_meta(dataset_folder(config['dataset'])).get('vocab_size', 50257)
+    model = {f.name: config[f.name] for f in fields(GPTConfig)}
+    model['vocab_size'] = size if size < 1024 else math.ceil(size / 64) * 64 # as train.py has it
+    short = '+'.join(Path(part).stem if part.endswith('.py') else part for part in name.split('+'))
+    arm = count(Arm(short or 'as it is', argv, config, model, steps=config['max_iters']))
+    if params:
+        fit_params(arm, params)
+    arm.leak = leak_of(arm) # now: the next arm's file may have a mixer of the same name
+    return arm
+
+
+def count(arm):
+    with torch.device('meta'):
+        network = GPT(GPTConfig(**arm.model))
+    arm.params, arm.flops = network.get_num_params(False), cost(network, device_type='cpu')[0]
+    return arm
+
+
+def fit_params(arm, target):
+    """Sets the width of the arm's MLP, or of gMLP's gate, so that it has about target parameters."""
+    name, unit = ('mlp_ratio', 1) if arm.model['mlp'] != 'none' else ('gmlp_ratio', 2 * arm.model['n_head'])
+    if name == 'gmlp_ratio' and arm.model['mixer'] != 'gmlp':
+        raise ValueError(f"the arm {arm.name} has {arm.params:,} parameters and no MLP whose width could make them "
+                         f"{target:,}: use --equal=flops or seconds")
+
+    def n_params(width):
+        with torch.device('meta'):
+            return GPT(GPTConfig(**arm.model | {name: width / arm.model['n_embd']})).get_num_params(False)
+    n1, n2 = n_params(unit), n_params(2 * unit) # linear in between and beyond
+    best = max(unit, round((target - n1) / (n2 - n1) + 1) * unit)
+    if abs(n_params(best) - target) > 0.02 * target:
+        raise ValueError(f"the arm {arm.name} has at least {n1:,} parameters and cannot have {target:,} by its {name}: "
+                         "use --equal=flops or seconds")
+    if abs(arm.params - target) > abs(n_params(best) - target):
+        arm.model[name] = arm.config[name] = best / arm.model['n_embd']
+        arm.argv.append(f'--{name}={arm.model[name]}')
+        count(arm)
+
+
+def leak_of(arm):
+    """find_leak at the run's length, in float64, in evaluation and in training."""
+    torch.manual_seed(0)
+    network = GPT(GPTConfig(**arm.model | dict(dropout=0.0))).double()
+    idx = torch.randint(arm.model['vocab_size'], (4, arm.model['block_size']))
+    return find_leak(network.eval(), idx) or find_leak(network.train(), idx)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+@dataclass
+class Cell:
+    """One run of train.py, in a folder that its settings, code and data name."""
+    arm: Arm
+    factor: float
+    seed: int
+    steps: int
+    folder: Path = None
+
+    def __post_init__(self):
+        share, config = self.steps / max(1, self.arm.config['max_iters']), self.arm.config
+        decay = config['lr_decay_iters'] or config['max_iters']
+        self.settings = dict(
+            seed=self.seed, max_iters=self.steps, lr_decay_iters=round(share * decay),
+            warmup_iters=round(share * config['warmup_iters']), wsd_decay_iters=round(share * config['wsd_decay_iters']),
+            eval_tokens=eval_tokens, eval_interval=max(1, math.ceil(self.steps / evaluations)),
+            log_interval=max(1, self.steps // 100), always_save_checkpoint=False, patience=0, allow_leak=allow_leak,
+            checkpoint_interval=max(100, math.ceil(self.steps / 4)), wandb_log=False,
+            **{name: self.factor * config[name] for name in RATES if config[name] is not None})
+        if self.folder is None:
+            what = json.dumps([config | self.settings | dict(out_dir=''), CODE, fingerprint(self.arm)], default=str)
+            self.folder = Path(out) / 'runs' / hashlib.sha256(what.encode()).hexdigest()[:16]
+
+    def __str__(self):
+        return f'{self.arm.name}, learning rate x{self.factor:g}, seed {self.seed}'
+
+    def command(self):
+        more = [f'--{name}={value}' for name, value in self.settings.items()]
+        return [sys.executable, str(PROJECT / 'train.py'), *self.arm.argv, *more, f'--out_dir={self.folder.resolve()}',
+                '--init_from=auto']
+
+    def result(self):
+        """What came of it; None if it is not done."""
+        path = self.folder / 'result.json'
+        return json.loads(path.read_text(encoding='utf-8')) if path.exists() else None
+
+
+def sources():
+    """A hash of the code that trains."""
+    files = [PROJECT / name for name in ('model.py', 'train.py', 'configurator.py')] + sorted((PROJECT / 'data').glob('*.py'))
+    return hashlib.sha256(b''.join(path.read_bytes() for path in files)).hexdigest()
+
+
+CODE, FINGERPRINTS = sources(), {}
+
+
+def fingerprint(arm):
+    """Of the data and of the arm's files."""
+    name = arm.config['dataset']
+    if name not in FINGERPRINTS:
+        FINGERPRINTS[name] = [Split(dataset_folder(name), split).fingerprint() for split in ('train', 'val')]
+    files = [arg for arg in arm.argv if arg.endswith('.py')]
+    return FINGERPRINTS[name] + [hashlib.sha256((PROJECT / f).read_bytes()).hexdigest() for f in files]
+
+
+def execute(command, folder, env=None):
+    """Runs a cell's command and writes its result.json, whatever came of it. Also what a cluster's node does."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    t0 = time.time()
+    with open(folder / 'log.txt', 'w', encoding='utf-8') as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=PROJECT,
+                                   env=os.environ | (env or {}))
+        PROCESSES.add(process)
+        status = process.wait()
+        PROCESSES.discard(process)
+    if STOPPING.is_set() or status in (-signal.SIGINT, 128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGTERM):
+        return # it goes on next time
+    result = read_run(folder, status) | dict(status=status, took=time.time() - t0)
+    if not keep:
+        for path in folder.glob('*.pt'):
+            path.unlink()
+    new = folder / 'result.json.tmp'
+    new.write_text(json.dumps(result), encoding='utf-8')
+    os.replace(new, folder / 'result.json')
+
+
+PROCESSES, STOPPING = set(), threading.Event()
+
+
+def read_run(folder, status):
+    """A run's curve and figures. loss is None for one that failed, and failed says how."""
+    lines = RunFolder(folder).read_metrics()
+    evaluated = [line for line in lines if line.get('val_loss') is not None]
+    logged = [line for line in lines if 'tokens_per_s' in line]
+    text = (folder / 'log.txt').read_text(encoding='utf-8', errors='replace').strip()
+    last = (text.splitlines() or ['it said nothing'])[-1]
+    failed = None
+    if status:
+        failed = ('ran out of memory' if 'out of memory' in text else
+                  'had no finite step' if 'stopping after' in text else f'ended with status {status}: {last}')
+    elif not evaluated or not math.isfinite(evaluated[-1]['val_loss']):
+        failed = 'ended with a loss that is not finite'
+    end = evaluated[-1] if evaluated and not failed else {}
+    return dict(
+        loss=end.get('val_loss'), bits=end.get('bits_per_byte'), train_loss=end.get('train_loss'), failed=failed,
+        curve=[[line[key] for key in ('step', 'tokens', 'seconds', 'val_loss')] for line in evaluated],
+        tokens_per_s=median(line['tokens_per_s'] for line in logged) if logged else None,
+        peak_memory=max((line['peak_memory'] or 0 for line in logged), default=0) or None)
+
+
+def train_all(cells, what):
+    """Trains the cells that have no result, `jobs` at once, in their order."""
+    todo = list({cell.folder: cell for cell in cells if cell.result() is None}.values())
+    if not todo:
+        return
+    report(f'{what}: {len(cells)} runs, {len(cells) - len(todo)} of them known')
+    if cluster:
+        return submit(todo)
+    n_gpus, slots, done = torch.cuda.device_count(), queue.SimpleQueue(), []
+    for i in range(jobs):
+        slots.put(i)
+    t0 = time.time()
+
+    def train(cell):
+        if STOPPING.is_set():
+            return
+        slot = slots.get()
+        env = dict(CUDA_VISIBLE_DEVICES=str(slot % n_gpus)) if n_gpus and jobs > 1 else {}
+        if jobs > 1 and not n_gpus: # threads of several runs would wait for each other
+            env = dict(OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // jobs)))
+        execute(cell.command(), cell.folder, env)
+        slots.put(slot)
+        if result := cell.result():
+            done.append(cell)
+            left = (time.time() - t0) / len(done) * (len(todo) - len(done))
+            report(f"  {len(done)}/{len(todo)}  {cell}: {result['failed'] or format(result['loss'], '.4f')}"
+                   f"{f'; about {left / 60:.0f} min left' if left > 60 else ''}")
+
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            list(pool.map(train, todo))
+        except KeyboardInterrupt:
+            stop()
+            raise
+
+
+def stop():
+    """Ctrl-C: each run saves where it is."""
+    STOPPING.set()
+    for process in list(PROCESSES):
+        process.terminate()
+    report('interrupted: the same command goes on')
+
+
+def submit(cells):
+    """The same through submitit, which knows SLURM."""
+    import submitit
+    executor = submitit.AutoExecutor(folder=Path(out) / 'submitit', cluster=cluster)
+    executor.update_parameters(timeout_min=24 * 60, name='compare')
+    submitted = [executor.submit(execute, cell.command(), str(cell.folder.resolve())) for cell in cells]
+    for cell, job in zip(cells, submitted):
+        job.result()
+        report(f"  {cell}: {cell.result()['failed'] or format(cell.result()['loss'], '.4f')}")
+
+
+def report(text):
+    print(text, file=sys.stderr if json_only else sys.stdout, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The comparison
+
+def losses(cells):
+    """Of finished cells; inf for one that failed."""
+    return [math.inf if cell.result()['failed'] else cell.result()['loss'] for cell in cells]
+
+
+def set_steps(arms, base):
+    """The number of steps that takes an arm as many FLOPs, or seconds, as the first one."""
+    if equal == 'flops':
+        for arm in arms:
+            arm.steps = max(1, round(base.steps * base.flops / arm.flops))
+    if equal == 'seconds':
+        timing = [Cell(arm, 1.0, seed, 60) for seed in (1, 2) for arm in arms] # in turn
+        train_all(timing, 'timing 60 steps')
+        speeds = {}
+        for cell in timing:
+            speed = cell.result()['tokens_per_s'] or 0.0
+            speeds[cell.arm.name] = max(speed, speeds.get(cell.arm.name, 0.0))
+        for arm in arms:
+            arm.steps = max(1, round(base.steps * speeds[arm.name] / speeds[base.name]))
+
+
+def search_rates(arms):
+    """Each arm's best factor. Where it is the lowest or highest that was tried, the grid grows, twice at most."""
+    step = max((b / a for a, b in zip(sorted(lrs), sorted(lrs)[1:])), default=None)
+    if step is None:
+        return
+    grids = {arm.name: sorted(lrs) for arm in arms}
+    for _ in range(3):
+        train_all([Cell(arm, f, SEARCH_SEED + s, arm.steps) for s in range(lr_seeds)
+                   for i in range(max(map(len, grids.values()))) for arm in arms for f in grids[arm.name][i:i + 1]],
+                  'learning rates')
+        open_ended = False
+        for arm in arms:
+            grid = grids[arm.name]
+            arm.lr_losses = {f: mean(losses([Cell(arm, f, SEARCH_SEED + s, arm.steps) for s in range(lr_seeds)]))
+                             for f in grid}
+            arm.lr = min(grid, key=lambda f: arm.lr_losses[f])
+            arm.bracketed = arm.lr not in (grid[0], grid[-1]) or not math.isfinite(arm.lr_losses[arm.lr])
+            if not arm.bracketed and _ < 2:
+                open_ended = True
+                grids[arm.name] = [grid[0] / step, *grid] if arm.lr == grid[0] else [*grid, grid[-1] * step]
+        if not open_ended:
+            return
+
+
+def make_arms(common, names):
+    everyone = [make_arm('', common)]
+    for name in names:
+        everyone.append(make_arm(name, common, everyone[0].params if equal == 'params' else None))
+    for i, arm in enumerate(everyone):
+        twin = next((a.name for a in everyone[:i] if a.config | dict(out_dir='') == arm.config | dict(out_dir='')), None)
+        if twin:
+            raise ValueError(f"the arms {twin} and {arm.name} are the same: leave one out")
+    return everyone
+
+
+def compare(everyone):
+    """Everything at one size -> the rows of the table."""
+    base = everyone[0]
+    for arm in everyone:
+        report(f"{arm.name}: {'LEAKS: ' + arm.leak if arm.leak else 'causal, proven at T=' + str(arm.model['block_size'])}"
+               f"{' (trained all the same)' if arm.leak and allow_leak else ''}")
+    running = [arm for arm in everyone if not arm.leak or allow_leak]
+    if base not in running:
+        raise ValueError(f"the first arm is not causal: {base.leak}; --allow_leak=True trains it all the same")
+    set_steps(running, base)
+    search_rates(running)
+    if aa:
+        running.append(Arm('A/A', base.argv, base.config, base.model, AA_SEED, base.params, base.flops, base.steps,
+                           None, base.lr, bracketed=base.bracketed))
+    cells = {arm.name: [Cell(arm, arm.lr, arm.first_seed + s, arm.steps) for s in range(seeds)] for arm in running}
+    train_all([cells[arm.name][s] for s in range(seeds) for arm in running], 'verdict')
+    rows = [row_of(arm, cells[arm.name], base, cells[base.name]) for arm in running]
+    for row, p in zip(rows[1:], holm([row['p'] for row in rows[1:]])):
+        row['p_holm'] = p
+        row['verdict'] = verdict(row)
+    rows += [dict(arm=arm.name, leak=arm.leak, verdict=f'refused: it is not causal: {arm.leak}')
+             for arm in everyone if arm.leak and not allow_leak]
+    return rows
+
+
+def row_of(arm, cells, base, base_cells):
+    found = [cell.result() for cell in cells]
+    good = [r for r in found if not r['failed']]
+    pairs = [(b.result()['loss'], r['loss']) for b, r in zip(base_cells, found)
+             if not r['failed'] and not b.result()['failed']]
+    row = dict(arm=arm.name, lr=arm.lr, learning_rate=arm.lr * arm.config['learning_rate'], bracketed=arm.bracketed,
+               lr_losses={f'{f:g}': loss if math.isfinite(loss) else None for f, loss in arm.lr_losses.items()},
+               losses=[r['loss'] for r in found], bits=[r['bits'] for r in found], leak=arm.leak,
+               failed=[r['failed'] for r in found if r['failed']], params=arm.params, flops=arm.flops, steps=arm.steps,
+               settings=[a for a in arm.argv if a not in base.argv], curves=[r['curve'] for r in found])
+    if good:
+        row |= dict(zip(('loss', 'loss_half'), interval([r['loss'] for r in good])))
+        if all(r['bits'] for r in good):
+            row |= dict(zip(('bits_per_byte', 'bits_half'), interval([r['bits'] for r in good])))
+        row['tokens_per_s'] = median(r['tokens_per_s'] for r in good)
+        row['peak_memory'] = max(r['peak_memory'] or 0 for r in good) or None
+        reference = [b.result()['loss'] for b in base_cells if not b.result()['failed']]
+        row['seconds_to_first'] = seconds_to(mean(reference), [r['curve'] for r in good]) if reference else None
+    if arm is not base:
+        row |= paired(*zip(*pairs)) if pairs else paired([], [])
+    return row
+
+
+def seconds_to(loss, curves):
+    """The mean time at which runs reach a loss, between evaluations on a straight line; None if one does not."""
+    times = []
+    for curve in curves:
+        for (_, _, t0, l0), (_, _, t1, l1) in zip(curve, curve[1:]):
+            if l1 <= loss:
+                times.append(t1 if l0 <= loss or l0 == l1 else t0 + (t1 - t0) * (l0 - loss) / (l0 - l1))
+                break
+        else:
+            return None
+    return mean(times)
+
+
+def verdict(row):
+    """One sentence."""
+    what = {'steps': 'steps', 'params': 'parameters and steps', 'flops': 'FLOPs', 'seconds': 'seconds'}[equal]
+    bad = f"; {len(row['failed'])} of {seeds} runs failed: it {row['failed'][0]}" if row['failed'] else ''
+    lr = '' if row['bracketed'] else '; its best learning rate is not bracketed'
+    lr = lr if len(lrs) > 1 else '; learning rates were not searched'
+    causal = 'NOT CAUSAL' if row['leak'] else 'causal: proven'
+    if row['difference'] is None:
+        return f"no pair of runs to compare{bad}"
+    if row['half'] is None:
+        return f"one pair of seeds, which has no interval: {row['difference']:+.4f} nats is an anecdote{bad}"
+    size = f"{abs(row['difference']):.4f} ± {row['half']:.4f} nats"
+    rest = f"at equal {what}, {row['pairs']} paired seeds, p={row['p_holm']:.2g}, {causal}{lr}{bad}"
+    if row['p_holm'] < 0.05:
+        return f"{'better' if row['difference'] < 0 else 'worse'} by {size} {rest}"
+    more = 'more than 1,000 seeds' if row['needed'] is None else f"about {max(1, row['needed'] - row['pairs'])} more seeds"
+    return f"cannot tell: {row['difference']:+.4f} ± {row['half']:.4f} nats {rest}; {more} would, if it is that large"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Table and pictures
+
+def table(rows):
+    """As Markdown."""
+    def pm(row, name, half):
+        if row.get(name) is None:
+            return '-'
+        return f"{row[name]:.4f}" + (f" ± {row[half]:.4f}" if row.get(half) is not None else '')
+
+    def number(value, text):
+        return '-' if value is None else text.format(value)
+    lines = [('arm', 'learning rate', 'loss', 'bits per byte', 'difference', 'p (Holm)', 'detectable', 'parameters',
+              'FLOPs a token', 'steps', 'tokens/s', 'peak memory', "seconds to first arm's loss")]
+    for row in rows:
+        if 'losses' not in row:
+            lines.append((row['arm'], 'refused', *'-' * 11))
+            continue
+        lines.append((
+            row['arm'] + (' (LEAKS)' if row['leak'] else ''), f"{row['learning_rate']:.2g}" + (
+                '' if row['bracketed'] or len(lrs) == 1 else ' (not bracketed)'),
+            pm(row, 'loss', 'loss_half'), pm(row, 'bits_per_byte', 'bits_half'), pm(row, 'difference', 'half'),
+            number(row.get('p_holm'), '{:.2g}'), number(row.get('detectable'), '{:.4f}'), f"{row['params']:,}",
+            f"{row['flops'] / 1e6:.3g}M", f"{row['steps']:,}", number(row.get('tokens_per_s'), '{:,.0f}'),
+            number(row.get('peak_memory') and row['peak_memory'] / 1e9, '{:.2f} GB'),
+            number(row.get('seconds_to_first'), '{:.0f}')))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = ['| ' + ' | '.join(cell.ljust(w) for cell, w in zip(line, widths)) + ' |' for line in lines]
+    text.insert(1, '|' + '|'.join('-' * (w + 2) for w in widths) + '|')
+    return '\n'.join(text + [''] + [f"{row['arm']}: {row['verdict']}" for row in rows if 'verdict' in row])
+
+
+def draw(rows, folder):
+    """curves.png, learning_rates.png, differences.png"""
+    from matplotlib.figure import Figure
+    shown = [row for row in rows if row.get('curves') and any(row['curves'])]
+    figure = Figure(figsize=(15, 4.5), layout='constrained')
+    for axes, (label, scale_of) in zip(figure.subplots(1, 3, sharey=True), {
+            'tokens': lambda row, point: point[1], 'FLOPs': lambda row, point: point[1] * row['flops'],
+            'seconds of training': lambda row, point: point[2]}.items()):
+        for i, row in enumerate(shown):
+            whole = [curve for curve, loss in zip(row['curves'], row['losses']) if loss is not None]
+            points = [step for step in zip(*whole)][1:] # the first is the untrained network
+            x = [mean(scale_of(row, point) for point in step) for step in points]
+            y = [[point[3] for point in step] for step in points]
+            axes.plot(x, [mean(v) for v in y], color=f'C{i}', label=row['arm'])
+            axes.fill_between(x, [min(v) for v in y], [max(v) for v in y], color=f'C{i}', alpha=0.2, linewidth=0)
+        axes.set(xlabel=label, xscale='log', yscale='log')
+        axes.grid(alpha=0.3, which='both')
+    figure.axes[0].set_ylabel('validation loss, nats a token (band: all seeds)')
+    figure.axes[0].legend()
+    figure.savefig(folder / 'curves.png', dpi=120)
+    if any(row['lr_losses'] for row in shown):
+        figure = Figure(figsize=(6, 4.5), layout='constrained')
+        axes = figure.subplots()
+        for row in shown:
+            points = [(float(f), loss) for f, loss in row['lr_losses'].items() if loss is not None]
+            axes.plot(*zip(*points) if points else ([], []), marker='o', label=row['arm'])
+        axes.set(xlabel="factor of the config's learning rate", ylabel='validation loss, nats a token', xscale='log')
+        axes.legend()
+        axes.grid(alpha=0.3)
+        figure.savefig(folder / 'learning_rates.png', dpi=120)
+    compared = [row for row in shown if row.get('half') is not None]
+    if compared:
+        figure = Figure(figsize=(7, 1 + 0.4 * len(compared)), layout='constrained')
+        axes = figure.subplots()
+        axes.errorbar([row['difference'] for row in compared], range(len(compared)), fmt='o',
+                      xerr=[row['half'] for row in compared])
+        axes.axvline(0, color='gray', linewidth=0.8)
+        axes.set_yticks(range(len(compared)), [row['arm'] for row in compared])
+        axes.invert_yaxis()
+        axes.set_xlabel('difference to the first arm, nats a token (left is better; 95%)')
+        axes.grid(alpha=0.3)
+        figure.savefig(folder / 'differences.png', dpi=120)
+
+
+def gains_by_size(by_width):
+    """For each arm: its difference to the first one at each size, and how that changes for ten times the FLOPs."""
+    lines, results = [], []
+    for i, row in enumerate(by_width[0][1][1:], 1):
+        points = [(w, rows[0]['flops'] * rows[0]['steps'], rows[i]) for w, rows in by_width]
+        pairs = [(math.log10(flops), b - a) for (_, flops, r), (_, rows) in zip(points, by_width)
+                 for a, b in zip(rows[0]['losses'], r.get('losses', ())) if a is not None and b is not None]
+        if not pairs or len({x for x, _ in pairs}) < 2:
+            continue
+        slope, half = line_fit(*zip(*pairs))
+        gaps = ', '.join(f"{r['difference']:+.4f} ± {r['half'] or 0:.4f} at {w}" for w, _, r in points
+                         if r.get('difference') is not None)
+        closes = ('the sizes do not say how it changes' if half is None or abs(slope) < half else
+                  f"it changes by {slope:+.4f} ± {half:.4f} for ten times the FLOPs")
+        lines.append(f"{row['arm']} by n_embd: {gaps}; {closes}")
+        results.append(dict(arm=row['arm'], slope=slope, half=half))
+    return lines, results
+
+
+def check(config):
+    check_ranges(config, {'[1, inf)': 'seeds lr_seeds eval_tokens evaluations jobs'})
+    if not lrs or min(lrs) <= 0 or len(set(lrs)) < len(lrs):
+        raise ValueError(f"lrs={lrs} must be different factors above 0, as in 0.5,1,2")
+    if cluster:
+        try:
+            import submitit # noqa: F401
+        except ImportError:
+            raise ValueError(f"cluster={cluster!r} needs submitit: pip install submitit") from None
+
+
+def claim(folder, common):
+    """The folder of one comparison: its arms and seeds may grow, what they have in common may not change."""
+    path = folder / 'common.json'
+    if path.exists() and (before := json.loads(path.read_text(encoding='utf-8'))) != common:
+        raise ValueError(f"{folder} holds the comparison of {' '.join(before)}: choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(common), encoding='utf-8')
+
+
+def main(argv):
+    if {'--help', '-h'} & set(argv):
+        configure(globals(), argv=['--help'])
+    own = [arg for arg in argv if arg.startswith('--') and arg[2:].partition('=')[0] in OWN]
+    common = [arg for arg in argv if arg not in own]
+    if not any(arg.endswith('.py') for arg in common):
+        fail("give a config file, as in python tests/compare.py config/shakespeare_small.py --arms=qk_norm=True")
+    config = configure(globals(), argv=own).config
+    with exit_on_error():
+        check(config)
+        at_width = {}
+        for width in scale or (None,):
+            more = []
+            if width:
+                first = configured(*common).config
+                more = [f'--n_embd={width}', f"--n_head={max(1, round(first['n_head'] * width / first['n_embd']))}"]
+            at_width[width] = make_arms(common + more, split_arms(arms))
+        claim(Path(out), common)
+        everything = [(width, compare(everyone)) for width, everyone in at_width.items()]
+        lines, slopes = gains_by_size(everything) if scale else ([], [])
+        about = dict(command=argv, commit=git_commit(), torch=torch.__version__, equal=equal, seeds=seeds)
+        results = dict(about=about, by_size=slopes, tables=[dict(n_embd=w, rows=rows) for w, rows in everything])
+        folder, text = Path(out), []
+        (folder / 'compare.json').write_text(json.dumps(results, indent=1), encoding='utf-8')
+        for width, rows in everything:
+            place = folder / f'n_embd-{width}' if width else folder
+            place.mkdir(exist_ok=True)
+            try:
+                draw(rows, place)
+            except ImportError:
+                report('no pictures: pip install matplotlib')
+            text += [f'n_embd={width}'] * bool(width) + [table(rows), '']
+        text = '\n'.join(text + lines)
+        (folder / 'table.md').write_text(text + '\n', encoding='utf-8')
+        print(json.dumps(results) if json_only else text)
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])
