@@ -12,6 +12,8 @@ train with the same seeds, whose batches are the same, in turn. An interrupted c
 is done prints its table at once, and arms and seeds can be added later: a run whose settings, code and data are known is
 not repeated. --out gets compare.json, a table and pictures.
 """
+import bisect
+import functools
 import hashlib
 import json
 import math
@@ -34,7 +36,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 from configurator import check_ranges, configure, exit_on_error, fail
 from data.run import RunFolder, git_commit
-from data.tokens import Split, dataset_folder, load_meta
+from data.tokens import Split, dataset_folder, find_path, load_meta
 from model import GPT, GPTConfig, add_mixer, cost, find_leak
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -66,16 +68,17 @@ RATES = ('learning_rate', 'hidden_lr', 'embedding_lr', 'other_lr', 'min_lr') # a
 
 def t_probability(t, n):
     """P(-t < T < t) of Student's t with n degrees of freedom, by the substitution t = sqrt(n) tan(x): Simpson's rule."""
-    end, m = math.atan(t / math.sqrt(n)), 2000
+    end, m = math.atan(t / math.sqrt(n)), 200
     x = [math.cos(i * end / m) ** (n - 1) for i in range(m + 1)]
     total = (x[0] + x[-1] + 4 * sum(x[1::2]) + 2 * sum(x[2:-1:2])) * end / m / 3
     return 2 * total * math.exp(math.lgamma((n + 1) / 2) - math.lgamma(n / 2)) / math.sqrt(math.pi)
 
 
+@functools.cache
 def t_quantile(p, n):
     """The t with P(-t < T < t) = p."""
     low, high = 0.0, math.pi / 2
-    for _ in range(60):
+    for _ in range(50):
         middle = (low + high) / 2
         low, high = (middle, high) if t_probability(math.sqrt(n) * math.tan(middle), n) < p else (low, middle)
     return math.sqrt(n) * math.tan(low)
@@ -104,7 +107,8 @@ def paired(a, b):
         p = 0.0 if difference else 1.0
     else:
         p = max(0.0, 1 - t_probability(abs(difference) * math.sqrt(n) / sd, n - 1))
-    needed = next((m for m in range(2, 1000) if detectable(sd, m) <= abs(difference)), None)
+    needed = 2 + bisect.bisect_left(range(2, 1000), -abs(difference), key=lambda m: -detectable(sd, m))
+    needed = needed if needed < 1000 else None
     return dict(difference=difference, half=half, p=p, detectable=detectable(sd, n), needed=needed, pairs=n)
 
 
@@ -174,6 +178,7 @@ def make_arm(name, common, params=None):
         if not part.endswith('.py') and '=' not in part:
             raise ValueError(f"the arm {name!r} has {part!r}: give a config file (x.py) or a setting (qk_norm=True)")
         argv.append(part if part.endswith('.py') else '--' + part.lstrip('-'))
+    argv = [str(find_path(arg)) if arg.endswith('.py') else arg for arg in argv]
     config, _, replaced, _ = configured(*argv)
     if 'max_iters' in replaced and 'lr_decay_iters' not in replaced: # a shortened run's schedule shrinks, as in train.py
         share = min(1, config['max_iters'] / max(1, replaced['max_iters']))
@@ -282,7 +287,7 @@ def fingerprint(arm):
     if name not in FINGERPRINTS:
         FINGERPRINTS[name] = [Split(dataset_folder(name), split).fingerprint() for split in ('train', 'val')]
     files = [arg for arg in arm.argv if arg.endswith('.py')]
-    return FINGERPRINTS[name] + [hashlib.sha256((PROJECT / f).read_bytes()).hexdigest() for f in files]
+    return FINGERPRINTS[name] + [hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in files]
 
 
 def execute(command, folder, env=None):
@@ -380,7 +385,11 @@ def submit(cells):
     import submitit
     executor = submitit.AutoExecutor(folder=Path(out) / 'submitit', cluster=cluster)
     executor.update_parameters(timeout_min=24 * 60, name='compare')
-    submitted = [executor.submit(execute, cell.command(), str(cell.folder.resolve())) for cell in cells]
+    # a process of its own: what a node gets is pickled, and this script's locks cannot be
+    code = f"import sys, json; sys.path.insert(0, {str(PROJECT / 'tests')!r}); import compare; compare.keep = {keep}; " \
+           "compare.execute(json.loads(sys.argv[1]), sys.argv[2])"
+    submitted = [executor.submit(subprocess.run, [sys.executable, '-c', code, json.dumps(cell.command()),
+                                                  str(cell.folder.resolve())]) for cell in cells]
     for cell, job in zip(cells, submitted):
         job.result()
         report(f"  {cell}: {cell.result()['failed'] or format(cell.result()['loss'], '.4f')}")

@@ -1,9 +1,7 @@
 """
-Measures what ideas are worth, by training: speed and memory are measured by tests/bench.py.
+Studies that tests/compare.py cannot express: beside a peer, of solved problems, of texts.
 
     python tests/studies.py recipe --peer=PATH     seconds to nanoGPT's loss by a speed-run config, several seeds
-    python tests/studies.py ablations              that config with each of its ingredients taken out
-    python tests/studies.py optimizers             AdamW, Muon and SM3 on MLP-Mixer: curves and memory
     python tests/studies.py arithmetic             what zeros, steps, mixer and optimizer give to config/train_calc.py
     python tests/studies.py repetition --run=out-x how often a trained model's greedy text loops, and what helps
 
@@ -20,24 +18,23 @@ from typing import Literal
 
 import torch
 
-from bench import PRESETS, PROJECT, SMALL_RUN, begin, choose, end, in_turn, picture, run_train, show, write_data
+from bench import PROJECT, SMALL_RUN, begin, choose, end, in_turn, run_train, show, write_data
 from configurator import exit_on_error, resolve
 from data.checkpoints import NANOGPT_FIELDS, find_weights, load_model
-from data.run import RunFolder
 from data.tokens import Split, dataset_folder, load_meta
-from model import GPT, GPTConfig, beam_search
+from model import GPTConfig, beam_search
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what is studied
 device = 'auto' # auto | cpu | cuda | cuda:1 | mps
 out = '' # the JSON file; '': tests/results/COMMAND-DEVICE.json
 seeds: tuple[int, ...] = (1, 2, 3)
-variants: tuple[str, ...] = () # ablations and arithmetic: rows of the table; (): all
-iterations = 0 # training steps; 0: the config's, of optimizers 1000
-# recipe, ablations and optimizers
+variants: tuple[str, ...] = () # arithmetic: rows of the table; (): all
+iterations = 0 # training steps; 0: the config's
+# recipe
 recipe_of: Literal['shakespeare_cpu', 'shakespeare'] = 'shakespeare_cpu' # which config/speedrun_*.py
 dataset = 'shakespeare_char' # a folder in data/, or any folder given with a slash
-peer: str | None = None # recipe: a checkout of nanoGPT, which trains in turn
+peer: str | None = None # a checkout of nanoGPT, which trains in turn
 # arithmetic and repetition
 problems = 2000 # held-out problems to solve
 run = '' # folder of the run
@@ -49,34 +46,6 @@ length = 400 # tokens generated for each
 RECIPES = {
     'shakespeare_cpu': (1.898, SMALL_RUN),
     'shakespeare': (1.4697, {}), # config/train_shakespeare_char.py as it is: hours on a CPU
-}
-ATTENTION = dict(mixer='attention', mlp='relu2', pos_emb='rope')
-ADAMW = dict(optimizer='adamw', momentum=0.95, hidden_lr=None)
-ABLATIONS = {
-    'as it is': {},
-    'AdamW for all matrices': ADAMW,
-    'AdamW at 0.004': ADAMW | dict(learning_rate=4e-3),
-    'SM3 at 0.1': dict(optimizer='sm3', hidden_lr=None, learning_rate=0.1),
-    'momentum 0.95': dict(momentum=0.95),
-    'no time-mixing': dict(time_mixing=0.0),
-    'attention with rotary positions and relu2 MLP': ATTENTION,
-    'attention with QK-norm': ATTENTION | dict(qk_norm=True),
-    'attention without time-mixing': ATTENTION | dict(time_mixing=0.0),
-    'MLP-Mixer and relu2 MLP': dict(mixer='mlp_mixer', mlp='relu2'),
-    'aMLP': dict(gmlp_attn=32),
-    'cosine to a tenth': dict(schedule='cosine', min_lr=1e-3),
-    'batch 12 with as many steps': dict(batch_size=12),
-    'batch 12 with as many tokens': dict(batch_size=12, max_iters=280, lr_decay_iters=280, eval_interval=280,
-                                         warmup_iters=20),
-    'float32': dict(dtype='float32'),
-    'untied head': dict(tie_weights=False),
-    'ReZero': dict(rezero=True),
-    'average of weights (0.9)': dict(ema=0.9),
-    'adaptive clipping 0.1': dict(adaptive_clip=0.1),
-    'clipping at 0.3': dict(grad_clip=0.3),
-    'weight decay 0.1': dict(weight_decay=0.1),
-    '2 layers': dict(n_layer=2),
-    '4 layers': dict(n_layer=4),
 }
 # changes of the calc dataset, and of its config
 ARITHMETIC = {
@@ -90,7 +59,6 @@ ARITHMETIC = {
     'AdamW': ({}, dict(optimizer='adamw', hidden_lr=None)),
     'attention': ({}, dict(mixer='attention', pos_emb='rope', mlp='relu2', n_layer=4)),
 }
-LEARNING_RATES = dict(adamw=(1e-3, 3e-3, 1e-2, 3e-2), muon=(3e-3, 1e-2, 3e-2), sm3=(0.03, 0.1, 0.3, 1.0))
 WAYS = { # options of generate or, with beams, of beam_search
     'greedy': dict(temperature=0.0),
     'greedy, repetition_penalty 1.1': dict(temperature=0.0, repetition_penalty=1.1),
@@ -125,10 +93,9 @@ def step_flags(steps):
 
 
 def train(folder, files, flags):
-    """train.py in folder -> its last validation loss, seconds to then without evaluations, and loss curves."""
+    """train.py in folder -> its last validation loss, and seconds to then without evaluations."""
     with tempfile.TemporaryDirectory() as parent:
         lines = run_train(folder, *files, out_dir=f'{parent}/run', **flags)
-        logged = RunFolder(f'{parent}/run').read_metrics() # nanoGPT has none
     before = evaluating = 0.0
     for seconds, line in lines:
         found = re.match(r'step \d+: train loss [\d.]+, val loss ([\d.]+)', line)
@@ -136,8 +103,7 @@ def train(folder, files, flags):
             result = dict(seconds=before - evaluating, val_loss=float(found[1]))
             evaluating += seconds - before
         before = seconds
-    return result | dict(curve=[(line['step'], line['loss']) for line in logged if 'loss' in line],
-                         val_curve=[(line['step'], line['val_loss']) for line in logged if 'val_loss' in line])
+    return result
 
 
 def spread(values):
@@ -181,49 +147,6 @@ def recipe():
     if ratios:
         rows.append({'': 'peer/ours', 'seconds': (median(ratios), min(ratios), max(ratios))})
     show(f'{title}: seconds to {target}, without evaluations; seeds {seeds}, mean (lowest-highest)', rows)
-
-
-def ablations():
-    title, rows = f'ablations, {recipe_of}', []
-    for name, changes in chosen(ABLATIONS).items():
-        runs = in_turn(f'{title}: {name}', {seed: recipe_job(changes, seed) for seed in seeds}, 1)
-        results = [result for by_seed in runs.values() for result in by_seed]
-        seconds = median(r['seconds'] for r in results) if results else None
-        rows.append({'what': name, 'val loss': spread([r['val_loss'] for r in results]), 'seconds': seconds,
-                     'raw': results})
-        show(f'{title}: seeds {seeds}, mean (lowest-highest)', rows)
-
-
-def optimizers():
-    """Learning rates around each optimizer's best, on MLP-Mixer of the size of nanoGPT's small CPU run."""
-    steps = iterations or 1000
-    files = ['config/shakespeare_small.py', 'config/mixers/mlp_mixer.py']
-    flags = dict(dataset=dataset) | step_flags(steps) | dict(eval_interval=max(1, steps // 4)) | model_flags()
-    rows, curves = [], {}
-    for optimizer, rates in LEARNING_RATES.items():
-        for lr in rates:
-            name = f'{optimizer} {lr}'
-            more = dict(optimizer=optimizer, learning_rate=lr, min_lr=lr / 10)
-            results = in_turn('optimizers', {name: partial(train, PROJECT, files, flags | more)}, 1)[name]
-            for result in results:
-                curves[name] = result['curve']
-                late = [loss for step, loss in result['curve'] if step > steps / 10]
-                rows.append({'optimizer': optimizer, 'learning rate': lr, 'val loss': result['val_loss'],
-                             'state, bytes a parameter': state_size(optimizer), 'highest loss after a tenth': max(late),
-                             'raw': results})
-    show(f'optimizers: MLP-Mixer, {steps} steps', rows)
-    picture({'step': curves}, 'training loss')
-
-
-def state_size(optimizer):
-    """Bytes a parameter that an optimizer keeps, besides the weights and gradients."""
-    model = GPT(GPTConfig(**PRESETS['readme'][0] | dict(mixer='mlp_mixer', pos_emb='none') | model_flags()))
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), 'cpu', optimizer)
-    optimizer.step()
-    size = sum(tensor.nbytes for state in optimizer.state.values() for tensor in state.values())
-    return size / model.get_num_params(False)
 
 
 def solve(prepare, changes, seed):
@@ -289,8 +212,7 @@ def repetition():
     show(f'repetition: {len(idx)} texts of {length} tokens by {Path(run).name}', rows)
 
 
-COMMANDS = dict(recipe=recipe, ablations=ablations, optimizers=optimizers, arithmetic=arithmetic,
-                repetition=repetition)
+COMMANDS = dict(recipe=recipe, arithmetic=arithmetic, repetition=repetition)
 
 
 def main(argv):

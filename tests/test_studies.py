@@ -48,9 +48,6 @@ def told(studies, monkeypatch):
     asked = []
     def run_train(folder, *files, **flags):
         asked.append((folder, files, flags))
-        Path(flags['out_dir']).mkdir(parents=True)
-        metrics = ''.join(json.dumps(dict(step=step, loss=5.0 - step)) + '\n' for step in range(1, 5))
-        (Path(flags['out_dir']) / 'metrics.jsonl').write_text(metrics)
         return LINES
     monkeypatch.setattr(studies.script, 'run_train', run_train)
     return asked
@@ -59,7 +56,6 @@ def told(studies, monkeypatch):
 def test_a_run_is_timed_without_its_evaluations(studies, told):
     result = studies.script.train(PROJECT, ['config/x.py'], dict(seed=3))
     assert result['seconds'] == 4.5 - 0.5 and result['val_loss'] == 3.8
-    assert result['curve'] == [(1, 4.0), (2, 3.0), (3, 2.0), (4, 1.0)]
     assert told[0][1] == ('config/x.py',) and told[0][2]['seed'] == 3
 
 
@@ -71,35 +67,6 @@ def test_recipe(studies, told, words, tmp_path):
         ('config/speedrun_shakespeare_cpu.py', 1, 16), ('config/train_shakespeare_char.py', None, 16),
         ('config/speedrun_shakespeare_cpu.py', 2, 16), ('config/train_shakespeare_char.py', None, 16)]
     assert told[1][0] == str(tmp_path) and told[1][2]['dropout'] == 0.0
-
-
-def test_ablations(studies, words):
-    (row,), = studies('ablations', words, '--seeds=1,', '--variants=SM3 at 0.1')
-    assert row['what'] == 'SM3 at 0.1' and 0 < row['raw'][0]['val_loss'] < 3
-    assert [step for step, _ in row['raw'][0]['val_curve']] == [0, 4]
-
-
-def test_every_ablation_is_legal(studies, told):
-    """train.py takes the settings of each row."""
-    from helpers import settings_of as settings
-    config = settings(PROJECT / 'config' / 'speedrun_shakespeare_cpu.py')
-    studies('ablations', '--seeds=1,')
-    assert len(told) == len(studies.script.ABLATIONS)
-    for _, _, flags in told:
-        assert flags.keys() - {'out_dir'} <= config.keys()
-    for changes in [*studies.script.ABLATIONS.values(), *(row[1] for row in studies.script.ARITHMETIC.values())]:
-        merged = config | changes
-        GPTConfig(**{name: merged[name] for name in GPTConfig.__dataclass_fields__})
-
-
-def test_optimizers(studies, told, tmp_path, monkeypatch):
-    monkeypatch.setattr(studies.script, 'LEARNING_RATES', dict(adamw=(1e-3,), muon=(1e-2,), sm3=(0.1, 0.3)))
-    rows, = studies('optimizers')
-    memory = {row['optimizer']: row['state, bytes a parameter'] for row in rows}
-    assert 8 <= memory['adamw'] < 8.1 and 4 < memory['sm3'] < 5
-    assert [row['learning rate'] for row in rows] == [1e-3, 1e-2, 0.1, 0.3]
-    assert rows[0]['highest loss after a tenth'] == 4.0
-    assert (tmp_path / 'result.png').stat().st_size > 1000
 
 
 def test_arithmetic(studies, monkeypatch):
@@ -129,7 +96,7 @@ def test_repetition(studies, words, tmp_path):
 
 
 @pytest.mark.parametrize('arguments, words', [
-    (['train'], 'must be a command'), (['ablations', '--variants=SM4'], 'not one of'),
+    (['train'], 'must be a command'), (['arithmetic', '--variants=SM4'], 'not one of'),
     (['recipe', '--recipe_of=shakespear'], 'shakespeare_cpu'), (['repetition', '--run=/nowhere'], '/nowhere')])
 def test_mistakes(studies, capsys, arguments, words):
     with pytest.raises(SystemExit) as end:

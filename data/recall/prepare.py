@@ -13,7 +13,7 @@ else is a target of the training (train.mask, val.mask).
     parity          0110101=0                whether the number of ones is odd (arXiv 2411.12537)
                             -
 
-    python data/recall/prepare.py --task=mqar --sizes=4,8,16
+    python data/recall/prepare.py --task=mqar --sizes=2,4,8
     python train.py config/recall.py
     python data/recall/evaluate.py --out_dir=out-recall
 """
@@ -31,9 +31,9 @@ from data.tokens import DataError, dataset_folder
 from data.writer import Writer, summarize
 
 task: Literal['mqar', 'copy', 'selective_copy', 'induction', 'parity'] = 'mqar'
-sizes = (4, 8, 16) # how hard, in turn: pairs, symbols to copy, symbols since the mark, bits
-length = 64 # tokens of an example; blanks fill it up
-symbols = 64 # different ones; of mqar half are keys and half are values
+sizes = (2, 4, 8) # how hard, in turn: pairs, symbols to copy, symbols since the mark, bits
+length = 32 # tokens of an example; blanks fill it up
+symbols = 32 # different ones; of mqar half are keys and half are values
 examples = 100000 # to train on
 val_examples = 3000 # held out
 seed = 1337
@@ -92,7 +92,7 @@ config = configure(globals()).config
 with exit_on_error():
     check_ranges(config, {'[1, inf)': 'length examples val_examples', '[2, 8192]': 'symbols'})
     if not sizes or min(sizes) < 1:
-        raise DataError(f"sizes={sizes} must be one or more numbers from 1 up, as in --sizes=4,8,16")
+        raise DataError(f"sizes={sizes} must be one or more numbers from 1 up, as in --sizes=2,4,8")
     example, needed = TASKS[task]
     if needed(max(sizes)) > length:
         raise DataError(f"sizes has {max(sizes)}, for which {task} takes {needed(max(sizes))} tokens, and length is "
