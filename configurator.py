@@ -73,7 +73,7 @@ def configure(namespace, dataclass=None, argv=None, adopt=None, foreign=()):
     """Resolve a script's settings from its defaults, config files and the command line.
 
     namespace: globals() of the script. Its settings are the module-level assignments above the call, except names that
-        start with an underscore and values that are not PLAIN (lists count as tuples).
+        start with an underscore or are in capitals, and values that are not PLAIN (lists count as tuples).
     dataclass: each of its fields (all need defaults) is a setting too. A default in the script wins over the field's.
     argv: sys.argv[1:] by default.
     adopt: called with each class that a config file has; it may add fields to dataclass. What it returns, a name or
@@ -190,7 +190,7 @@ def scan(source, body=None):
             row += 1
         annotation = ast.unparse(node.annotation).strip('\'"') if isinstance(node, ast.AnnAssign) else ''
         for target in targets:
-            if isinstance(target, ast.Name) and not target.id.startswith('_'):
+            if isinstance(target, ast.Name) and not (target.id.startswith('_') or target.id.isupper()):
                 found[target.id] = annotation, ' '.join(comment), group
     return found
 

@@ -4,11 +4,11 @@ Measures the speed and memory of this project and, in turn with it, of a peer: a
     python tests/bench.py train --preset=baby --peer=PATH   tokens/s, MFU, peak memory
     python tests/bench.py sample --peer=PATH                tokens/s of prompt and decoding, short and long context
     python tests/bench.py mixers                            every token mixer and a UNet, and their cost as T grows
+    python tests/bench.py state                             decoding after 1, 1,000, 100,000 tokens, and bytes kept
     python tests/bench.py unet                              the published UNet, 100 blocks inside, beside a flat GPT
     python tests/bench.py scale                             cost against T, width and depth
     python tests/bench.py startup --peer=PATH               seconds from the command to the end of the first step
     python tests/bench.py process --peer=PATH               nanoGPT's small CPU run, from start to end
-    python tests/bench.py profile --peer=PATH               the operators that a training step's time goes to
     python tests/bench.py head                              the head's loss: in chunks, by torch, with all logits
     python tests/bench.py loss --peer=PATH                  losses from the same weights on the same batches
     python tests/bench.py all --device=cuda --peer=PATH     all of it, with the models that suit the device
@@ -47,7 +47,13 @@ from configurator import configure, exit_on_error, fail, find_peak_flops, resolv
 from data.checkpoints import NANOGPT_FIELDS, load_weights, stored_config
 from data.run import git_commit, peak_memory
 from data.tokens import Split, dataset_folder, load_meta, prefetch
-from model import GPT, GPTConfig, LinearCrossEntropy, MIXERS, cost, keep_freed_memory, recompute_what_is_cheap
+from model import (Cache, GPT, GPTConfig, LinearCrossEntropy, MIXERS, cost, keep_freed_memory,
+                   recompute_what_is_cheap)
+from compare import configured
+
+for file in sorted((PROJECT / 'config/mixers').glob('*.py')):
+    if 'class ' in file.read_text(encoding='utf-8'): # a mixer that model.py does not have
+        configured(file)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what is measured
@@ -262,21 +268,16 @@ def work_sample(job):
             'decode tokens/s': n * job.batch_size / decoding, 'of bandwidth': n / decoding * n_bytes / bandwidth}
 
 
-def work_profile(job):
-    """The ten operators that take longest."""
-    step, batches = make_step(job), load_batches(job)
-    for _ in range(2):
-        step(*next(batches))
-    with torch.profiler.profile() as profile:
-        seconds(lambda: [step(*next(batches)) for _ in range(job.steps)])
-    batches.close()
-    key = 'self_device_time_total' if job.on_gpu else 'self_cpu_time_total'
-    # a GPU's kernels are counted at their operators
-    events = [event for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CPU]
-    took = {event.key: getattr(event, key) / job.steps / 1e3 for event in events}
-    longest = sorted(took, key=took.get, reverse=True)[:10]
-    total = sum(took.values())
-    return {'operators': [{'operator': op, 'ms/step': took[op], 'share': took[op] / total} for op in longest]}
+def work_state(job):
+    """Decoding far into a sequence, and what is kept of it."""
+    model, cache = build(job, None).eval(), Cache()
+    idx = torch.randint(job.config['vocab_size'], (job.batch_size, job.context), device=job.device)
+    with torch.inference_mode(), job.amp:
+        for part in idx.split(1024, dim=1):
+            model.hidden(part, cache)
+        kept, token = cache.n_bytes(), idx[:, -1:]
+        times = [seconds(lambda: model.lm_head(model.hidden(token, cache))) for _ in range(job.new_tokens)]
+    return {'decode tokens/s': job.batch_size / median(times), 'bytes of state': kept / job.batch_size, 'times': times}
 
 
 def work_head(job):
@@ -306,7 +307,7 @@ def work_head(job):
             'loss': losses[-1].item(), 'times': times}
 
 
-WORK = dict(train=work_train, sample=work_sample, profile=work_profile, head=work_head)
+WORK = dict(train=work_train, sample=work_sample, state=work_state, head=work_head)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Starting processes
@@ -527,6 +528,20 @@ def mixers():
     picture({'T': curves}, 'tokens/s')
 
 
+def state():
+    config, _ = model_of('readme')
+    kinds = dict(attention={}, gmlp=dict(mixer='gmlp'), window=dict(attention_window=256),
+                 linear_attention=dict(mixer='linear_attention'), gated_delta=dict(mixer='gated_delta'))
+    for context in contexts if 'contexts' in given else (1, 1000, 100000):
+        jobs = {}
+        for name, changes in kinds.items():
+            if name != 'gmlp' or context <= 1000: # its table (T, T) has no room beyond
+                long = replace(config, block_size=context + new_tokens, pos_emb='none', **changes)
+                jobs[name] = both('state', long, 1, theirs=False, context=context, new_tokens=new_tokens,
+                                  compile=False)['ours']
+        compare(f'state after {context} tokens', jobs, 'attention', ['decode tokens/s'])
+
+
 def unet():
     flat, batch = model_of('gpt2')
     sweep('published UNet', {'flat': (flat, batch), 'unet': (replace(flat, **UNET), batch)}, 'flat')
@@ -559,13 +574,6 @@ def small_run(max_iters=None):
     compare(f'small CPU run, {max_iters} steps', jobs, ratios=('s to the first step', 's to the end'))
 
 
-def profile():
-    config, batch = model_of('baby')
-    for name, results in in_turn('profile', both('profile', config, batch, compile=False), 1).items():
-        for result in results:
-            show(f"profile of {name}, {result['how']}, batch {batch} x {config.block_size}", result['operators'])
-
-
 def head():
     config, batch = model_of('gpt2')
     batch = batch if batch_size or device != 'cpu' else 1
@@ -588,7 +596,7 @@ def everything():
 
 
 COMMANDS = dict(train=train, sample=sample, mixers=mixers, unet=unet, scale=scale, startup=partial(small_run, 1),
-                process=small_run, profile=profile, head=head, loss=loss, all=everything)
+                process=small_run, state=state, head=head, loss=loss, all=everything)
 
 
 def choose(argv, commands, namespace):

@@ -15,7 +15,6 @@ not repeated. --out gets compare.json, a table and pictures.
 import bisect
 import functools
 import hashlib
-import json
 import math
 import os
 import queue
@@ -26,6 +25,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
+from json import dumps, loads
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Literal
@@ -34,7 +34,7 @@ import torch
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
-from configurator import check_ranges, configure, exit_on_error, fail
+from configurator import check_ranges, configure, exit_on_error, fail, settings_of
 from data.run import RunFolder, git_commit
 from data.tokens import Split, dataset_folder, find_path, load_meta
 from model import GPT, GPTConfig, add_mixer, cost, find_leak
@@ -55,11 +55,9 @@ jobs = 1 # runs at once; on several GPUs one each
 cluster: Literal['', 'slurm', 'local'] = '' # hand the runs to this by submitit
 allow_leak = False # train arms that are not causal, too
 keep = False # keep the runs' checkpoints
-json_only = False # print the results as JSON
+json = False # print the results as JSON
 # ---------------------------------------------------------------------------------------------------------------------
-OWN = [name for name in list(globals()) if name in __annotations__ or name in (
-    'arms', 'seeds', 'lrs', 'lr_seeds', 'scale', 'aa', 'out', 'eval_tokens', 'evaluations', 'jobs', 'allow_leak', 'keep',
-    'json_only')]
+OWN = settings_of('tests/compare.py')
 SEARCH_SEED, AA_SEED = 10_000, 20_000 # the first seeds of the search and of the A/A arm
 RATES = ('learning_rate', 'hidden_lr', 'embedding_lr', 'other_lr', 'min_lr') # a factor is one of all of these
 
@@ -255,7 +253,7 @@ class Cell:
             checkpoint_interval=max(100, math.ceil(self.steps / 4)), wandb_log=False,
             **{name: self.factor * config[name] for name in RATES if config[name] is not None})
         if self.folder is None:
-            what = json.dumps([config | self.settings | dict(out_dir=''), CODE, fingerprint(self.arm)], default=str)
+            what = dumps([config | self.settings | dict(out_dir=''), CODE, fingerprint(self.arm)], default=str)
             self.folder = Path(out) / 'runs' / hashlib.sha256(what.encode()).hexdigest()[:16]
 
     def __str__(self):
@@ -269,7 +267,7 @@ class Cell:
     def result(self):
         """What came of it; None if it is not done."""
         path = self.folder / 'result.json'
-        return json.loads(path.read_text(encoding='utf-8')) if path.exists() else None
+        return loads(path.read_text(encoding='utf-8')) if path.exists() else None
 
 
 def sources():
@@ -308,7 +306,7 @@ def execute(command, folder, env=None):
         for path in folder.glob('*.pt'):
             path.unlink()
     new = folder / 'result.json.tmp'
-    new.write_text(json.dumps(result), encoding='utf-8')
+    new.write_text(dumps(result), encoding='utf-8')
     os.replace(new, folder / 'result.json')
 
 
@@ -388,7 +386,7 @@ def submit(cells):
     # a process of its own: what a node gets is pickled, and this script's locks cannot be
     code = f"import sys, json; sys.path.insert(0, {str(PROJECT / 'tests')!r}); import compare; compare.keep = {keep}; " \
            "compare.execute(json.loads(sys.argv[1]), sys.argv[2])"
-    submitted = [executor.submit(subprocess.run, [sys.executable, '-c', code, json.dumps(cell.command()),
+    submitted = [executor.submit(subprocess.run, [sys.executable, '-c', code, dumps(cell.command()),
                                                   str(cell.folder.resolve())]) for cell in cells]
     for cell, job in zip(cells, submitted):
         job.result()
@@ -396,7 +394,7 @@ def submit(cells):
 
 
 def report(text):
-    print(text, file=sys.stderr if json_only else sys.stdout, flush=True)
+    print(text, file=sys.stderr if json else sys.stdout, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -647,10 +645,10 @@ def check(config):
 def claim(folder, common):
     """The folder of one comparison: its arms and seeds may grow, what they have in common may not change."""
     path = folder / 'common.json'
-    if path.exists() and (before := json.loads(path.read_text(encoding='utf-8'))) != common:
+    if path.exists() and (before := loads(path.read_text(encoding='utf-8'))) != common:
         raise ValueError(f"{folder} holds the comparison of {' '.join(before)}: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(common), encoding='utf-8')
+    path.write_text(dumps(common), encoding='utf-8')
 
 
 def main(argv):
@@ -676,7 +674,7 @@ def main(argv):
         about = dict(command=argv, commit=git_commit(), torch=torch.__version__, equal=equal, seeds=seeds)
         results = dict(about=about, by_size=slopes, tables=[dict(n_embd=w, rows=rows) for w, rows in everything])
         folder, text = Path(out), []
-        (folder / 'compare.json').write_text(json.dumps(results, indent=1), encoding='utf-8')
+        (folder / 'compare.json').write_text(dumps(results, indent=1), encoding='utf-8')
         for width, rows in everything:
             place = folder / f'n_embd-{width}' if width else folder
             place.mkdir(exist_ok=True)
@@ -687,7 +685,7 @@ def main(argv):
             text += [f'n_embd={width}'] * bool(width) + [table(rows), '']
         text = '\n'.join(text + lines)
         (folder / 'table.md').write_text(text + '\n', encoding='utf-8')
-        print(json.dumps(results) if json_only else text)
+        print(dumps(results) if json else text)
 
 
 if __name__ == '__main__':

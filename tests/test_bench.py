@@ -123,10 +123,13 @@ def test_process(bench, peer, monkeypatch):
     assert all(flags['max_iters'] == 4 and flags['n_embd'] == 16 for _, flags in taken)
 
 
-def test_profile(bench, peer):
-    for rows in bench('profile', peer).values():
-        assert rows[0]['ms/step'] >= rows[-1]['ms/step'] > 0
-        assert 0.3 < sum(row['share'] for row in rows) <= 1
+def test_state(bench):
+    """What two layers keep: keys and values of every token, of a window at most, or one state (D, D) in each head."""
+    first, later = bench('state', '--contexts=5,300', '--new_tokens=3').values()
+    kept = [{row['']: row['bytes of state'] for row in rows} for rows in (first, later)]
+    assert kept[0] == dict(attention=5 * 256, gmlp=kept[0]['gmlp'], window=5 * 256, linear_attention=1024, gated_delta=1024)
+    assert kept[1]['attention'] == 300 * 256 and kept[1]['gated_delta'] == kept[1]['linear_attention'] == 1024
+    assert all(positive(row, 'decode tokens/s') for rows in (first, later) for row in rows)
 
 
 def test_head(bench):

@@ -267,7 +267,7 @@ def test_real_runs(words, tmp_path):
     out, err = process.communicate(timeout=120)
     known = {path: path.read_bytes() for path in tmp_path.glob('out/runs/*/result.json')}
     assert process.returncode == 130 and 'goes on' in out and 1 <= len(known) < 4, out + err
-    process = start(words, tmp_path / 'out', '--json_only=True')
+    process = start(words, tmp_path / 'out', '--json')
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     rows = json.loads(out)['tables'][0]['rows']

@@ -12,6 +12,7 @@ settings of its own. One anywhere: python -m pytest tests/test_mixers.py --mixer
 import itertools
 import math
 import os
+import runpy
 import shutil
 import time
 from dataclasses import asdict, replace
@@ -371,17 +372,6 @@ def test_inductor_gives_the_same_numbers():
 # ---------------------------------------------------------------------------------------------------------------------
 # The checks refuse what is broken
 
-class LeakingUNet(UNet):
-    """Merges the tokens that START at position factor * i, and hands them back to their own first position."""
-    def forward(self, x, cache=None):
-        B, T, C = x.size()
-        x = self.down(x)
-        n = math.ceil(T / self.factor)
-        padded = torch.cat([x, x.new_zeros(B, n * self.factor - T, C)], dim=1)
-        inner = self.inner(self.merge(padded.view(B, n, -1)))
-        return self.up(x + self.expand(inner).view(B, -1, C)[:, :T])
-
-
 class AverageOfAll(Mixer):
     def mix(self, x):
         return x.mean(dim=1, keepdim=True).expand_as(x)
@@ -538,7 +528,8 @@ def test_a_lost_buffer_is_refused(monkeypatch, tmp_path):
 
 def test_a_leaking_unet_is_refused(monkeypatch):
     assert check_causal(every_length(network(unet_layers=(1,)))) < TOLERANCE
-    monkeypatch.setattr('model.UNet', LeakingUNet)
+    monkeypatch.setattr('model.UNet', UNet) # and back at the end
+    runpy.run_path(str(PROJECT / 'tests/leaking_unet.py'))
     with pytest.raises(AssertionError, match='token 1 changes the logits of position 0'):
         check_causal(every_length(network(unet_layers=(1,))))
     # the inner level's positions are others: the first module of the whole length after it is named
