@@ -64,6 +64,8 @@ def exit_on_error():
         message = str(e) or type(e).__name__
         if isinstance(e, OSError) and e.strerror: # without the "[Errno 2]" that str(e) starts with
             message = ': '.join([e.strerror, *(repr(name) for name in (e.filename, e.filename2) if name is not None)])
+        if isinstance(e, ModuleNotFoundError):
+            message += ': pip install -r requirements.txt'
         fail(message)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -24,14 +24,15 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
-from configurator import yield_if_busy
+from configurator import (check_ranges, configure, exit_on_error, find_peak_flops, resolve, take_settings,
+                          yield_if_busy)
 
 yield_if_busy()
-import torch
-import torch.distributed as dist
-from tqdm import tqdm
+with exit_on_error(): # a missing package, or Ctrl-C while torch is imported
+    import torch
+    import torch.distributed as dist
+    from tqdm import tqdm
 
-from configurator import check_ranges, configure, exit_on_error, find_peak_flops, resolve, take_settings
 from data.checkpoints import (architecture, build_model, evaluated_weights, find_weights, full_state, is_pretrained,
                               load_checkpoint, load_latest, load_optimizer, load_pretrained, save_checkpoint,
                               stored_config)

@@ -546,6 +546,9 @@ def test_a_run_without_matplotlib_wandb_and_datasets(dataset, tmp_path):
     done = subprocess.run([sys.executable, '-c', code, *args], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0 and 'pip install matplotlib' in done.stdout, done.stderr
     assert (tmp_path / 'out' / 'ckpt.pt').exists() and not (tmp_path / 'out' / 'loss.png').exists()
+    code = code.replace('"datasets"', '"tqdm"') # which every run needs
+    done = subprocess.run([sys.executable, '-c', code, *args], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 2 and done.stderr.count('\n') == 1 and 'pip install -r requirements.txt' in done.stderr
 
 
 @posix
