@@ -877,7 +877,7 @@ def test_calc_evaluate_a_checkpoint(tmp_path):
 
 
 def test_prepare_text_by_position(tmp_path):
-    text = ''.join(f'line {i} of a long text — with “quotes”\r\n' for i in range(300))
+    text = ''.join(f'line {i} of a long text — with “quotes”\r\n' for i in range(600))
     (tmp_path / 'book.txt').write_text(text, encoding='utf-8', newline='')
     for tokenizer in ('bytes', 'char'):
         out = tmp_path / tokenizer
@@ -885,7 +885,7 @@ def test_prepare_text_by_position(tmp_path):
         assert text_of(out, 'train') + text_of(out, 'val') == text
         assert len(text_of(out, 'val')) == len(text) - int(len(text) * 0.9)
         assert 'held out: the end\n' in printed and f'read 1 file: {tmp_path}/book.txt' in printed
-        command = f'python train.py config/text.py --dataset={out} --max_iters=100 --out_dir=out-{tokenizer}'
+        command = f'python train.py config/text.py --dataset={out} --max_iters=200 --out_dir=out-{tokenizer}'
         assert f'next: {command}\n' in printed
     meta = load_meta(tmp_path / 'char')
     assert meta['characters'] == ''.join(sorted(set(text))) and 'eot' not in meta

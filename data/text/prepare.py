@@ -184,6 +184,6 @@ with exit_on_error():
     print(f"{n_documents:,} document{'s' if several else ''}, {n_characters:,} characters; held out: "
           f"{'whole documents' if by_document else 'the end of each file' if len(files) > 1 else 'the end'}")
     # config/text.py takes 2,048 tokens a step; small texts are seen 20 times, large ones for some minutes
-    steps = max(100, min(2000, round(20 * writer.tokens['train'] / 2048, -2)))
+    steps = max(100, min(2000, 100 * round(20 * writer.tokens['train'] / 2048 / 100)))
     summarize(writer, f'python train.py config/text.py --dataset={out} --max_iters={steps} '
                       f'--out_dir=out-{Path(out).name}')
