@@ -512,7 +512,7 @@ def evaluate():
     if better:
         state.best_val_loss, state.best_step = val_loss, state.step
     say(f"step {state.step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}"
-        f"{f', {bits:.4f} bits per byte' if bits else ''}{' *' if better else ''}")
+        f"{f', {bits:.4f} bits per byte' if bits else ''}{', the best so far' if better else ''}")
     log(train_loss=train_loss, val_loss=val_loss, bits_per_byte=bits)
     if better and state.step > 0:
         save(run.best)

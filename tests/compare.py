@@ -334,8 +334,9 @@ def read_run(folder, status):
         peak_memory=max((line['peak_memory'] or 0 for line in logged), default=0) or None)
 
 
-def train_all(cells, what):
+def train_all(cells, what, at_once=None):
     """Trains the cells that have no result, `jobs` at once, in their order."""
+    at_once = at_once or jobs
     todo = list({cell.folder: cell for cell in cells if cell.result() is None}.values())
     if not todo:
         return
@@ -343,7 +344,7 @@ def train_all(cells, what):
     if cluster:
         return submit(todo)
     n_gpus, slots, done = torch.cuda.device_count(), queue.SimpleQueue(), []
-    for i in range(jobs):
+    for i in range(at_once):
         slots.put(i)
     t0 = time.time()
 
@@ -351,9 +352,9 @@ def train_all(cells, what):
         if STOPPING.is_set():
             return
         slot = slots.get()
-        env = dict(CUDA_VISIBLE_DEVICES=str(slot % n_gpus)) if n_gpus and jobs > 1 else {}
-        if jobs > 1 and not n_gpus: # threads of several runs would wait for each other
-            env = dict(OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // jobs)))
+        env = dict(CUDA_VISIBLE_DEVICES=str(slot % n_gpus)) if n_gpus and at_once > 1 else {}
+        if at_once > 1 and not n_gpus: # threads of several runs would wait for each other
+            env = dict(OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // at_once)))
         execute(cell.command(), cell.folder, env)
         slots.put(slot)
         if result := cell.result():
@@ -362,7 +363,7 @@ def train_all(cells, what):
             report(f"  {len(done)}/{len(todo)}  {cell}: {result['failed'] or format(result['loss'], '.4f')}"
                    f"{f'; about {left / 60:.0f} min left' if left > 60 else ''}")
 
-    with ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(at_once) as pool:
         try:
             list(pool.map(train, todo))
         except KeyboardInterrupt:
@@ -412,7 +413,7 @@ def set_steps(arms, base):
             arm.steps = max(1, round(base.steps * base.flops / arm.flops))
     if equal == 'seconds':
         timing = [Cell(arm, 1.0, seed, 60) for seed in (1, 2) for arm in arms] # in turn
-        train_all(timing, 'timing 60 steps')
+        train_all(timing, 'timing 60 steps', at_once=1)
         speeds = {}
         for cell in timing:
             speed = cell.result()['tokens_per_s'] or 0.0
@@ -423,11 +424,13 @@ def set_steps(arms, base):
 
 def search_rates(arms):
     """Each arm's best factor. Where it is the lowest or highest that was tried, the grid grows, twice at most."""
-    step = max((b / a for a, b in zip(sorted(lrs), sorted(lrs)[1:])), default=None)
-    if step is None:
+    for arm in arms:
+        arm.lr = lrs[0]
+    if len(lrs) == 1:
         return
+    step = max(b / a for a, b in zip(sorted(lrs), sorted(lrs)[1:]))
     grids = {arm.name: sorted(lrs) for arm in arms}
-    for _ in range(3):
+    for attempt in range(3):
         train_all([Cell(arm, f, SEARCH_SEED + s, arm.steps) for s in range(lr_seeds)
                    for i in range(max(map(len, grids.values()))) for arm in arms for f in grids[arm.name][i:i + 1]],
                   'learning rates')
@@ -438,7 +441,7 @@ def search_rates(arms):
                              for f in grid}
             arm.lr = min(grid, key=lambda f: arm.lr_losses[f])
             arm.bracketed = arm.lr not in (grid[0], grid[-1]) or not math.isfinite(arm.lr_losses[arm.lr])
-            if not arm.bracketed and _ < 2:
+            if not arm.bracketed and attempt < 2:
                 open_ended = True
                 grids[arm.name] = [grid[0] / step, *grid] if arm.lr == grid[0] else [*grid, grid[-1] * step]
         if not open_ended:

@@ -184,6 +184,8 @@ def test_verdicts(run, tmp_path):
 def test_learning_rates_are_bracketed_or_said_not_to_be(run):
     run('--seeds=1', '--lrs=0.5,1')
     assert [factor for _, factor, seed, _ in run.asked if seed >= compare.SEARCH_SEED] == [0.5, 1.0, 2.0, 4.0]
+    (row,) = run('--seeds=1', '--lrs=3,')
+    assert row['lr'] == 3.0 and [factor for _, factor, _, _ in run.asked] == [3.0]
     run.loss = lambda key, factor, seed: 1.0 / factor
     (row,) = run('--seeds=1', '--lrs=3,9', '--arms=')
     assert not row['bracketed'] and row['lr'] == 81.0 and '(not bracketed)' in run.text

@@ -123,7 +123,7 @@ def test_cosine(plain):
 def test_says_what_runs(plain):
     _, text = plain
     assert '20 steps of 128 tokens = 2,560' in text and 'cpu, float32' in text and '701 to validate' in text
-    assert text.count(': loss ') == 20 and text.count(': train loss ') == 5
+    assert text.count(': loss ') == 20 and text.count(': train loss ') == 5 and ', the best so far\n' in text
 
 
 def test_evaluation_is_the_naive_one(plain):
