@@ -137,7 +137,7 @@ def test_each_command_of_a_page_takes_the_settings_it_is_given(page):
 @pytest.mark.parametrize('page', PAGES)
 def test_settings_named_in_the_text_exist(page):
     words = set(re.findall(r'`--(\w+)', PAGES[page])) - {'help', 'key', 'tokenizer', 'share'}
-    known = settings_of().keys() | names_assigned('tests/bench.py')
+    known = settings_of().keys() | names_assigned('tests/bench.py') | names_assigned('tests/compare.py')
     assert words and words <= known, words - known
 
 
