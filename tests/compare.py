@@ -36,7 +36,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 from configurator import check_ranges, configure, exit_on_error, fail, settings_of
 from data.run import RunFolder, git_commit
-from data.tokens import Split, dataset_folder, find_path, load_meta
+from data.tokens import Split, dataset_folder, find_path
 from model import GPT, GPTConfig, add_mixer, cost, find_leak
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ def make_arm(name, common, params=None):
         for schedule in 'warmup_iters', 'lr_decay_iters', 'wsd_decay_iters':
             if schedule not in replaced and config[schedule]:
                 config[schedule] = round(share * config[schedule])
-    size = load_meta(dataset_folder(config['dataset'])).get('vocab_size', 50257)
+    size = Split(dataset_folder(config['dataset']), 'train').vocab_size or 50257
     model = {f.name: config[f.name] for f in fields(GPTConfig)}
     model['vocab_size'] = size if size < 1024 else math.ceil(size / 64) * 64 # as train.py has it
     short = '+'.join(Path(part).stem if part.endswith('.py') else part for part in name.split('+'))

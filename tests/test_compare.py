@@ -234,7 +234,7 @@ def test_scale(run):
     (['--arms=qk_nrom=True'], 'qk_nrom'), (['--arms=rope'], "'rope'"), (['--arms=nowhere.py'], 'nowhere.py'),
     (['--arms=qk_norm=True,qk_norm=True'], 'the same'), (['--arms=qk_norm=False'], 'the same'),
     (['--lrs=0,1'], 'above 0'), (['--lrs=1,1'], 'different'), (['--seeds=0'], 'seeds=0'),
-    (['--arms=mlp=none', '--equal=params'], '--equal=flops'), (['--equal=watts'], 'watts'),
+    (['--arms=mlp=none', '--equal=params'], '--equal=flops'), (['--dataset=shakespeare'], 'prepare.py'), (['--equal=watts'], 'watts'),
     (['--arms=mixer=mlp_mixer+pos_emb=none+block_size=256', '--equal=params'], 'cannot have')])
 def test_mistakes(run, tmp_path, arguments, expected):
     assert expected in run(*arguments, status=2)

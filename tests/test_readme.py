@@ -37,7 +37,7 @@ def run(folder, command, *more):
 
 
 def test_the_mixer_of_the_readme_trains_samples_and_is_tested(project):
-    section = README[README.index('## Your own mixer'):README.index('## The mixers')]
+    section = README[README.index('## Your own mixer'):README.index('## Is it better?')]
     train, sample, test = re.findall(r'^python .*$', section, re.MULTILINE)
     run(project, 'python data/python_stdlib/prepare.py')
     out = run(project, train, '--max_iters=20', '--eval_interval=20', '--eval_iters=1', '--batch_size=4')
