@@ -672,7 +672,8 @@ def describe_run():
         f"{n_decayed / 1e6:.2f}M decayed; {flops / 1e9:.4g} GFLOP a token")
     say(f"machine  {device}, {how}{', sharded' if sharded else ''}; peak {ceiling}")
     say(f"data     {dataset}: {n_tokens:,} tokens to train on, {splits['val'].n_tokens:,} to validate; "
-        f"{meta.get('encoding') or meta.get('tokenizer', 'unknown tokens')}, vocabulary {raw_model.config.vocab_size:,}")
+        f"{meta.get('encoding') or meta.get('tokenizer', 'unknown tokens')}, "
+        f"vocabulary {raw_model.config.vocab_size:,}")
     say(f"run      {max_iters:,} steps of {step_tokens:,} tokens = {max_iters * step_tokens:,}: "
         f"{epochs:,.3g} epochs")
     if not resuming and epochs > 100:

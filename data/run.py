@@ -139,10 +139,10 @@ class RunFolder:
         if later:
             low, high = min(later), max(later)
             axes.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
-        bits = [line['bits_per_byte'] / line['val_loss'] for line in lines if line.get('bits_per_byte') and line.get('val_loss')]
+        bits = next((line['bits_per_byte'] / line['val_loss'] for line in lines if line.get('bits_per_byte')), None)
         if bits: # the same windows at each evaluation: one ratio
-            axes.secondary_yaxis('right', functions=(lambda y: y * bits[-1], lambda y: y / bits[-1])).set_ylabel(
-                'bits a byte of the validation text')
+            other = axes.secondary_yaxis('right', functions=(lambda y: y * bits, lambda y: y / bits))
+            other.set_ylabel('bits per byte of the validation text')
         axes.set(xlabel='tokens', ylabel='nats a token', title=f'{self.path.name}: best validation loss {best:.4f}')
         axes.legend()
         axes.grid(alpha=0.3)

@@ -7,8 +7,8 @@ val_*.bin; a prefix is fine too, as in fineweb_train_000001.bin). meta.json desc
     {"dtype": "uint16", "vocab_size": 65, "tokenizer": "char", "characters": "...", "tokens": {"train": n, "val": n}}
 
 Token files are bare little-endian ids. nanoGPT's files work unchanged, with or without their meta.pkl. So do the shards
-of llm.c and modded-nanogpt, which begin with a header. train.mask beside train.bin has a byte for each of its tokens: a 0
-says that the token is not to be predicted.
+of llm.c and modded-nanogpt, which begin with a header. train.mask beside train.bin has a byte for each of its tokens:
+a 0 says that the token is not to be predicted.
 
 Whatever is wrong with a file raises DataError. Its message is one line with the value and the way out.
 """

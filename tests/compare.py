@@ -7,10 +7,10 @@ Which idea is better, and how sure that is: trains each arm with several seeds, 
 The first arm is the config as it is. Any other one adds a config file, a setting, or several with + in between:
 config/mixers/rope.py+qk_norm=True. train.py's settings on the command line hold for all arms.
 
-First each arm is proven causal. Then it finds its learning rate, with seeds that the verdict does not use. Then all arms
-train with the same seeds, whose batches are the same, in turn. An interrupted comparison goes on where it was, one that
-is done prints its table at once, and arms and seeds can be added later: a run whose settings, code and data are known is
-not repeated. --out gets compare.json, a table and pictures.
+First each arm is proven causal. Then it finds its learning rate, with seeds that the verdict does not use. Then all
+arms train with the same seeds, whose batches are the same, in turn. An interrupted comparison goes on where it was, one
+that is done prints its table at once, and arms and seeds can be added later: a run whose settings, code and data are
+known is not repeated. --out gets compare.json, a table and pictures.
 """
 import bisect
 import functools
@@ -65,7 +65,7 @@ RATES = ('learning_rate', 'hidden_lr', 'embedding_lr', 'other_lr', 'min_lr') # a
 # Statistics, on lists of numbers
 
 def t_probability(t, n):
-    """P(-t < T < t) of Student's t with n degrees of freedom, by the substitution t = sqrt(n) tan(x): Simpson's rule."""
+    """P(-t < T < t) of Student's t with n degrees of freedom: with t = sqrt(n) tan(x), by Simpson's rule."""
     end, m = math.atan(t / math.sqrt(n)), 200
     x = [math.cos(i * end / m) ** (n - 1) for i in range(m + 1)]
     total = (x[0] + x[-1] + 4 * sum(x[1::2]) + 2 * sum(x[2:-1:2])) * end / m / 3
@@ -178,7 +178,7 @@ def make_arm(name, common, params=None):
         argv.append(part if part.endswith('.py') else '--' + part.lstrip('-'))
     argv = [str(find_path(arg)) if arg.endswith('.py') else arg for arg in argv]
     config, _, replaced, _ = configured(*argv)
-    if 'max_iters' in replaced and 'lr_decay_iters' not in replaced: # a shortened run's schedule shrinks, as in train.py
+    if 'max_iters' in replaced and 'lr_decay_iters' not in replaced: # the schedule shrinks with it, as in train.py
         share = min(1, config['max_iters'] / max(1, replaced['max_iters']))
         for schedule in 'warmup_iters', 'lr_decay_iters', 'wsd_decay_iters':
             if schedule not in replaced and config[schedule]:
@@ -247,7 +247,8 @@ class Cell:
         decay = config['lr_decay_iters'] or config['max_iters']
         self.settings = dict(
             seed=self.seed, max_iters=self.steps, lr_decay_iters=round(share * decay),
-            warmup_iters=round(share * config['warmup_iters']), wsd_decay_iters=round(share * config['wsd_decay_iters']),
+            warmup_iters=round(share * config['warmup_iters']),
+            wsd_decay_iters=round(share * config['wsd_decay_iters']),
             eval_tokens=eval_tokens, eval_interval=max(1, math.ceil(self.steps / evaluations)),
             log_interval=max(1, self.steps // 100), always_save_checkpoint=False, patience=0, allow_leak=allow_leak,
             checkpoint_interval=max(100, math.ceil(self.steps / 4)), wandb_log=False,
@@ -272,7 +273,8 @@ class Cell:
 
 def sources():
     """A hash of the code that trains."""
-    files = [PROJECT / name for name in ('model.py', 'train.py', 'configurator.py')] + sorted((PROJECT / 'data').glob('*.py'))
+    files = [PROJECT / name for name in ('model.py', 'train.py', 'configurator.py')]
+    files += sorted((PROJECT / 'data').glob('*.py'))
     return hashlib.sha256(b''.join(path.read_bytes() for path in files)).hexdigest()
 
 
@@ -385,8 +387,8 @@ def submit(cells):
     executor = submitit.AutoExecutor(folder=Path(out) / 'submitit', cluster=cluster)
     executor.update_parameters(timeout_min=24 * 60, name='compare')
     # a process of its own: what a node gets is pickled, and this script's locks cannot be
-    code = f"import sys, json; sys.path.insert(0, {str(PROJECT / 'tests')!r}); import compare; compare.keep = {keep}; " \
-           "compare.execute(json.loads(sys.argv[1]), sys.argv[2])"
+    code = (f"import sys, json; sys.path.insert(0, {str(PROJECT / 'tests')!r}); import compare; "
+            f"compare.keep = {keep}; compare.execute(json.loads(sys.argv[1]), sys.argv[2])")
     submitted = [executor.submit(subprocess.run, [sys.executable, '-c', code, dumps(cell.command()),
                                                   str(cell.folder.resolve())]) for cell in cells]
     for cell, job in zip(cells, submitted):
@@ -453,7 +455,7 @@ def make_arms(common, names):
     for name in names:
         everyone.append(make_arm(name, common, everyone[0].params if equal == 'params' else None))
     for i, arm in enumerate(everyone):
-        twin = next((a.name for a in everyone[:i] if a.config | dict(out_dir='') == arm.config | dict(out_dir='')), None)
+        twin = next((a.name for a in everyone[:i] if a.config | dict(out_dir=arm.config['out_dir']) == arm.config), None)
         if twin:
             raise ValueError(f"the arms {twin} and {arm.name} are the same: leave one out")
     return everyone
@@ -463,8 +465,8 @@ def compare(everyone):
     """Everything at one size -> the rows of the table."""
     base = everyone[0]
     for arm in everyone:
-        report(f"{arm.name}: {'LEAKS: ' + arm.leak if arm.leak else 'causal, proven at T=' + str(arm.model['block_size'])}"
-               f"{' (trained all the same)' if arm.leak and allow_leak else ''}")
+        proof = f"LEAKS: {arm.leak}" if arm.leak else f"causal, proven at T={arm.model['block_size']}"
+        report(f"{arm.name}: {proof}{' (trained all the same)' if arm.leak and allow_leak else ''}")
     running = [arm for arm in everyone if not arm.leak or allow_leak]
     if base not in running:
         raise ValueError(f"the first arm is not causal: {base.leak}; --allow_leak=True trains it all the same")
@@ -535,8 +537,8 @@ def verdict(row):
     rest = f"at equal {what}, {row['pairs']} paired seeds, p={row['p_holm']:.2g}, {causal}{lr}{bad}"
     if row['p_holm'] < 0.05:
         return f"{'better' if row['difference'] < 0 else 'worse'} by {size} {rest}"
-    more = 'more than 1,000 seeds' if row['needed'] is None else f"about {max(1, row['needed'] - row['pairs'])} more seeds"
-    return f"cannot tell: {row['difference']:+.4f} ± {row['half']:.4f} nats {rest}; {more} would, if it is that large"
+    more = 'more than 1,000' if row['needed'] is None else f"about {max(1, row['needed'] - row['pairs'])} more"
+    return f"cannot tell: {row['difference']:+.4f} ± {row['half']:.4f} nats {rest}; {more} seeds would, if it is that large"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -127,7 +127,8 @@ def test_state(bench):
     """What two layers keep: keys and values of every token, of a window at most, or one state (D, D) in each head."""
     first, later = bench('state', '--contexts=5,300', '--new_tokens=3').values()
     kept = [{row['']: row['bytes of state'] for row in rows} for rows in (first, later)]
-    assert kept[0] == dict(attention=5 * 256, gmlp=kept[0]['gmlp'], window=5 * 256, linear_attention=1024, gated_delta=1024)
+    assert kept[0] == dict(attention=5 * 256, window=5 * 256, gmlp=kept[0]['gmlp'], linear_attention=1024,
+                           gated_delta=1024)
     assert kept[1]['attention'] == 300 * 256 and kept[1]['gated_delta'] == kept[1]['linear_attention'] == 1024
     assert all(positive(row, 'decode tokens/s') for rows in (first, later) for row in rows)
 
