@@ -455,7 +455,8 @@ def make_arms(common, names):
     for name in names:
         everyone.append(make_arm(name, common, everyone[0].params if equal == 'params' else None))
     for i, arm in enumerate(everyone):
-        twin = next((a.name for a in everyone[:i] if a.config | dict(out_dir=arm.config['out_dir']) == arm.config), None)
+        out_dir = arm.config['out_dir']
+        twin = next((a.name for a in everyone[:i] if a.config | dict(out_dir=out_dir) == arm.config), None)
         if twin:
             raise ValueError(f"the arms {twin} and {arm.name} are the same: leave one out")
     return everyone
@@ -538,7 +539,8 @@ def verdict(row):
     if row['p_holm'] < 0.05:
         return f"{'better' if row['difference'] < 0 else 'worse'} by {size} {rest}"
     more = 'more than 1,000' if row['needed'] is None else f"about {max(1, row['needed'] - row['pairs'])} more"
-    return f"cannot tell: {row['difference']:+.4f} ± {row['half']:.4f} nats {rest}; {more} seeds would, if it is that large"
+    found = f"{row['difference']:+.4f} ± {row['half']:.4f} nats"
+    return f"cannot tell: {found} {rest}; {more} seeds would, if it is that large"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
