@@ -456,7 +456,8 @@ def make_arms(common, names):
         everyone.append(make_arm(name, common, everyone[0].params if equal == 'params' else None))
     for i, arm in enumerate(everyone):
         out_dir = arm.config['out_dir']
-        twin = next((a.name for a in everyone[:i] if a.config | dict(out_dir=out_dir) == arm.config), None)
+        twin = next((a.name for a in everyone[:i] if a.config | dict(out_dir=out_dir) == arm.config
+                     and fingerprint(a) == fingerprint(arm)), None) # what a file's code does is no setting
         if twin:
             raise ValueError(f"the arms {twin} and {arm.name} are the same: leave one out")
     return everyone
