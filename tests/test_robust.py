@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
+import helpers
 from data.tokenizers import ByteTokenizer, CharTokenizer
 from data.tokens import DataError, Split
 from data.writer import Writer
@@ -44,7 +45,11 @@ def command(dataset, out, *more, script='train.py'):
 
 
 def run(dataset, out, *more, code=0, **kwargs):
-    done = subprocess.run(command(dataset, out, *more), capture_output=True, text=True, timeout=240, **kwargs)
+    if kwargs:
+        done = subprocess.run(command(dataset, out, *more), capture_output=True, text=True, timeout=240, **kwargs)
+    else: # a fork that has imported torch already
+        done = helpers.run('train.py', command(dataset, out, *more)[2:])
+        done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
     assert done.returncode == code, done.stdout[-2000:] + done.stderr[-4000:]
     return done
 
@@ -423,14 +428,14 @@ def test_window_lengths_are_compiled_at_most_once_each():
         backend = lambda graph, inputs: compiled.append(1) or graph.forward
         model = GPT(GPTConfig(block_size=32, vocab_size=11, n_layer=1, n_head=2, n_embd=8, mixer=mixer))
         fast = torch.compile(model, backend=backend, dynamic=False)
-        lengths = [4, 8, 12, 16, 20, 24, 28, 32]
+        lengths = [4, 12, 24, 32]
         graphs = []
         for _ in range(3):
             for T in lengths:
                 idx = torch.zeros(2, T, dtype=torch.long)
                 fast(idx, idx)
             graphs.append(len(compiled))
-        assert graphs == [8, 8, 8], mixer
+        assert graphs == [4, 4, 4], mixer
 
 
 OWN_MIXER = """
