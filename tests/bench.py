@@ -532,7 +532,7 @@ def state():
     config, _ = model_of('readme')
     kinds = dict(attention={}, gmlp=dict(mixer='gmlp'), window=dict(attention_window=256),
                  linear_attention=dict(mixer='linear_attention'), gated_delta=dict(mixer='gated_delta'))
-    for context in contexts if 'contexts' in given else (1, 1000, 100000):
+    for context in contexts if "contexts" in given else (1, 1000, 100000):
         jobs = {}
         for name, changes in kinds.items():
             if name != 'gmlp' or context <= 1000: # its table (T, T) has no room beyond
