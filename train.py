@@ -229,7 +229,9 @@ def open_data():
 
 
 def open_tokenizer():
-    """The dataset's. None where it cannot be had and nothing but bits per byte would use it."""
+    """The dataset's. None where nothing but bits per byte would use it, and it cannot be had or is not shown."""
+    if not (is_main or sample_tokens):
+        return None
     try:
         tokenizer = load_tokenizer(meta)
     except ValueError:

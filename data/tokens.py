@@ -312,7 +312,8 @@ class Split:
             digest.update(f'{os.path.basename(shard.path)} {shard.n_tokens} '.encode())
             tokens = map_tokens(shard)
             digest.update(tokens[:4096].tobytes() + tokens[-4096:].tobytes())
-            digest.update(Path(shard.mask).read_bytes()[:4096] if shard.mask else b'')
+            if shard.mask:
+                digest.update(np.fromfile(shard.mask, np.uint8, 4096).tobytes())
         return digest.hexdigest()[:16]
 
     def sum_windows(self, counts, length):
@@ -329,15 +330,15 @@ class Split:
         x = np.zeros((len(shards), block_size), dtype=np.int64)
         y = np.full_like(x, -1)
         maps = {shard: map_tokens(self.shards[shard], windows=True) for shard in set(shards.tolist())}
+        masks = {shard: np.memmap(self.shards[shard].mask, np.uint8, 'r') for shard in maps if self.shards[shard].mask}
         for row, (shard, offset) in enumerate(zip(shards.tolist(), offsets.tolist())):
             n = min(block_size, len(maps[shard]) - 1 - offset) if pad else block_size
             tokens = maps[shard][offset:offset + n + 1]
             if self.vocab_size:
                 check_ids(self.shards[shard], offset, tokens, self.vocab_size)
             x[row, :n], y[row, :n] = tokens[:-1], tokens[1:]
-            if mask := self.shards[shard].mask:
-                is_target = np.memmap(mask, np.uint8, 'r', offset + 1, (n,))
-                y[row, :n][is_target == 0] = -1
+            if shard in masks:
+                y[row, :n][masks[shard][offset + 1:offset + n + 1] == 0] = -1
         return x, y
 
 

@@ -434,7 +434,8 @@ def show(title, rows):
     print(flush=True)
     path = Path(report['about']['file'])
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix('.tmp').write_text(json.dumps(report, indent=1), encoding='utf-8')
+    text = json.dumps(report, indent=1).replace(f'{PROJECT}/', '') # where the project lies is nobody's business
+    path.with_suffix('.tmp').write_text(text, encoding='utf-8')
     os.replace(path.with_suffix('.tmp'), path)
 
 

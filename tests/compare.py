@@ -497,7 +497,8 @@ def row_of(arm, cells, base, base_cells):
                lr_losses={f'{f:g}': loss if math.isfinite(loss) else None for f, loss in arm.lr_losses.items()},
                losses=[r['loss'] for r in found], bits=[r['bits'] for r in found], leak=arm.leak,
                failed=[r['failed'] for r in found if r['failed']], params=arm.params, flops=arm.flops, steps=arm.steps,
-               settings=[a for a in arm.argv if a not in base.argv], curves=[r['curve'] for r in found])
+               settings=[a.removeprefix(f'{PROJECT}/') for a in arm.argv if a not in base.argv],
+               curves=[r['curve'] for r in found])
     if good:
         row |= dict(zip(('loss', 'loss_half'), interval([r['loss'] for r in good])))
         if all(r['bits'] for r in good):

@@ -10,7 +10,7 @@ else is a target of the training (train.mask, val.mask).
                               ----
     induction       a3f*Zk0d9a*Z             what followed the mark before (arXiv 2212.14052)
                                -
-    parity          0110101=0                whether the number of ones is odd (arXiv 2411.12537)
+    parity          0110101|0                whether the number of ones is odd (arXiv 2411.12537)
                             -
 
     python data/recall/prepare.py --task=mqar --sizes=2,4,8
