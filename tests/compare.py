@@ -240,7 +240,6 @@ class Cell:
     factor: float
     seed: int
     steps: int
-    folder: Path = None
 
     def __post_init__(self):
         share, config = self.steps / max(1, self.arm.config['max_iters']), self.arm.config
@@ -253,9 +252,8 @@ class Cell:
             log_interval=max(1, self.steps // 100), always_save_checkpoint=False, patience=0, allow_leak=allow_leak,
             checkpoint_interval=max(100, math.ceil(self.steps / 4)), wandb_log=False,
             **{name: self.factor * config[name] for name in RATES if config[name] is not None})
-        if self.folder is None:
-            what = dumps([config | self.settings | dict(out_dir=''), CODE, fingerprint(self.arm)], default=str)
-            self.folder = Path(out) / 'runs' / hashlib.sha256(what.encode()).hexdigest()[:16]
+        what = dumps([config | self.settings | dict(out_dir=''), CODE, fingerprint(self.arm)], default=str)
+        self.folder = Path(out) / 'runs' / hashlib.sha256(what.encode()).hexdigest()[:16]
 
     def __str__(self):
         return f'{self.arm.name}, learning rate x{self.factor:g}, seed {self.seed}'
@@ -371,6 +369,13 @@ def train_all(cells, what, at_once=None):
         except KeyboardInterrupt:
             stop()
             raise
+    refuse_unfinished(todo)
+
+
+def refuse_unfinished(cells):
+    for cell in cells:
+        if cell.result() is None: # somebody else stopped it: a scheduler, a kill
+            raise ValueError(f"the run of {cell} was stopped before its end: the same command goes on")
 
 
 def stop():
@@ -393,6 +398,7 @@ def submit(cells):
                                                   str(cell.folder.resolve())]) for cell in cells]
     for cell, job in zip(cells, submitted):
         job.result()
+        refuse_unfinished([cell])
         report(f"  {cell}: {cell.result()['failed'] or format(cell.result()['loss'], '.4f')}")
 
 
