@@ -21,11 +21,17 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if getattr(config.option, 'dist', None) == 'load':
+        config.option.dist = 'loadgroup'
     if config.getoption('--mixer'): # in the workers, too
         os.environ['MIXER'] = str(Path(config.getoption('--mixer')).resolve())
 
 
+@pytest.hookimpl(tryfirst=True) # pytest-xdist's looks for the groups
 def pytest_collection_modifyitems(config, items):
+    for item in items: # what shares real runs stays in one process, or each would make them all again
+        if 'jobs' in item.fixturenames:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     if config.getoption('--mixer'): # the contract of that mixer, and none of the tests of others
         tested = getattr(sys.modules.get('test_mixers'), 'TESTED', ())
         items[:] = [item for item in items

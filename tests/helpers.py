@@ -46,8 +46,9 @@ def flags(**settings):
 # Importing torch takes longer than most of the runs. So they are forks of a process that has done it: each runs the
 # script as `python script` would, and ends as that would. The server answers with the exit status.
 SERVER = """
-import json, os, runpy, signal, sys
-import matplotlib.figure, torch.distributed.fsdp, tqdm
+import gc, json, os, runpy, signal, sys
+import matplotlib.figure, torch._dynamo, torch.distributed.fsdp, tqdm
+gc.freeze() # or each fork would spend a second on taking all of it apart
 for line in sys.stdin:
     script, args, cwd, files = json.loads(line)
     child = os.fork()
