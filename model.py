@@ -22,7 +22,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
-import torch._functorch.config
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
@@ -49,6 +49,7 @@ class GPTConfig:
         # head and distance
     mlp: Literal['gelu', 'gelu_tanh', 'relu2', 'swiglu', 'none'] = 'gelu' # gelu_tanh is what OpenAI's GPT-2 has
     mlp_ratio: float = 4.0 # hidden channels of the MLP, as a multiple of n_embd
+    narrow_residual: bool = False # keep the residual stream in the 16 bits of matrix products, where these have 16
     rezero: bool = False # scale every residual branch by one learned number that starts at zero
     time_mixing: float = 0.0 # fraction of a mixer's input channels taken from the previous token
     time_mixing_alternate: bool = False # shift the first channels in even layers, the last ones in odd layers
@@ -189,19 +190,21 @@ def causal_init(n_head, block_size, std=0.02):
     return (torch.randn(n_head, block_size, block_size) * std).tril()
 
 
-def row_blocks(T, size=256):
-    """A triangle's rows in blocks (first, end). Rows [first, end) only read the columns below end."""
+def row_blocks(T):
+    """A triangle's rows in at most 8 blocks (first, end). Rows [first, end) only read the columns below end."""
+    size = max(256, math.ceil(T / 8))
     return [(i, min(i + size, T)) for i in range(0, T, size)]
 
 
 def mix_time(W, x):
     """y_t = sum_{s<=t} W_ts x_s for the last T of S tokens: W (H, T, S), x (B, H, S, D) -> (B, H, T, D)."""
-    T, S = W.shape[1:]
-    rows = []
-    for i, j in row_blocks(T): # only the blocks on and below the diagonal are multiplied
-        triangle = W[:, i:j, :S - T + j].tril(S - T + i)
-        rows.append(torch.einsum('hts,bhsd->bhtd', triangle, x[:, :, :S - T + j]))
-    return torch.cat(rows, dim=2)
+    H, T, S = W.shape
+    B, D = x.size(0), x.size(3)
+    W = W.tril(S - T)
+    x = x.permute(1, 2, 0, 3).reshape(H, S, B * D) # once: every product below reads it as it lies
+    # only the blocks on and below the diagonal are multiplied
+    rows = [W[:, i:j, :S - T + j] @ x[:, :S - T + j] for i, j in row_blocks(T)]
+    return torch.cat(rows, dim=1).view(H, T, B, D).permute(2, 0, 1, 3)
 
 
 class TimeLinear(nn.Module):
@@ -220,7 +223,7 @@ class TimeLinear(nn.Module):
 
 
 class Rope(nn.Module):
-    """Rotary position embedding (arXiv 2104.09864): turns the pairs (d, d + D/2) of x (B, H, T, D) by position."""
+    """Rotary position embedding (arXiv 2104.09864): turns the pairs (d, d + D/2) of x (B, T, H, D) by position."""
     def __init__(self, D, block_size, base=10000.0):
         super().__init__()
         frequency = base ** (-torch.arange(0, D, 2).float() / D)
@@ -229,7 +232,7 @@ class Rope(nn.Module):
         self.register_buffer('sin', angle.sin(), persistent=False)
 
     def forward(self, x, positions):
-        cos, sin = self.cos[positions].to(x.dtype), self.sin[positions].to(x.dtype)
+        cos, sin = (t[positions, None].to(x.dtype) for t in (self.cos, self.sin)) # (T, 1, D/2)
         a, b = x.chunk(2, dim=-1)
         return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
@@ -384,12 +387,13 @@ class CausalSelfAttention(Mixer):
     def forward(self, x, cache=NO_CACHE):
         B, T, C = x.size()
         positions = cache.advance(T)
-        q, k, v = (self.heads(t) for t in self.c_attn(x).split(C, dim=2)) # (B, H, T, D)
+        q, k, v = (t.view(B, T, self.n_head, -1) for t in self.c_attn(x).split(C, dim=2)) # (B, T, H, D)
         if self.qk_scale is not None:
             q, k = (F.rms_norm(t, t.shape[-1:], eps=1e-6).to(v.dtype) for t in (q, k))
-            q = q * self.qk_scale.to(q.dtype)
-        if self.rope is not None:
+            q = q * self.qk_scale.squeeze(2).to(q.dtype)
+        if self.rope is not None: # before the heads come first: afterwards a GPU would copy them once more
             q, k = self.rope(q, positions), self.rope(k, positions)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v)) # (B, H, T, D)
         k, v = cache.append('k', k, self.window), cache.append('v', v, self.window)
         y = self.attend(q, k, v, cache.mask) # (B, H, T, D)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
@@ -485,7 +489,7 @@ class Synthesizer(CausalSelfAttention):
         if self.dot_product:
             q, k = parts[:2]
             if self.rope is not None:
-                q, k = self.rope(q, positions), self.rope(k, positions)
+                q, k = (self.rope(t.transpose(1, 2), positions).transpose(1, 2) for t in (q, k))
             # (B, H, T, S)
             scores = proposal @ self.rows[:, :, :S].to(x.dtype) if self.dense else self.table[:, S - T:S, :S]
             share = self.mixture.softmax(0)
@@ -710,7 +714,10 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx)
         if self.transformer.wpe is not None:
             x = x + self.transformer.wpe.weight[positions]
-        x = self.transformer.h(self.transformer.drop(x), cache.child('h'))
+        x = self.transformer.drop(x)
+        if self.config.narrow_residual and x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = self.transformer.h(x, cache.child('h'))
         return self.transformer.ln_f(x)
 
     def forward(self, idx, targets=None, cache=NO_CACHE):
@@ -834,7 +841,9 @@ def pick(logits, temperature, top_k, top_p, min_p, generator):
         probs = probs.masked_fill(before >= top_p, 0.0)
     if min_p > 0.0:
         probs = probs.masked_fill(probs < min_p * probs.amax(dim=1, keepdim=True), 0.0)
-    drawn = torch.multinomial(probs, 1, generator=generator)
+    # the smallest of exponential times at these rates: what torch.multinomial draws, without its two waits for a GPU
+    times = torch.empty_like(probs).exponential_(generator=generator)
+    drawn = (probs / times).argmax(dim=1, keepdim=True)
     return drawn if tokens is None else tokens.gather(1, drawn)
 
 
@@ -1156,8 +1165,8 @@ class Muon(torch.optim.AdamW):
             if not self.state[p]: # AdamW's loading looks for a step
                 self.state[p] |= dict(momentum_buffer=torch.zeros_like(p), step=torch.zeros(()))
             buffer = self.state[p]['momentum_buffer']
-            grad = p.grad if bad is None else torch.where(bad > 0, buffer, p.grad)
-            buffer.lerp_(grad, 1 - self.momentum)
+            grad = p.grad if bad is None else p.grad.masked_fill_(bad > 0, 0.0)
+            buffer.lerp_(grad, (1 - self.momentum) * alive)
             update = grad.lerp(buffer, self.momentum) if self.nesterov else buffer
             p.mul_(1 - group['lr'] * group['weight_decay'] * alive)
             parts = self.parts.get(p, 1)
@@ -1166,9 +1175,23 @@ class Muon(torch.optim.AdamW):
                     w, u = w.t(), u.t()
                 same_shape.setdefault(w.shape, []).append((w, u))
         for shape, pairs in same_shape.items():
-            updates = orthogonalize(torch.stack([u for _, u in pairs])) * alive
+            updates = orthogonalize_together([u for _, u in pairs]) * alive
             for (w, _), u in zip(pairs, updates):
                 w.add_(u, alpha=-group['lr'] * 0.2 * math.sqrt(max(shape)))
+
+
+def orthogonalize_together(matrices):
+    """orthogonalize of a list of equal shapes, shared out over the processes if there are several."""
+    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    n = math.ceil(len(matrices) / world)
+    first = n * dist.get_rank() if world > 1 else 0
+    own = matrices[first:first + n]
+    done = orthogonalize(torch.stack(own + matrices[:1] * (n - len(own)))) # every process sends as many
+    if world == 1:
+        return done
+    together = done.new_empty(n * world, *done.shape[1:])
+    dist.all_gather_into_tensor(together, done)
+    return together[:len(matrices)]
 
 
 def orthogonalize(x, steps=5, eps=1e-7):
@@ -1395,8 +1418,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         w, kind = weight.to(x.dtype), x.device.type
         if kind != 'meta' and torch.is_autocast_enabled(kind): # the matrix products in 16 bits, as autocast does them
             x, w = (t.to(torch.get_autocast_dtype(kind)) for t in (x, weight))
-        # at most 4 chunks: each adds to the whole gradient of weight, and a compiler makes one pass of 4 additions
-        rows = max(1, LOGITS_AT_ONCE // weight.size(0), math.ceil(x.size(0) / 4))
+        # few chunks: each adds to the whole gradient of weight. Up to 8192 rows: a compiler would hold all logits
+        rows = min(8192, max(1, LOGITS_AT_ONCE // weight.size(0), math.ceil(x.size(0) / 4)))
         n = (targets >= 0).sum().clamp(min=1) # a batch without targets has the loss 0
         loss = x.new_zeros((), dtype=torch.float32 if x.dtype != torch.float64 else x.dtype)
         grad_x, grad_w = (torch.empty_like(x), torch.zeros_like(weight)) if with_grad else (None, None)
@@ -1421,15 +1444,6 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         grad_x, grad_w = ctx.saved_tensors
         return grad_x * (grad / 1024), grad_w * (grad / 1024), None, None
-
-
-def recompute_what_is_cheap():
-    """
-    Has torch.compile keep the results of matrix products and attention for the backward pass, and compute what lies
-    between them again: the baby GPT keeps a third less. For GPUs, where that is fused into the kernels that need it.
-    """
-    torch._functorch.config.ban_recompute_used_far_apart = False
-    torch._functorch.config.ban_recompute_materialized_backward = False
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ from data.run import RunFolder, peak_memory
 from data.tokenizers import load_tokenizer, with_line_ends
 from data.tokens import Split, dataset_folder, find_path, load_meta, prefetch
 from model import (BUILT_IN, GPT, MIXERS, Block, GPTConfig, add_mixer, clip_adaptively, cost, find_leak,
-                   first_nonfinite, keep_freed_memory, optimizer_groups, recompute_what_is_cheap)
+                   first_nonfinite, keep_freed_memory, optimizer_groups)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # files and evaluation
@@ -354,6 +354,7 @@ if world > 1:
     store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
     name = backend if backend != 'auto' else 'nccl' if on_gpu else 'gloo'
     dist.init_process_group(name, rank=rank, world_size=world, store=store)
+    on_cpus = dist.new_group(backend='gloo') # for questions that must not wait for a GPU
 if deterministic:
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     torch.use_deterministic_algorithms(True)
@@ -371,23 +372,28 @@ raw_model = model.to(device)
 n_params = raw_model.get_num_params(False)
 if sharded:
     from torch.distributed.device_mesh import init_device_mesh # these take a second to import
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
     from torch.distributed.tensor import DTensor, Replicate
     mesh = init_device_mesh(device_type, (world,))
-    for module in [m for m in model.modules() if isinstance(m, Block)] + [model]:
-        fully_shard(module, mesh=mesh)
+    # matrices travel in the dtype of their products, half of the bytes; norms and the residual stream stay in float32
+    policy = MixedPrecisionPolicy(getattr(torch, dtype), torch.float32)
+    for block in [m for m in model.modules() if isinstance(m, Block)]:
+        for part in filter(None, (block.attn, block.mlp)):
+            fully_shard(part, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, 'hidden') # which generation calls
 if compile == 'auto':
     compile = on_gpu and can_compile()
 if compile:
     torch._dynamo.config.recompile_limit = 2 * len(lengths) + 8 # for training and for evaluations
-    if on_gpu:
-        recompute_what_is_cheap()
     # each length once: symbolic lengths are compiled three times as often
     model = torch.compile(model, dynamic=False, mode=compile if isinstance(compile, str) else None)
 fast_model = model
 if world > 1 and not sharded:
-    model = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device] if on_gpu else None)
+    # buffers are constants here, and gradients need no copy beside the one that travels
+    model = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device] if on_gpu else None,
+                                                      broadcast_buffers=False, gradient_as_bucket_view=True)
 
 lrs = dict(hidden=hidden_lr, embeddings=embedding_lr, head=embedding_lr, rest=other_lr)
 decays = dict(hidden=hidden_decay, embeddings=embedding_decay, head=embedding_decay)
@@ -794,7 +800,7 @@ batches = prefetch(load, first_step)
 bar = tqdm(total=last_step, initial=first_step, unit='step', disable=not is_main or not sys.stderr.isatty(),
            dynamic_ncols=True)
 bad_steps = torch.zeros((), device=device) # steps in a row without a finite gradient
-stopping, stop_now = torch.zeros((), device=device), 0
+stop_now = 0
 unwritten = set() # checkpoints whose last save failed
 last_plot = time.perf_counter()
 t0, tokens0, flops_done = time.perf_counter(), state.tokens, 0 # since the last log line
@@ -870,12 +876,11 @@ while True:
     if checkpoint_interval and state.step % checkpoint_interval == 0 and not dry_run:
         save(run.latest)
     # once: stop when asked to
-    if world > 1: # all processes stop at the same step: what was asked in the step before, which is there by now
-        stop_now = int(stopping.item())
-        stopping = torch.tensor(float(asked_to_stop), device=device)
-        dist.all_reduce(stopping, dist.ReduceOp.MAX)
-    else:
-        stop_now = asked_to_stop
+    stop_now = asked_to_stop
+    if world > 1: # all processes stop at the same step
+        asked = torch.tensor(stop_now)
+        dist.all_reduce(asked, dist.ReduceOp.MAX, group=on_cpus)
+        stop_now = int(asked)
     if stop_now:
         say(f"{signal.Signals(stop_now).name}: saving step {state.step} to {run.latest}; go on with --init_from=resume")
         save(run.latest)

@@ -11,7 +11,6 @@ Measures the speed and memory of this project and, in turn with it, of a peer: a
     python tests/bench.py process --peer=PATH               nanoGPT's small CPU run, from start to end
     python tests/bench.py head                              the head's loss: in chunks, by torch, with all logits
     python tests/bench.py loss --peer=PATH                  losses from the same weights on the same batches
-    python tests/bench.py all --device=cuda --peer=PATH     all of it, with the models that suit the device
 
 Every measurement is a fresh process, ours and the peer's in turn: A B A B. Tables show medians over the rounds. A ratio
 is taken within each round; its lowest and highest follow in brackets. Raw numbers go to tests/results/. GPTConfig's
@@ -47,8 +46,7 @@ from configurator import configure, exit_on_error, fail, find_peak_flops, resolv
 from data.checkpoints import NANOGPT_FIELDS, load_weights, stored_config
 from data.run import git_commit, peak_memory
 from data.tokens import Split, dataset_folder, load_meta, prefetch
-from model import (Cache, GPT, GPTConfig, LinearCrossEntropy, MIXERS, cost, keep_freed_memory,
-                   recompute_what_is_cheap)
+from model import Cache, GPT, GPTConfig, LinearCrossEntropy, MIXERS, cost, keep_freed_memory
 from compare import configured
 
 for file in sorted((PROJECT / 'config/mixers').glob('*.py')):
@@ -64,10 +62,10 @@ device = 'auto' # auto | cpu | cuda | cuda:1 | mps
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto' # auto: what train.py and sample.py choose
 compile: bool | Literal['auto', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs'] = 'auto' # the same
 batch_size = 0 # sequences in a micro-batch; 0: the preset's
-gradient_accumulation_steps = 1 # micro-batches in a training step
+gradient_accumulation_steps = 0 # micro-batches in a training step; 0: 40 of GPT-2 on a GPU as it is trained, else 1
 dataset = '' # a folder in data/, or any folder given with a slash; '': synthetic tokens
 repeats = 5 # rounds
-steps = 5 # timings in a round; in training on a GPU each is the mean of 10 steps
+steps = 5 # timings in a round; in training on a GPU each is the mean of 10 micro-batches or more
 iterations = 0 # training steps of process and loss; 0: 2000 and 500
 out = '' # the JSON file; '': tests/results/COMMAND-DEVICE.json
 # sample
@@ -113,8 +111,6 @@ def work(job):
     torch.set_float32_matmul_precision('high')
     if not job.peer and kind == 'cpu':
         keep_freed_memory()
-    if not job.peer and job.on_gpu and job.compile:
-        recompute_what_is_cheap()
     return {'how': job.dtype + (', compiled' if job.compile else '')} | WORK[job.kind](job)
 
 
@@ -314,9 +310,10 @@ WORK = dict(train=work_train, sample=work_sample, state=work_state, head=work_he
 
 def both(kind, config, batch, theirs=True, **more):
     """{'ours': a function that does this job in a worker, 'peer': the same for the peer, if there is one}"""
-    job = dict(kind=kind, config=stored_config(config), batch_size=batch, accumulation=gradient_accumulation_steps,
+    n = gradient_accumulation_steps or (40 if device != 'cpu' and config.vocab_size > 50000 and kind == 'train' else 1)
+    job = dict(kind=kind, config=stored_config(config), batch_size=batch, accumulation=n,
                data=write_data(config.vocab_size, dataset), device=device, dtype=dtype, compile=compile, peer=None,
-               init=None, steps=steps, at_once=1 if device == 'cpu' else 10)
+               init=None, steps=steps, at_once=1 if device == 'cpu' else math.ceil(10 / n))
     jobs = {'ours': partial(run_worker, job | more)}
     if peer and theirs:
         jobs['peer'] = partial(run_worker, job | dict(compile=peer_compile) | more | dict(peer=peer, init=None))
@@ -590,14 +587,8 @@ def loss():
     compare(f'loss of the last 20 of {n} steps', jobs, ratios=['loss'])
 
 
-def everything():
-    for name, command in COMMANDS.items():
-        if name != 'all':
-            command()
-
-
 COMMANDS = dict(train=train, sample=sample, mixers=mixers, unet=unet, scale=scale, startup=partial(small_run, 1),
-                process=small_run, state=state, head=head, loss=loss, all=everything)
+                process=small_run, state=state, head=head, loss=loss)
 
 
 def choose(argv, commands, namespace):

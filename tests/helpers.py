@@ -2,10 +2,10 @@
 import json
 import os
 import pickle
+import socket
 import subprocess
 import sys
 import tempfile
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -50,7 +50,7 @@ import gc, json, os, runpy, signal, sys
 import matplotlib.figure, torch._dynamo, torch.distributed.fsdp, tqdm
 gc.freeze() # or each fork would spend a second on taking all of it apart
 for line in sys.stdin:
-    script, args, cwd, files = json.loads(line)
+    script, args, cwd, files, environment = json.loads(line)
     child = os.fork()
     if child == 0:
         break
@@ -62,30 +62,41 @@ for i, path in enumerate(files):
     os.dup2(os.open(path, os.O_RDWR), i)
 sys.stdin = open(0, encoding='utf-8')
 os.chdir(cwd)
+os.environ.update(environment)
 sys.argv, sys.path[0] = [script, *args], os.path.dirname(script)
 runpy.run_path(script, run_name='__main__')
 """
-SERVERS = threading.local() # one for each thread
+IDLE = [] # servers
 
 
-def run(script, args, cwd=None, text='', command=()):
+def run(script, args, cwd=None, text='', command=(), environment={}):
     """The script in a process -> CompletedProcess with stdout and stderr as bytes. text: its standard input."""
     argv = [sys.executable, *command, str(PROJECT / script), *args]
     if command or not hasattr(os, 'fork'):
         return subprocess.run(argv, cwd=cwd, env=ENV, input=text.encode(), capture_output=True, timeout=240,
                               check=False)
-    if not hasattr(SERVERS, 'process'):
-        SERVERS.process = subprocess.Popen([sys.executable, '-c', SERVER], stdin=subprocess.PIPE,
-                                           stdout=subprocess.PIPE, env=ENV)
+    server = IDLE.pop() if IDLE else subprocess.Popen([sys.executable, '-c', SERVER], stdin=subprocess.PIPE,
+                                                      stdout=subprocess.PIPE, env=ENV)
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / name for name in ('stdin', 'stdout', 'stderr')]
         for path in files:
             path.write_bytes(text.encode() if path.name == 'stdin' else b'')
-        job = [str(PROJECT / script), args, str(cwd or os.getcwd()), [str(path) for path in files]]
-        SERVERS.process.stdin.write(json.dumps(job).encode() + b'\n')
-        SERVERS.process.stdin.flush()
-        status = int(SERVERS.process.stdout.readline())
+        job = [str(PROJECT / script), args, str(cwd or os.getcwd()), [str(path) for path in files], environment]
+        server.stdin.write(json.dumps(job).encode() + b'\n')
+        server.stdin.flush()
+        status = int(server.stdout.readline())
+        IDLE.append(server)
         return subprocess.CompletedProcess(argv, status, *[path.read_bytes() for path in files[1:]])
+
+
+def run_together(script, args, n=2):
+    """The script in n processes that exchange gradients, as torchrun starts them -> [CompletedProcess]."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        shared = dict(WORLD_SIZE=str(n), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free.getsockname()[1]))
+    with ThreadPoolExecutor(n) as pool:
+        return list(pool.map(lambda rank: run(script, args, environment=shared | dict(RANK=rank, LOCAL_RANK=rank)),
+                             map(str, range(n))))
 
 
 def train(folder, out='out', command=(), cwd=None, extra=(), **settings):

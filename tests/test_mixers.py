@@ -25,7 +25,7 @@ import torch.nn as nn
 from data.checkpoints import load_model, save_checkpoint
 from helpers import PROJECT, settings_of
 from model import (GPT, MIXERS, MLP, Cache, FusedAttention, GPTConfig, Mixer, Stack, TimeLinear, TimeMixing,
-                   UNet, Window, find_leak, optimizer_groups, recompute_what_is_cheap)
+                   UNet, Window, find_leak, optimizer_groups)
 
 for path in sorted((PROJECT / 'config/mixers').glob('*.py')):
     settings_of(path) # its mixer is then in MIXERS
@@ -334,31 +334,6 @@ def test_no_weights_of_every_pair_of_tokens(args):
 def test_compile_gives_the_same_numbers(name):
     torch.compiler.reset()
     check_compiled(randomized(SOME[name]), 'aot_eager')
-
-
-@pytest.mark.parametrize('mixer', ['attention', 'gmlp'])
-def test_compiled_for_a_gpu_keeps_less(mixer):
-    """As train.py compiles on a GPU: the same numbers, and less than 3/4 of the memory for the backward pass."""
-    def kept(): # in bytes; weights and tokens are kept in either case
-        torch.compiler.reset()
-        model, sizes = network(mixer=mixer, block_size=64), {}
-        forward, idx = torch.compile(model, backend='aot_eager_decomp_partition'), torch.zeros(4, 64, dtype=torch.long)
-        with torch.autograd.graph.saved_tensors_hooks(
-                lambda t: sizes.update({t.untyped_storage()._cdata: t.untyped_storage().nbytes()}) or t, lambda t: t):
-            loss = forward(idx, idx)[1]
-        del loss
-        return sum(sizes.values()) - sum(p.untyped_storage().nbytes() for p in model.parameters())
-
-    before, settings = kept(), ('ban_recompute_used_far_apart', 'ban_recompute_materialized_backward')
-    with torch._functorch.config.patch(dict.fromkeys(settings, True)): # and again after this
-        recompute_what_is_cheap()
-        after = kept()
-        assert after < 0.75 * before
-        for setting in settings: # each has its share
-            with torch._functorch.config.patch({setting: True}):
-                assert kept() > after
-        torch.compiler.reset()
-        check_compiled(network(mixer=mixer), 'aot_eager_decomp_partition')
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ('g++', 'clang++', 'cl'))), reason='inductor needs a C++ compiler')

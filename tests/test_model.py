@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 from data.checkpoints import (build_model, crop_block_size, load_checkpoint, load_model, load_pretrained, load_weights,
                               save_checkpoint, save_pretrained)
 from helpers import SMALL, network, randomize
-from model import (GPT, MIXERS, Cache, Decoder, GPTConfig, LinearCrossEntropy, Window, beam_search, cost)
+from model import (GPT, MIXERS, Cache, Decoder, GPTConfig, LinearCrossEntropy, Window, beam_search, cost,
+                   pick)
 
 PLACES = {mixer: dict(mixer=mixer) for mixer in MIXERS} # one architecture for each mixer, and then some
 PLACES |= dict(circulant=dict(time_weighting='circulant', pos_emb='relative'),
@@ -334,7 +335,7 @@ def test_growing(args, added):
     assert_same(logits(grown, tokens(2, 12)), logits(plain, tokens(2, 12)), 1e-6)
 
 
-@pytest.mark.parametrize('chunk, N', [(2 ** 25, 50), (1, 8), (1, 50), (170, 50), (170, 3)])
+@pytest.mark.parametrize('chunk, N', [(2 ** 25, 50), (1, 8), (1, 50), (170, 50), (170, 3), (1, 40000)])
 def test_the_head_in_chunks(monkeypatch, chunk, N):
     """Loss and gradients in float64 are torch's with all logits there, however many rows the last chunk has."""
     monkeypatch.setattr('model.LOGITS_AT_ONCE', chunk)
@@ -518,6 +519,16 @@ def test_sampling(options):
         return int(torch.multinomial(naive_distribution(out, window, **options), 1, generator=generator))
     expected = naive_generate(model, idx, 40, choose)
     assert torch.equal(model.generate(idx, 40, generator=torch.Generator().manual_seed(3), **options), expected)
+
+
+def test_draws_as_multinomial_does():
+    """The same tokens from the same generator, with probabilities of zero among them."""
+    logits = torch.randn(5, 3000, generator=torch.Generator().manual_seed(1)) * 4
+    logits[:, ::3] = -math.inf
+    for seed in range(20):
+        expected = torch.multinomial(logits.softmax(1), 1, generator=torch.Generator().manual_seed(seed))
+        drawn = pick(logits, 1.0, None, None, 0.0, torch.Generator().manual_seed(seed))
+        assert torch.equal(drawn, expected)
 
 
 def test_what_may_be_drawn():

@@ -291,6 +291,14 @@ def torchrun(dataset, out, *more, restarts=0, **kwargs):
                             stderr=subprocess.STDOUT, text=True, **kwargs)
 
 
+def run_two(dataset, out, *more, code=0):
+    """Two processes -> what the first said."""
+    one, other = helpers.run_together('train.py', command(dataset, out, *more)[2:])
+    said = one.stdout.decode() + one.stderr.decode()
+    assert one.returncode == other.returncode == code, said[-3000:] + other.stderr.decode()[-3000:]
+    return said
+
+
 @posix
 def test_sharded_and_plain_runs_continue_each_other(dataset, tmp_path):
     """fsdp and ddp and one process give the same losses to rounding, and read each other's checkpoints."""
@@ -301,16 +309,20 @@ def test_sharded_and_plain_runs_continue_each_other(dataset, tmp_path):
                                                                                             'chunk: int = 5'))
     steps = [str(idea), '--dropout=0.0', '--dtype=float32', '--learning_rate=1e-3', '--gradient_accumulation_steps=4']
     run(dataset, tmp_path / 'one', *steps, '--max_iters=8')
-    for first, second, launch in [('fsdp', 'ddp', torchrun), ('ddp', 'fsdp', torchrun)]:
+    for first, second in ('fsdp', 'ddp'), ('ddp', 'fsdp'):
         out = tmp_path / first
         for parallel, more in (first, ['--max_iters=4']), (second, ['--max_iters=8', '--init_from=resume']):
-            process = launch(dataset, out, *steps, *more, f'--parallel={parallel}')
-            text = process.communicate()[0]
-            assert process.returncode == 0, text[-3000:]
+            run_two(dataset, out, *steps, *more, f'--parallel={parallel}')
         expected = {step: loss for step, loss, _, _ in losses(tmp_path / 'one') if loss}
         found = {step: loss for step, loss, _, _ in losses(out) if loss}
         assert found.keys() == expected.keys() and max(abs(found[s] - expected[s]) for s in expected) < 2e-5
     run(dataset, tmp_path / 'ddp', '--init_from=resume', '--parallel=ddp', '--max_iters=10', *steps) # written by fsdp
+    narrow = ['--dropout=0.0', '--dtype=bfloat16', '--max_iters=4', '--gradient_accumulation_steps=4']
+    run(dataset, tmp_path / 'narrow', *narrow)
+    run_two(dataset, tmp_path / 'sharded', *narrow, '--parallel=fsdp') # travels in 16 bits
+    expected, found = ([loss for _, loss, _, _ in losses(tmp_path / name) if loss] for name in ('narrow', 'sharded'))
+    assert len(expected) == len(found) == 4
+    assert max(abs(a - b) for a, b in zip(expected, found)) < 2e-3
 
 
 def test_accumulation_that_does_not_divide(dataset, tmp_path):
@@ -326,13 +338,11 @@ def test_muon_over_processes(dataset, tmp_path):
     steps = ['--dropout=0.0', '--dtype=float32', '--learning_rate=1e-3', '--optimizer=muon', '--ema=0.9',
              '--adaptive_clip=0.1', '--max_iters=8']
     run(dataset, tmp_path / 'one', *steps)
-    process = torchrun(dataset, tmp_path / 'two', *steps)
-    text = process.communicate()[0]
-    assert process.returncode == 0, text[-3000:]
+    run_two(dataset, tmp_path / 'two', *steps)
     expected, found = ({step: loss for step, loss, _, _ in losses(tmp_path / name) if loss} for name in ('one', 'two'))
     # bfloat16 inside of Muon
     assert found.keys() == expected.keys() and max(abs(found[s] - expected[s]) for s in expected) < 1e-3
-    text = torchrun(dataset, tmp_path / 'no', *steps, '--parallel=fsdp').communicate()[0]
+    text = run_two(dataset, tmp_path / 'no', *steps, '--parallel=fsdp', code=2)
     assert ("optimizer='muon' works on whole matrices" in text and '--parallel=ddp' in text
             and not (tmp_path / 'no').exists())
 
