@@ -218,10 +218,12 @@ def open_data():
                          "config/quick.py") from None
     known = (checkpoint or {}).get('meta') or (dict(tokenizer='tiktoken', encoding='gpt2') if pretrained else {})
     fits = meta.get('vocab_size', 0) <= (checkpoint or {}).get('model_args', {}).get('vocab_size', 50257)
-    for key in ('tokenizer', 'encoding', 'characters'):
+    for key in ('tokenizer', 'encoding', 'characters', 'json'):
         if not allow_changes and 'tokenizer' in known and 'tokenizer' in meta and known.get(key) != meta.get(key):
-            raise ValueError(f"dataset={dataset!r} has the {key} {meta.get(key)!r}, and the weights were trained with "
-                             f"{known.get(key)!r}: take another dataset{', or --allow_changes=True' if fits else ''}")
+            what = (f"the {key} {meta.get(key)!r}, and the weights were trained with {known.get(key)!r}"
+                    if key != 'json' else "another tokenizer.json than the weights were trained with")
+            raise ValueError(f"dataset={dataset!r} has {what}: take another dataset"
+                             f"{', or --allow_changes=True' if fits else ''}")
     if 'tokenizer' not in meta: # bare token files: the checkpoint knows, or they are GPT-2's as nanoGPT takes them
         is_gpt2 = given.get('vocab_size', 50257) >= 50257
         meta |= known or (dict(tokenizer='tiktoken', encoding='gpt2') if is_gpt2 else {})

@@ -4,7 +4,10 @@ Tokenizers: text to token ids and back.
 Plain values describe a tokenizer. They lie in a dataset's meta.json and in checkpoints:
 
     {"tokenizer": "char", "characters": "..."} | {"tokenizer": "bytes"} | {"tokenizer": "tiktoken", "encoding": "gpt2"}
+    | {"tokenizer": "tokenizers", "json": "..."}, what Hugging Face's library of that name has in its tokenizer.json
 """
+import json
+import re
 from functools import cached_property
 
 import numpy as np
@@ -24,7 +27,7 @@ class Tokenizer:
     """
     Text to token ids and back.
 
-    name        'char', 'bytes' or the name of a tiktoken encoding
+    name        'char', 'bytes', 'tokenizers' or the name of a tiktoken encoding
     vocab_size  number of ids
     eot         id of <|endoftext|>, or None
     special     id -> text of the special tokens
@@ -48,6 +51,10 @@ class Tokenizer:
             ids.append(self.eot)
             ids.extend(self.encode_ordinary(part))
         return ids
+
+    def encode_batch(self, texts, n_threads=1):
+        """A list of ids for each text; special tokens are plain text."""
+        return [self.encode_ordinary(text) for text in texts]
 
     def decode_bytes(self, ids, special=False):
         """UTF-8 bytes of the ids. Special tokens are left out unless asked for. Unknown ids are U+FFFD."""
@@ -158,6 +165,9 @@ class TiktokenTokenizer(Tokenizer):
     def encode_ordinary(self, text):
         return self.encoding.encode_ordinary(text)
 
+    def encode_batch(self, texts, n_threads=1):
+        return self.encoding.encode_ordinary_batch(texts, num_threads=n_threads)
+
     @cached_property
     def token_bytes(self):
         tokens = []
@@ -172,6 +182,97 @@ class TiktokenTokenizer(Tokenizer):
         return {'tokenizer': 'tiktoken', 'encoding': self.name, 'vocab_size': self.vocab_size}
 
 
+def import_tokenizers():
+    try:
+        import tokenizers
+    except ImportError:
+        raise DataError("this tokenizer needs Hugging Face's library: pip install tokenizers") from None
+    return tokenizers
+
+
+class JsonTokenizer(Tokenizer):
+    """
+    Hugging Face's tokenizers, of the text of a tokenizer.json: byte-level BPE as GPT-2's, or one that falls back to
+    bytes as Llama's. DataError for a damaged one, and for one that cannot write every text.
+    """
+    name = 'tokenizers'
+    ENDS = (EOT, '<|end_of_text|>', '</s>', '<eos>') # what ends a document, the first that there is
+
+    def __init__(self, text):
+        library = import_tokenizers()
+        try:
+            self.fast, self.parts = library.Tokenizer.from_str(text), json.loads(text)
+        except Exception as error: # the library raises nothing more special
+            raise DataError(f"the tokenizer's JSON is damaged ({error}): take another tokenizer.json") from None
+        self.json = text
+        self.byte_level = '"ByteLevel"' in json.dumps(self.parts.get('decoder'))
+        if not (self.byte_level or self.parts['model'].get('byte_fallback')):
+            raise DataError("this tokenizer.json has neither byte-level tokens nor a fallback to bytes, so that it "
+                            "cannot write every text: take another one")
+        self.fast.no_truncation()
+        self.fast.no_padding()
+        self.fast.encode_special_tokens = True # as text: encode puts the real ones in
+        self.vocab_size = 1 + max(self.fast.get_vocab(with_added_tokens=True).values())
+        added = self.fast.get_added_tokens_decoder()
+        self.special = {i: token.content for i, token in added.items() if token.special}
+        self.eot = next((i for end in self.ENDS for i, token in self.special.items() if token == end), None)
+
+    @classmethod
+    def open(cls, path):
+        try:
+            with open(path, encoding='utf-8') as file:
+                return cls(file.read())
+        except UnicodeDecodeError:
+            raise DataError(f"{path} is not UTF-8: take another tokenizer.json") from None
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from None
+
+    @classmethod
+    def train(cls, texts, vocab_size):
+        """Byte-level BPE of vocab_size ids, of an iterable of strings."""
+        library = import_tokenizers()
+        if vocab_size < 257:
+            raise DataError(f"vocab_size={vocab_size} must be at least 257: 256 bytes and {EOT}")
+        fast = library.Tokenizer(library.models.BPE())
+        fast.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        fast.decoder = library.decoders.ByteLevel()
+        trainer = library.trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOT], show_progress=False,
+                                              initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet())
+        fast.train_from_iterator(texts, trainer)
+        return cls(fast.to_str())
+
+    def encode_ordinary(self, text):
+        text = text.encode('utf-8', 'replace').decode() # a lone surrogate, as from a bad argv, becomes '?'
+        return self.fast.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts, n_threads=1): # its threads are the library's own business: RAYON_NUM_THREADS
+        return [encoded.ids for encoded in self.fast.encode_batch(texts, add_special_tokens=False)]
+
+    @cached_property
+    def token_bytes(self):
+        # GPT-2 writes bytes that are no printable characters as others
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        byte_of = {chr(b): b for b in printable}
+        byte_of |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in printable)}
+        tokens, added = [], self.fast.get_added_tokens_decoder()
+        for i in range(self.vocab_size):
+            token = self.special.get(i) or self.fast.id_to_token(i)
+            if token is None: # a gap
+                tokens.append(NOT_TEXT)
+            elif i in added:
+                tokens.append(token.encode())
+            elif self.byte_level:
+                tokens.append(bytes(byte_of[c] for c in token))
+            elif byte := re.fullmatch('<0x([0-9A-F]{2})>', token):
+                tokens.append(bytes.fromhex(byte[1]))
+            else:
+                tokens.append(token.replace('\u2581', ' ').encode())
+        return tokens
+
+    def meta(self):
+        return {'tokenizer': 'tokenizers', 'vocab_size': self.vocab_size, 'json': self.json}
+
+
 def load_tokenizer(meta):
     """The tokenizer that a meta dict describes; None if it names none. Opens no file that meta could name."""
     name = meta.get('tokenizer')
@@ -183,4 +284,13 @@ def load_tokenizer(meta):
         return ByteTokenizer()
     if name == 'tiktoken':
         return TiktokenTokenizer(meta.get('encoding'))
-    raise DataError(f"unknown tokenizer {name!r} in the metadata: it must be char, bytes or tiktoken")
+    if name == 'tokenizers' and isinstance(meta.get('json'), str):
+        return JsonTokenizer(meta['json'])
+    raise DataError(f"unknown tokenizer {name!r} in the metadata: it must be char, bytes, tiktoken or tokenizers")
+
+
+def choose_tokenizer(name):
+    """The tokenizer that needs no text: bytes, the path of a tokenizer.json, or the name of a tiktoken encoding."""
+    if name == 'bytes':
+        return ByteTokenizer()
+    return JsonTokenizer.open(name) if name.endswith('.json') else TiktokenTokenizer(name)

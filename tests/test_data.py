@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data import hub
+from data import stream as hub
 from data import tokens as T
 from data.tokenizers import EOT, ByteTokenizer, CharTokenizer, TiktokenTokenizer, load_tokenizer
 from data.tokens import DataError, Split, dataset_folder, load_meta, prefetch
@@ -1076,7 +1076,8 @@ def test_hub_goes_on_after_an_interruption(tmp_path, jsonl, monkeypatch):
 
     def run(folder, limit=None, val_fraction=0.02):
         job = {'val_fraction': val_fraction}
-        hub.write_shards(tmp_path / folder, Stream(limit), job, 'gpt2', 0, 0, val_fraction, 1)
+        hub.write_shards(tmp_path / folder, Stream(limit), job, TiktokenTokenizer('gpt2'), 'text', 0, 0,
+                         val_fraction, 1)
 
     run('whole')
     for limit in (50, 200, 400):
@@ -1095,7 +1096,8 @@ def test_hub_goes_on_after_an_interruption(tmp_path, jsonl, monkeypatch):
 
 @needs_gpt2
 def test_hub_stops_at_max_tokens(tmp_path, jsonl, capsys):
-    hub.write_shards(tmp_path / 'out', hub.open_stream('json', '', '', jsonl), {}, 'gpt2', 10 ** 15, 3000, 0.01, 1)
+    hub.write_shards(tmp_path / 'out', hub.open_stream('json', '', '', jsonl), {}, TiktokenTokenizer('gpt2'),
+                     'text', 10 ** 15, 3000, 0.01, 1)
     total = Split(tmp_path / 'out', 'train').n_tokens + Split(tmp_path / 'out', 'val').n_tokens
     assert 3000 <= total < 3030
     assert 'needs about 0.0 GB' in capsys.readouterr().out
@@ -1104,7 +1106,8 @@ def test_hub_stops_at_max_tokens(tmp_path, jsonl, capsys):
 @needs_gpt2
 def test_hub_refuses_a_full_disk(tmp_path, jsonl):
     with pytest.raises(DataError, match='GB are needed.*--max_tokens='):
-        hub.write_shards(tmp_path / 'out', hub.open_stream('json', '', '', jsonl), {}, 'gpt2', 10 ** 15, 0, 0.01, 1)
+        hub.write_shards(tmp_path / 'out', hub.open_stream('json', '', '', jsonl), {}, TiktokenTokenizer('gpt2'),
+                         'text', 10 ** 15, 0, 0.01, 1)
 
 
 def test_hub_dataset_that_is_a_script(monkeypatch):

@@ -3,6 +3,7 @@ Your own text: files or folders of plain text, or of jsonl with the text in one 
 
     python data/text/prepare.py --input=book.txt
     python data/text/prepare.py --input=notes/,more.jsonl --tokenizer=gpt2 --out=notes
+    python data/text/prepare.py --input=book.txt --tokenizer=bpe --vocab_size=4096      a vocabulary of its own
     python train.py config/text.py --dataset=notes --out_dir=out-notes
 
 A document is a file or a line of jsonl, and <|endoftext|> within them begins another one. If there are several
@@ -21,12 +22,14 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import configure, exit_on_error
-from data.tokenizers import EOT, ByteTokenizer, CharTokenizer, TiktokenTokenizer
+from data.tokenizers import EOT, CharTokenizer, JsonTokenizer, choose_tokenizer
 from data.tokens import DataError, dataset_folder
 from data.writer import Writer, fraction, summarize
 
 input = '' # files and folders, separated by commas
-tokenizer = 'bytes' # bytes: UTF-8; char: an id for each character in the text; or one of tiktoken: gpt2, o200k_base...
+tokenizer = 'bytes' # bytes: UTF-8; char: an id for each character in the text; bpe: byte-level BPE trained on the text;
+    # one of tiktoken: gpt2, o200k_base...; or the path of a tokenizer.json
+vocab_size = 4096 # ids of bpe
 val_fraction = 0.1 # fraction of the text to hold out
 field = 'text' # the field of a line of jsonl that holds the text
 suffixes = '.txt,.md,.jsonl' # which files to take from folders
@@ -133,6 +136,19 @@ def read(files, label):
                 begun = begun and not ends
 
 
+def read_parts(label):
+    """Yields ({split: piece of text}, whether a document ends after it)."""
+    position, document = dict.fromkeys(files, 0), 0
+    for path, text, ends in read(files, label):
+        if by_document:
+            yield {'val' if fraction(str(document)) < val_fraction else 'train': text}, ends
+        else: # the end of each file is held out
+            here = max(0, int(lengths[path] * (1 - val_fraction)) - position[path])
+            yield {'train': text[:here], 'val': text[here:]}, ends
+        position[path] += len(text)
+        document += ends
+
+
 def first_few(paths):
     names = [str(path) for path in paths[:8]]
     return ', '.join(names) + (f" and {len(paths) - 8:,} more" if len(paths) > 8 else '')
@@ -141,8 +157,7 @@ def first_few(paths):
 with exit_on_error():
     if not 0 < val_fraction < 1:
         raise DataError(f"val_fraction is {val_fraction}, but must be between 0 and 1")
-    if tokenizer not in ('char', 'bytes'):
-        codec = TiktokenTokenizer(tokenizer)
+    codec = choose_tokenizer(tokenizer) if tokenizer not in ('char', 'bpe') else None
     files, skipped = find_files(input.split(','), set(suffixes.lower().split(',')))
 
     lengths, n_documents, characters = dict.fromkeys(files, 0), 0, set() # lengths in characters
@@ -156,24 +171,23 @@ with exit_on_error():
         raise DataError(f"input {input} holds no text: give other files with --input=PATH")
     several = n_documents > 1
     by_document = n_documents * val_fraction >= 20
-    if tokenizer == 'bytes':
-        codec = ByteTokenizer()
-    elif tokenizer == 'char':
+    if tokenizer == 'char':
         codec = CharTokenizer(''.join(sorted(characters)), eot=several)
+    elif tokenizer == 'bpe': # of what is trained on alone
+        codec = JsonTokenizer.train((parts.get('train', '') for parts, _ in read_parts('vocabulary')), vocab_size)
+    if several and codec.eot is None:
+        raise DataError(f"tokenizer={tokenizer} has no token that ends a document: one of "
+                        f"{', '.join(JsonTokenizer.ENDS)} is needed for several")
 
-    position, document, written = dict.fromkeys(files, 0), 0, set() # written: splits that have a part of the document
+    written = set() # splits that have a part of the document
     with Writer(dataset_folder(out), codec) as writer:
-        for path, text, ends in read(files, 'writing'):
-            if by_document:
-                parts = {'val' if fraction(str(document)) < val_fraction else 'train': text}
-            else: # the end of each file is held out
-                here = max(0, int(lengths[path] * (1 - val_fraction)) - position[path])
-                parts = {'train': text[:here], 'val': text[here:]}
-                position[path] += len(text)
+        for parts, ends in read_parts('writing'):
             for split, part in parts.items():
-                writer.write(split, codec.encode(part))
+                ids = codec.encode(part)
+                if writer.n_bytes == 0 and codec.decode(ids).removeprefix(' ') != part.removeprefix(' '):
+                    raise DataError(f"tokenizer={tokenizer} does not give back the text that it encodes: take another")
+                writer.write(split, ids)
                 written |= {split} if part else set()
-            document += ends
             if ends and several:
                 for split in sorted(written):
                     writer.write(split, [codec.eot])

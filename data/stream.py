@@ -1,11 +1,10 @@
-"""Streams a dataset of the Hugging Face hub into token shards. openwebtext and fineweb_edu share it."""
+"""Streams a dataset of the Hugging Face hub into token shards: what data/hub/prepare.py does."""
 import shutil
 from contextlib import closing
 from itertools import islice
 
 from tqdm import tqdm
 
-from data.tokenizers import TiktokenTokenizer
 from data.tokens import DataError, prefetch
 from data.writer import Writer
 
@@ -26,6 +25,9 @@ def open_stream(source, subset, revision, data_files):
     except RuntimeError as error: # which the library raises for datasets that are Python scripts
         raise DataError(f"{source} cannot be opened ({error}): try its copy as parquet files, with "
                         "--revision=refs/convert/parquet") from None
+    except Exception as error: # of many kinds: no such dataset, no network, a damaged file
+        raise DataError(f"{source} cannot be opened ({type(error).__name__}: {error}): check its name on "
+                        "huggingface.co/datasets, its --subset, and the network") from None
 
 
 def check_disk(folder, needed, bytes_per_token):
@@ -37,22 +39,31 @@ def check_disk(folder, needed, bytes_per_token):
                         f"take less with --max_tokens={int(free * 0.9) // bytes_per_token}")
 
 
-def read_batches(stream, n_documents):
+def texts_of(documents, field):
+    """Yields the text of each document."""
+    for document in documents:
+        if not isinstance(document.get(field), str):
+            raise KeyError(f"have no text in a field {field!r}, but {', '.join(map(repr, document))}: name it with "
+                           "--field=NAME")
+        yield document[field]
+
+
+def read_batches(stream, field, n_documents):
     """
     Yields (texts, state of the stream after them). A thread reads ahead. n_documents is the number of documents before,
     for the message that says where reading stopped.
     """
-    documents = iter(stream)
+    all_texts = texts_of(stream, field)
 
     def next_batch(i):
-        return [document['text'] for document in islice(documents, BATCH)], stream.state_dict()
+        return list(islice(all_texts, BATCH)), stream.state_dict()
 
     with closing(prefetch(next_batch, 0)) as batches:
         while True:
             try:
                 texts, state = next(batches)
             except KeyError as error:
-                raise DataError(f"the documents have no field {error}, from which the text is taken") from None
+                raise DataError(f"the documents {error.args[0]}") from None
             except Exception as error: # of many kinds, from the network to a parquet file
                 raise DataError(f"reading stopped after {n_documents} documents ({type(error).__name__}: {error}): "
                                 "give the same command again to go on") from error
@@ -62,7 +73,7 @@ def read_batches(stream, n_documents):
             n_documents += len(texts)
 
 
-def write_shards(folder, stream, job, encoding, expected_tokens, max_tokens, val_fraction, n_threads):
+def write_shards(folder, stream, job, tokenizer, field, expected_tokens, max_tokens, val_fraction, n_threads):
     """
     Tokenizes the documents of `stream` in their order, ends each with <|endoftext|>, and holds out every
     1/val_fraction-th. Stops at max_tokens (0: takes all). expected_tokens says how many there are (0: unknown), from
@@ -71,7 +82,6 @@ def write_shards(folder, stream, job, encoding, expected_tokens, max_tokens, val
     `job` is a dict of the settings that decide what is written. An interrupted run with the same job goes on where it
     was.
     """
-    tokenizer = TiktokenTokenizer(encoding)
     val_every = round(1 / val_fraction)
     with Writer(folder, tokenizer, SHARD_TOKENS, job) as out:
         n_documents, total = 0, sum(out.tokens.values())
@@ -83,10 +93,10 @@ def write_shards(folder, stream, job, encoding, expected_tokens, max_tokens, val
         if wanted:
             check_disk(folder, max(0, wanted - total) * out.dtype.itemsize, out.dtype.itemsize)
         bar = tqdm(total=wanted or None, initial=total, unit='tok', unit_scale=True, disable=None)
-        with bar, closing(read_batches(stream, n_documents)) as batches:
+        with bar, closing(read_batches(stream, field, n_documents)) as batches:
             for n_batches, (texts, state) in enumerate(batches, 1):
                 ids, before = {'train': [], 'val': []}, total
-                for document in tokenizer.encoding.encode_ordinary_batch(texts, num_threads=n_threads):
+                for document in tokenizer.encode_batch(texts, n_threads):
                     document.append(tokenizer.eot)
                     ids['val' if n_documents % val_every == 0 else 'train'].extend(document)
                     n_documents += 1

@@ -1,0 +1,66 @@
+"""
+Any dataset of texts on the Hugging Face hub, streamed: it takes the disk of its tokens, and keeps nothing else.
+
+    python data/hub/prepare.py --source=roneneldan/TinyStories
+    python data/hub/prepare.py --source=roneneldan/TinyStories --tokenizer=bpe --vocab_size=4096 --out=stories
+    python data/hub/prepare.py --source=json --data_files="mine/*.jsonl" --out=mine
+
+After an interruption, the same command goes on where it stopped.
+"""
+import hashlib
+import sys
+from itertools import islice
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from configurator import configure, exit_on_error
+from data.stream import open_stream, texts_of, write_shards
+from data.tokenizers import JsonTokenizer, choose_tokenizer
+from data.tokens import DataError, dataset_folder
+from data.writer import summarize
+
+source = '' # name on the hub, as USER/NAME; json or parquet: local files, see data_files
+subset = '' # which part, for a dataset that has several
+field = 'text' # the field of a document that holds its text
+tokenizer = 'gpt2' # one of tiktoken; bytes; the path of a tokenizer.json; bpe: byte-level BPE trained on the first texts
+vocab_size = 4096 # ids of bpe
+bpe_documents = 20_000 # of which it is trained, those held out excepted
+max_tokens = 0 # stop after this many; 0: take all
+val_fraction = 0.0005 # fraction of the documents to hold out: every 2000th
+n_threads = 8 # threads for tokenizing
+revision = '' # git revision on the hub; refs/convert/parquet: the automatic copy as parquet files
+data_files = '' # local files, if source is json or parquet; may be a pattern with *
+out = '' # dataset to write: a name in data/, or a folder; '': the name on the hub
+configure(globals())
+
+# tokens of GPT-2, to say beforehand how much disk they take
+EXPECTED = {('Skylion007/openwebtext', ''): 9_040_000_000, ('HuggingFaceFW/fineweb-edu', 'sample-10BT'): 9_950_000_000,
+            ('HuggingFaceFW/fineweb-edu', 'sample-100BT'): 99_500_000_000,
+            ('HuggingFaceFW/fineweb-edu', 'sample-350BT'): 350_000_000_000}
+
+
+def train_tokenizer():
+    val_every = round(1 / val_fraction)
+    texts = islice(texts_of(open_stream(source, subset, revision, data_files), field), bpe_documents)
+    try:
+        return JsonTokenizer.train((text for i, text in enumerate(texts) if i % val_every), vocab_size)
+    except KeyError as error:
+        raise DataError(f"the documents {error.args[0]}") from None
+
+
+with exit_on_error():
+    if not source:
+        raise DataError("which dataset? give its name on the hub, as in --source=roneneldan/TinyStories")
+    if not 0 < val_fraction <= 0.5:
+        raise DataError(f"val_fraction is {val_fraction}, but must be above 0 and at most 0.5")
+    codec = train_tokenizer() if tokenizer == 'bpe' else choose_tokenizer(tokenizer)
+    if codec.eot is None:
+        raise DataError(f"tokenizer={tokenizer} has no token that ends a document: take another")
+    # what decides what is written: another vocabulary must not go on with these files
+    job = dict(source=source, subset=subset, revision=revision, data_files=data_files, field=field, tokenizer=tokenizer,
+               vocabulary=hashlib.sha256(codec.json.encode()).hexdigest() if hasattr(codec, 'json') else '',
+               val_fraction=val_fraction, max_tokens=max_tokens)
+    out = out or Path(source).name
+    writer = write_shards(dataset_folder(out), open_stream(source, subset, revision, data_files), job, codec, field,
+                          EXPECTED.get((source, subset), 0), max_tokens, val_fraction, n_threads)
+    summarize(writer, f'python train.py config/text.py --dataset={out} --out_dir=out-{Path(out).name}')
