@@ -40,7 +40,8 @@ class GPTConfig:
     n_head: int = 12 # heads of every mixer
     n_embd: int = 768 # channels
     dropout: float = 0.0 # 0 is good for pretraining, 0.1 or more for finetuning
-    recompute: bool = False # activation checkpointing: keep only each block's input and run the block again in backward
+    recompute: bool | Literal['cheap'] = False # activation checkpointing: keep only each block's input and run the block
+        # again in backward; cheap: what torch.compile computes between matrix products, and not them
     bias: bool = True # biases in Linear and LayerNorm, as in GPT-2; False is a bit better and faster
     tie_weights: bool = True # one matrix for the embedding and the head
     mixer: str | tuple[str, ...] = 'attention' # how tokens talk to each other: a name in MIXERS; several: a pattern
@@ -625,7 +626,7 @@ class Stack(nn.ModuleList):
     """n blocks, one after the other, on sequences of up to block_size tokens."""
     def __init__(self, config, n, block_size):
         super().__init__(Block(config, layer, block_size) for layer in range(n))
-        self.recompute = config.recompute
+        self.recompute = config.recompute is True
 
     def forward(self, x, cache=NO_CACHE):
         for i, block in enumerate(self):
@@ -1290,7 +1291,7 @@ def cost(model, T=None, dtype=torch.float32, device_type=None):
     attention = nullcontext() if device_type == 'cpu' else FusedAttention()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), attention:
         model(idx, idx)
-    if config.recompute: # checkpoint keeps these beside autograd
+    if config.recompute is True: # checkpoint keeps these beside autograd
         n_blocks = sum(isinstance(m, Block) for m in model.modules())
         kept['inputs'] = torch.empty(n_blocks, T, config.n_embd, device='meta', dtype=dtype).untyped_storage()
     return 3 * counter.get_total_flops() / T, (sum(s.nbytes() for s in kept.values()) - weights) / T

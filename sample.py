@@ -6,6 +6,7 @@ Generates text from a checkpoint. From any directory:
     python sample.py --init_from=gpt2-xl --start=FILE:prompt.txt      OpenAI's weights, the prompt from a file
     echo "Once upon" | python sample.py --init_from=gpt2 --start=-    the prompt from standard input
     python sample.py --out_dir=out-quick --interactive=True           a chat: /help says how it goes
+    python sample.py --out_dir=out-quick --export=FOLDER              weights, code and tokenizer for transformers
 """
 import codecs
 import os
@@ -53,6 +54,8 @@ seed = 1337
 interactive = False # a conversation on the terminal instead of samples
 user_prefix = '\nYou: ' # stands before what you write
 bot_prefix = '\nGPT: ' # stands before the answers
+# instead of samples
+export = '' # write the model and its tokenizer to this new folder, for transformers, and end
 # machine
 device = 'auto' # auto | cpu | cuda | cuda:1 | mps
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
@@ -207,6 +210,19 @@ def chat():
         history += user_prefix + line + bot_prefix + answer.rstrip()
 
 
+def export_model():
+    """Writes the folder that --export names, and says how it is opened."""
+    import data.export # here: it takes a library that nobody else needs
+    with_code, deviation = data.export.export(model, tokenizer, export)
+    code = ', trust_remote_code=True' if with_code else ''
+    checked = "logits not checked: pip install transformers"
+    if deviation is not None:
+        checked = f"transformers' logits differ by at most {deviation:.1e}"
+    print(f"written  {export}: {'with its code' if with_code else 'as GPT-2'}; {checked}")
+    print(f"open it  transformers.AutoModelForCausalLM.from_pretrained({export!r}{code})")
+    print(f"evaluate lm_eval --model hf --model_args pretrained={export}{code.replace(' ', '')} --tasks hellaswag")
+
+
 with torch.inference_mode(), exit_on_error(): # a few percent faster than no_grad where a token takes a millisecond
     check_ranges(config, RANGES)
     chosen_by_machine, (device, dtype) = dtype == 'auto', resolve(device, dtype)
@@ -219,6 +235,9 @@ with torch.inference_mode(), exit_on_error(): # a few percent faster than no_gra
     if chosen_by_machine and torch.device(device).type == 'cpu' and model.get_num_params() < 5e7:
         dtype = 'float32' # as fast: only large weights are worth halving
     model.to(device, getattr(torch, dtype))
+    if export:
+        export_model()
+        sys.exit(0)
     if compile:
         model.hidden = torch.compile(model.hidden, dynamic=True)
     generator = torch.Generator(device).manual_seed(seed)

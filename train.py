@@ -30,6 +30,7 @@ from configurator import (check_ranges, configure, exit_on_error, find_peak_flop
 yield_if_busy()
 with exit_on_error(): # a missing package, or Ctrl-C while torch is imported
     import torch
+    import torch._functorch.config
     import torch.distributed as dist
     from tqdm import tqdm
 
@@ -389,6 +390,7 @@ if compile == 'auto':
     compile = on_gpu and can_compile()
 if compile:
     torch._dynamo.config.recompile_limit = 2 * len(lengths) + 8 # for training and for evaluations
+    torch._functorch.config.ban_recompute_materialized_backward = raw_model.config.recompute != 'cheap'
     # each length once: symbolic lengths are compiled three times as often
     model = torch.compile(model, dynamic=False, mode=compile if isinstance(compile, str) else None)
 fast_model = model

@@ -241,6 +241,13 @@ class JsonTokenizer(Tokenizer):
         fast.train_from_iterator(texts, trainer)
         return cls(fast.to_str())
 
+    @staticmethod
+    def byte_characters():
+        """{character: byte}: GPT-2 writes bytes that are no printable characters as others."""
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [b for b in range(256) if b not in printable]
+        return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
     def encode_ordinary(self, text):
         text = text.encode('utf-8', 'replace').decode() # a lone surrogate, as from a bad argv, becomes '?'
         return self.fast.encode(text, add_special_tokens=False).ids
@@ -250,10 +257,7 @@ class JsonTokenizer(Tokenizer):
 
     @cached_property
     def token_bytes(self):
-        # GPT-2 writes bytes that are no printable characters as others
-        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        byte_of = {chr(b): b for b in printable}
-        byte_of |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in printable)}
+        byte_of = self.byte_characters()
         tokens, added = [], self.fast.get_added_tokens_decoder()
         for i in range(self.vocab_size):
             token = self.special.get(i) or self.fast.id_to_token(i)

@@ -1,0 +1,119 @@
+"""Exported folders, opened by transformers: the logits, the texts and the ids of this project, for every architecture."""
+import json
+import os
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.export import as_fast, export
+from data.tokenizers import EOT, ByteTokenizer, CharTokenizer, JsonTokenizer, TiktokenTokenizer
+from helpers import PROJECT, V, corpus, flags, random_model, run, settings_of, well, write_checkpoint
+from model import MIXERS, GPT, GPTConfig
+
+transformers = pytest.importorskip('transformers')
+CHARACTERS = CharTokenizer.from_text([corpus()])
+for file in sorted((PROJECT / 'config/mixers').glob('*.py')):
+    settings_of(file)
+OWN = ['gated_delta', 'linear_attention']
+ARCHITECTURES = {mixer: dict(mixer=mixer) for mixer in [*MIXERS][:5] + OWN} | {
+    'plain': dict(bias=True), 'rope': dict(pos_emb='rope', qk_norm=True), 'relative': dict(pos_emb='relative'),
+    'unet': dict(unet_layers=(1, 1)), 'hybrid': dict(mixer=('gated_delta', 'attention'), attention_window=5),
+    'weights': dict(time_weighting='full', time_mixing=0.5), 'untied': dict(tie_weights=False, mlp='swiglu'),
+    'no positions': dict(mixer='gated_delta', pos_emb='none'), 'rezero': dict(rezero=True, mixer='gmlp')}
+
+
+def opened(folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter('error') # such as weights that are missing
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+
+
+@pytest.mark.parametrize('name', ARCHITECTURES)
+def test_every_architecture(tmp_path, name):
+    """The same logits to the bit, with and without a cache, and the same greedy text; beams find what ours find."""
+    model = random_model(V, std=0.2, **ARCHITECTURES[name])
+    with_code, deviation = export(model, CHARACTERS, tmp_path / 'folder')
+    assert with_code == (name not in ('plain', 'attention')) and deviation < 1e-5
+    other = opened(tmp_path / 'folder')
+    idx = torch.randint(V, (2, 9))
+    with torch.no_grad():
+        assert (other(input_ids=idx).logits - model(idx)[0]).abs().max() < 1e-5
+        loss = other(input_ids=idx, labels=idx).loss
+        assert abs(loss - model(idx[:, :-1], idx[:, 1:])[1]) < 1e-5
+    options = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None,
+                   attention_mask=torch.ones_like(idx))
+    expected = model.generate(idx, 6, temperature=0)
+    assert torch.equal(other.generate(idx, **options), expected)
+    assert torch.equal(other.generate(idx, use_cache=False, **options), expected)
+    if with_code:
+        out = other(input_ids=idx[:, :4], use_cache=True)
+        rest = other(input_ids=idx[:, 4:], past_key_values=out.past_key_values, use_cache=True)
+        assert (torch.cat([out.logits, rest.logits], 1) - model(idx)[0]).abs().max() < 1e-5
+        assert rest.past_key_values.cache.n_bytes() > 0
+    with_beams, without = (other.generate(idx, num_beams=3, use_cache=cached, **options) for cached in (True, False))
+    assert torch.equal(with_beams, without)
+
+
+def test_saved_again_by_transformers(tmp_path):
+    model = random_model(V, pos_emb='rope', qk_norm=True)
+    export(model, CHARACTERS, tmp_path / 'one')
+    opened(tmp_path / 'one').save_pretrained(tmp_path / 'two')
+    idx = torch.randint(V, (2, 9))
+    assert (opened(tmp_path / 'two')(input_ids=idx).logits - model(idx)[0]).abs().max() < 1e-5
+
+
+def test_padding(tmp_path):
+    model = random_model(V, mixer='gmlp')
+    export(model, CHARACTERS, tmp_path / 'folder')
+    other, idx, mask = opened(tmp_path / 'folder'), torch.randint(V, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    mask[0, 6:] = 0
+    logits = other(input_ids=idx, attention_mask=mask).logits
+    assert torch.equal(logits[0, :6], model(idx)[0][0, :6])
+    with pytest.raises(ValueError, match='padding on the left'):
+        other(input_ids=idx, attention_mask=mask.flip(1))
+
+
+TOKENIZERS = {'bytes': ByteTokenizer, 'char': lambda: CharTokenizer.from_text([corpus()], eot=True),
+              'trained': lambda: JsonTokenizer.train([corpus()], 300)}
+if 'TIKTOKEN_CACHE_DIR' in os.environ:
+    TOKENIZERS['gpt2'] = lambda: TiktokenTokenizer('gpt2')
+
+
+@pytest.mark.parametrize('name', TOKENIZERS)
+def test_tokenizers(tmp_path, name):
+    """AutoTokenizer gives the same ids, and the text again."""
+    tokenizer = TOKENIZERS[name]()
+    model = GPT(GPTConfig(block_size=8, n_layer=1, n_head=1, n_embd=4, vocab_size=tokenizer.vocab_size, rezero=True))
+    export(model.eval(), tokenizer, tmp_path / 'folder')
+    fast = transformers.AutoTokenizer.from_pretrained(tmp_path / 'folder')
+    texts = ['the cat sat. a dog ran', corpus()[:500], ' ', 'été où?', f'one{EOT}two']
+    texts += ['naïve 数据 👍🏽\n\n    x\t', "it's 1234 'quoted'"] if name != 'char' else []
+    for text in texts:
+        ids = fast(text)['input_ids']
+        assert ids == tokenizer.encode(text)
+        assert fast.decode(ids) == text
+    assert fast.eos_token_id == tokenizer.eot and as_fast(tokenizer).get_vocab_size() == tokenizer.vocab_size
+
+
+def test_from_the_command_line(tmp_path):
+    """An idea's file goes with its code; a folder with something in it stays as it is."""
+    idea = (PROJECT / 'config/mixers/gated_delta.py').read_text().replace('class GatedDelta', 'class MyIdea')
+    (tmp_path / 'idea.py').write_text(idea.replace("'gated_delta'", 'MyIdea').replace('mixer = MyIdea', '') +
+                                      '\nmixer = MyIdea\n')
+    settings_of(tmp_path / 'idea.py')
+    model = random_model(V, mixer='my_idea', pos_emb='none')
+    write_checkpoint(tmp_path / 'out/ckpt.pt', model, meta=CHARACTERS.meta())
+    args = [str(tmp_path / 'idea.py'), *flags(out_dir=tmp_path / 'out', export=tmp_path / 'folder')]
+    text = well(run('sample.py', args))
+    assert 'with its code; transformers\' logits differ by at most' in text and 'trust_remote_code=True' in text
+    assert f'lm_eval --model hf --model_args pretrained={tmp_path / "folder"},trust_remote_code=True' in text
+    idx = torch.randint(V, (2, 9))
+    assert (opened(tmp_path / 'folder')(input_ids=idx).logits - model(idx)[0]).abs().max() < 1e-5
+    before = {path: path.read_bytes() for path in Path(tmp_path / 'folder').rglob('*') if path.is_file()}
+    assert not [name for name in before if name.name.startswith('mixer_') and name.name != 'mixer_idea.py']
+    done = run('sample.py', args)
+    assert done.returncode == 2 and 'is not empty: name a new folder' in done.stderr.decode()
+    assert before == {path: path.read_bytes() for path in Path(tmp_path / 'folder').rglob('*') if path.is_file()}
+    assert json.loads((tmp_path / 'folder/config.json').read_text())['gpt']['mixer'] == 'my_idea'
