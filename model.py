@@ -40,8 +40,8 @@ class GPTConfig:
     n_head: int = 12 # heads of every mixer
     n_embd: int = 768 # channels
     dropout: float = 0.0 # 0 is good for pretraining, 0.1 or more for finetuning
-    recompute: bool | Literal['cheap'] = False # activation checkpointing: keep only each block's input and run the block
-        # again in backward; cheap: what torch.compile computes between matrix products, and not them
+    recompute: bool | Literal['cheap'] = False # activation checkpointing: keep each block's input and run it again in
+        # backward; cheap: what torch.compile computes between matrix products, and not them
     bias: bool = True # biases in Linear and LayerNorm, as in GPT-2; False is a bit better and faster
     tie_weights: bool = True # one matrix for the embedding and the head
     mixer: str | tuple[str, ...] = 'attention' # how tokens talk to each other: a name in MIXERS; several: a pattern
@@ -716,9 +716,7 @@ class GPT(nn.Module):
         if self.transformer.wpe is not None:
             x = x + self.transformer.wpe.weight[positions]
         x = self.transformer.drop(x)
-        if self.config.narrow_residual and x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        x = self.transformer.h(x, cache.child('h'))
+        x = self.transformer.h(narrowed(x) if self.config.narrow_residual else x, cache.child('h'))
         return self.transformer.ln_f(x)
 
     def forward(self, idx, targets=None, cache=NO_CACHE):
@@ -1404,6 +1402,12 @@ def first_nonfinite(model, idx, targets):
     for hook in hooks:
         hook.remove()
     return found[0] if found else None
+
+
+def narrowed(x):
+    """x in the dtype of autocast's matrix products, where autocast is on."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if kind != 'meta' and torch.is_autocast_enabled(kind) else x
 
 
 LOGITS_AT_ONCE = 2 ** 25 # 128 MB in float32; not in the class, where torch.compile cannot read it

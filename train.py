@@ -64,10 +64,11 @@ patience = 0 # stop after this many evaluations without a better validation loss
 log_interval = 1 # steps between log lines
 sample_tokens = 0 # tokens of generated text to show at each evaluation; 0: none
 sample_prompt = '\n' # what that text continues; \n is a line end
-# wandb logging
+# logging beside metrics.jsonl
 wandb_log = False # WANDB_MODE=offline works without a network
 wandb_project = 'owt'
 wandb_run_name = 'gpt2'
+tensorboard_log = False # in out_dir: tensorboard --logdir=. shows it
 # data
 dataset = 'openwebtext' # a folder in data/, or any folder given with a slash
 sampling: Literal['random', 'epoch'] = 'random' # random: windows with replacement; epoch: each window once an epoch
@@ -202,8 +203,9 @@ def check_settings():
         raise ValueError(f"compile={compile!r} replays CUDA graphs, which overwrite the gradients of the micro-batch "
                          f"before: gradient_accumulation_steps={gradient_accumulation_steps} must be {world} then, or "
                          "take --compile=True or max-autotune-no-cudagraphs")
-    if wandb_log and importlib.util.find_spec('wandb') is None:
-        raise ValueError("wandb_log=True needs wandb: pip install wandb, or leave it out")
+    for name, asked in ('wandb', wandb_log), ('tensorboard', tensorboard_log):
+        if asked and importlib.util.find_spec(name) is None:
+            raise ValueError(f"{name}_log=True needs {name}: pip install {name}, or leave it out")
 
 
 def open_data():
@@ -565,7 +567,7 @@ def save(path):
 
 
 def log(**values):
-    """Appends to metrics.jsonl, and to wandb if it is on."""
+    """Appends to metrics.jsonl, and to wandb and tensorboard if they are on."""
     if not is_main:
         return
     try:
@@ -574,6 +576,10 @@ def log(**values):
         say(f"warning: {run.metrics} could not be written, training goes on: {e}")
     if wandb_log and not (dry_run or eval_only):
         wandb.log(dict(tokens=state.tokens, **values), step=state.step)
+    if tensorboard_log and not (dry_run or eval_only):
+        for name, value in values.items():
+            if value is not None:
+                tensorboard.add_scalar(name, value, state.step)
 
 
 def plot():
@@ -787,6 +793,10 @@ with exit_on_error():
 if wandb_log and is_main and not dry_run:
     import wandb
     wandb.init(project=wandb_project, name=wandb_run_name, config=config, dir=run.path)
+if tensorboard_log and is_main and not dry_run:
+    from torch.utils.tensorboard import SummaryWriter
+    tensorboard = SummaryWriter(run.path, purge_step=state.step + 1) # what a killed run wrote beyond is hidden
+    atexit.register(tensorboard.close)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop

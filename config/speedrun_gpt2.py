@@ -8,9 +8,9 @@
 
 out_dir = 'out-speedrun-gpt2'
 dataset = 'fineweb_edu'
-batch_size = 12
+batch_size = 30 # for 80 GB; of 40 GB: 12, and 5 * 8 below
 block_size = 1024
-gradient_accumulation_steps = 5 * 8 # over all GPUs together
+gradient_accumulation_steps = 16 # over all GPUs together
 max_iters = 6000
 eval_interval = 500
 eval_iters = 200

@@ -80,7 +80,8 @@ def as_fast(tokenizer):
         from transformers.convert_slow_tokenizer import TikTokenConverter
         encoding = tokenizer.encoding
         with tempfile.NamedTemporaryFile('w', suffix='.tiktoken') as file: # in tiktoken's own format
-            file.writelines(f'{b64encode(token).decode()} {rank}\n' for token, rank in encoding._mergeable_ranks.items())
+            for token, rank in encoding._mergeable_ranks.items():
+                file.write(f'{b64encode(token).decode()} {rank}\n')
             file.flush()
             return TikTokenConverter(file.name, encoding._pat_str, extra_special_tokens=encoding._special_tokens
                                      ).converted()
@@ -123,6 +124,6 @@ def check(model, folder):
     idx = idx.to(model.lm_head.weight.device)
     deviation = (other(input_ids=idx).logits.float() - model(idx)[0].float()).abs().max().item()
     if not deviation < 0.01 * model(idx)[0].float().std().item() + 1e-4:
-        raise ValueError(f"what transformers reads from {folder} differs from the model: its logits by {deviation:.3g}. "
-                         "That is a mistake in this project or in the mixer's file")
+        raise ValueError(f"what transformers reads from {folder} differs from the model, its logits by {deviation:.3g}:"
+                         " that is a mistake in this project or in the mixer's file")
     return deviation

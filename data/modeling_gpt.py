@@ -70,8 +70,8 @@ class ModelForCausalLM(PreTrainedModel, GenerationMixin):
     def forward(self, input_ids, attention_mask=None, labels=None, past_key_values=None, cache=None, use_cache=None,
                 **_):
         """
-        input_ids (B, T), labels (B, T) with -100 for none -> logits (B, T, V), and with labels the loss. Padding belongs
-        on the right: on the left it would be read as text.
+        input_ids (B, T), labels (B, T) with -100 for none -> logits (B, T, V), and with labels the loss. Padding
+        belongs on the right: on the left it would be read as text.
         """
         if attention_mask is not None and attention_mask.dim() == 2 and not attention_mask[:, 0].all():
             raise ValueError("padding on the left would be read as text: pad on the right, or generate for prompts of "

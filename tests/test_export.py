@@ -1,4 +1,4 @@
-"""Exported folders, opened by transformers: the logits, the texts and the ids of this project, for every architecture."""
+"""Exported folders, opened by transformers: this project's logits, texts and ids, for every architecture."""
 import json
 import os
 import warnings

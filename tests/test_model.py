@@ -354,6 +354,37 @@ def test_the_head_in_chunks(monkeypatch, chunk, N):
         assert_same(ours, right, 1e-12)
 
 
+def test_narrow_residual():
+    """Under autocast the residual stream has its 16 bits; without it nothing changes; its cost can be counted."""
+    model, seen = network(narrow_residual=True), []
+    for module in (*model.transformer.h, model.transformer.ln_f):
+        module.register_forward_pre_hook(lambda m, args: seen.append(args[0].dtype))
+    assert torch.equal(logits(model, tokens(2, 12)), logits(network(), tokens(2, 12)))
+    with torch.autocast('cpu', torch.bfloat16):
+        model(tokens(2, 12), tokens(2, 12))[1].backward()
+    assert seen == [torch.float32] * 3 + [torch.bfloat16] * 3
+    assert cost(model) == cost(network())
+
+
+def test_recompute_what_is_cheap():
+    """Compiled, the same loss and gradients, and less is kept for the backward pass."""
+    idx, found = tokens(4, 12), []
+    for cheap in (False, True):
+        model, sizes = network(), {}
+        torch.compiler.reset()
+        with torch._functorch.config.patch(ban_recompute_materialized_backward=not cheap):
+            forward = torch.compile(model, backend='aot_eager_decomp_partition')
+            with torch.autograd.graph.saved_tensors_hooks(
+                    lambda t: sizes.update({t.untyped_storage()._cdata: t.untyped_storage().nbytes()}) or t,
+                    lambda t: t):
+                loss = forward(idx, idx)[1]
+        loss.backward()
+        found.append((sum(sizes.values()), loss, model.transformer.wpe.weight.grad))
+    assert found[1][0] < 0.9 * found[0][0]
+    assert_same(found[0][1], found[1][1], 1e-6)
+    assert_same(found[0][2], found[1][2], 1e-5)
+
+
 def test_a_batch_without_targets():
     """Its loss is 0 and so are its gradients, where a mean over no target would be NaN."""
     model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=1, n_embd=8))

@@ -1,4 +1,4 @@
-"""Vocabularies that Hugging Face's tokenizers describe, against the library itself; prepare.py that trains and takes them."""
+"""Vocabularies that Hugging Face's tokenizers describe, against the library, and prepare.py with them."""
 import codecs
 import json
 import math
@@ -152,7 +152,8 @@ def test_any_dataset_of_the_hub(tmp_path, stories):
 @pytest.mark.parametrize('more, words', [
     ([], "have no text in a field 'text', but 'n', 'story': name it with --field=NAME"),
     (['--field=story', '--tokenizer=bpe', '--vocab_size=9'], 'at least 257'),
-    (['--source='], 'give its name on the hub'), (['--source=nobody/nothing-at-all', '--data_files='], 'cannot be opened'),
+    (['--source='], 'give its name on the hub'),
+    (['--source=nobody/nothing-at-all', '--data_files='], 'cannot be opened'),
     (['--field=n'], "no text in a field 'n'")], ids=str)
 def test_mistakes_with_the_hub(tmp_path, stories, more, words):
     pytest.importorskip('datasets')

@@ -469,6 +469,25 @@ def test_two_processes_train_as_one(two_processes):
 
 
 @job
+def with_tensorboard(folder):
+    """Stopped and resumed."""
+    write_data(folder / 'data')
+    settings = dict(tensorboard_log=True, eval_interval=5)
+    train(folder, max_iters=8, lr_decay_iters=20, **settings)
+    train(folder, max_iters=10, init_from='resume')
+    return folder
+
+
+def test_tensorboard(with_tensorboard):
+    pytest.importorskip('tensorboard')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = EventAccumulator(str(with_tensorboard / 'out')).Reload()
+    for name, right in dict(loss=losses, val_loss=val_losses).items():
+        found = {event.step: event.value for event in events.Scalars(name)}
+        assert found == pytest.approx(right(with_tensorboard / 'out'), rel=1e-6)
+
+
+@job
 def with_wandb(folder):
     """And at a learning rate of zero, with dropout."""
     write_data(folder / 'data')

@@ -22,7 +22,7 @@ from data.writer import summarize
 source = '' # name on the hub, as USER/NAME; json or parquet: local files, see data_files
 subset = '' # which part, for a dataset that has several
 field = 'text' # the field of a document that holds its text
-tokenizer = 'gpt2' # one of tiktoken; bytes; the path of a tokenizer.json; bpe: byte-level BPE trained on the first texts
+tokenizer = 'gpt2' # one of tiktoken; bytes; the path of a tokenizer.json; bpe: byte-level BPE of the first texts
 vocab_size = 4096 # ids of bpe
 bpe_documents = 20_000 # of which it is trained, those held out excepted
 max_tokens = 0 # stop after this many; 0: take all
