@@ -6,9 +6,11 @@ Generates text from a checkpoint. From any directory:
     python sample.py --init_from=gpt2-xl --start=FILE:prompt.txt      OpenAI's weights, the prompt from a file
     echo "Once upon" | python sample.py --init_from=gpt2 --start=-    the prompt from standard input
     python sample.py --out_dir=out-quick --interactive=True           a chat: /help says how it goes
+    python sample.py --out_dir=out-digits --num_samples=64            of pictures: samples.png in that folder
     python sample.py --out_dir=out-quick --export=FOLDER              weights, code and tokenizer for transformers
 """
 import codecs
+import math
 import os
 import sys
 from contextlib import suppress
@@ -35,7 +37,8 @@ checkpoint: Literal['best', 'latest'] = 'best' # best: best.pt, or ckpt.pt where
 dataset = '' # whose tokenizer a checkpoint of nanoGPT's needs; '': the one in data/ that it names, or GPT-2's
 # what is generated
 # (in start, stop and the prefixes, \n is a line end and \\n the two characters)
-start = '\n' # the prompt; FILE:path reads it from a file, - from standard input
+start = '\n' # the prompt; FILE:path reads it from a file, - from standard input; of pictures: the number of a held-out
+    # one, whose upper half is completed
 num_samples = 10
 max_new_tokens = 500 # in each sample or answer
 temperature = 0.8 # 0 takes the most likely token, below 1 is less random, above 1 more
@@ -76,6 +79,8 @@ GPT2_TOKENIZER = dict(tokenizer='tiktoken', encoding='gpt2')
 
 def load():
     """-> (model, tokenizer), and says where they are from."""
+    global dataset
+    ckpt = {}
     if init_from != 'resume' and is_pretrained(init_from):
         named = init_from in GPT2_NAMES
         source = init_from if named else find_weights(init_from)
@@ -87,6 +92,8 @@ def load():
         meta = ckpt.get('meta') or meta_of_nanogpt(ckpt)
         about = f"step {ckpt.get('iter_num', '?')}, best validation loss {float(ckpt.get('best_val_loss', 'nan')):.4f}"
     print(f"{source}: {about}", file=sys.stderr)
+    if not dataset:
+        dataset = str(ckpt.get('config', {}).get('dataset', ''))
     tokenizer = load_tokenizer(meta if 'tokenizer' in meta else GPT2_TOKENIZER)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(f"the tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} ids, and the weights in "
@@ -210,6 +217,22 @@ def chat():
         history += user_prefix + line + bot_prefix + answer.rstrip()
 
 
+def draw():
+    """num_samples pictures in out_dir/samples.png."""
+    import data.pictures # here: nobody else needs it
+    prompt = [tokenizer.eot]
+    if start.strip().isdecimal():
+        picture = data.pictures.held_out(dataset_folder(dataset), tokenizer, int(start))
+        prompt = picture[:1 + tokenizer.height // 2 * tokenizer.width].tolist()
+    idx = torch.tensor([prompt] * num_samples, device=device)
+    n = tokenizer.height * tokenizer.width
+    ids = model.generate(idx, 1 + n - len(prompt), temperature, top_k, top_p=top_p, min_p=min_p, generator=generator,
+                         vocab_size=tokenizer.eot)[:, 1:] # without the id that begins another picture
+    path = find_path(out_dir) / 'samples.png'
+    data.pictures.save_grid(tokenizer.pictures_of(ids.cpu().numpy()), path, math.ceil(math.sqrt(num_samples)))
+    print(f"picture  {path}")
+
+
 def export_model():
     """Writes the folder that --export names, and says how it is opened."""
     import data.export # here: it takes a library that nobody else needs
@@ -241,6 +264,9 @@ with torch.inference_mode(), exit_on_error(): # a few percent faster than no_gra
     if compile:
         model.hidden = torch.compile(model.hidden, dynamic=True)
     generator = torch.Generator(device).manual_seed(seed)
+    if tokenizer.name == 'pictures':
+        draw()
+        sys.exit(0)
     if interactive:
         chat()
         sys.exit(0)

@@ -514,6 +514,10 @@ def bits_per_byte(loss, targets):
     return float(loss * n_targets / n_bytes / math.log(2)) if n_bytes else None
 
 
+def bits_by_name(bits):
+    return {f'bits_per_{tokenizer.unit}': bits} if bits else {}
+
+
 def evaluate():
     """Training and validation loss, best.pt if it is the best one, the picture, a sample. -> whether to stop."""
     with averaged():
@@ -526,8 +530,8 @@ def evaluate():
     if better:
         state.best_val_loss, state.best_step = val_loss, state.step
     say(f"step {state.step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}"
-        f"{f', {bits:.4f} bits per byte' if bits else ''}{', the best so far' if better else ''}")
-    log(train_loss=train_loss, val_loss=val_loss, bits_per_byte=bits)
+        f"{f', {bits:.4f} bits per {tokenizer.unit}' if bits else ''}{', the best so far' if better else ''}")
+    log(train_loss=train_loss, val_loss=val_loss, **bits_by_name(bits))
     if better and state.step > 0:
         save(run.best)
     if is_main and time.perf_counter() - last_plot > 60: # each takes a fifth of a second, the first one a second
@@ -725,9 +729,9 @@ def evaluate_all():
     bits = bits_per_byte(loss, (y for _, y, _ in batches(batch_size, block_size)))
     n_targets = sum(n for _, _, n in batches(batch_size, block_size))
     say(f"whole validation split, {n_targets:,} tokens: loss {loss:.4f}, perplexity {math.exp(loss):.4g}"
-        f"{f', {bits:.4f} bits per byte' if bits else ''}")
+        f"{f', {bits:.4f} bits per {tokenizer.unit}' if bits else ''}")
     if resuming: # the folder is this run's
-        log(whole_val_loss=loss, bits_per_byte=bits)
+        log(whole_val_loss=loss, **bits_by_name(bits))
 
 
 def sum_up():

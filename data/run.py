@@ -139,10 +139,12 @@ class RunFolder:
         if later:
             low, high = min(later), max(later)
             axes.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
-        bits = next((line['bits_per_byte'] / line['val_loss'] for line in lines if line.get('bits_per_byte')), None)
-        if bits: # the same windows at each evaluation: one ratio
+        ratios = [(line[f'bits_per_{unit}'] / line['val_loss'], unit) for line in lines if 'val_loss' in line
+                  for unit in ('byte', 'dimension') if line.get(f'bits_per_{unit}')]
+        if ratios: # the same windows at each evaluation: one ratio
+            bits, unit = ratios[0]
             other = axes.secondary_yaxis('right', functions=(lambda y: y * bits, lambda y: y / bits))
-            other.set_ylabel('bits per byte of the validation text')
+            other.set_ylabel(f'bits per {unit} of the validation split')
         axes.set(xlabel='tokens', ylabel='nats a token', title=f'{self.path.name}: best validation loss {best:.4f}')
         axes.legend()
         axes.grid(alpha=0.3)

@@ -5,6 +5,7 @@ Plain values describe a tokenizer. They lie in a dataset's meta.json and in chec
 
     {"tokenizer": "char", "characters": "..."} | {"tokenizer": "bytes"} | {"tokenizer": "tiktoken", "encoding": "gpt2"}
     | {"tokenizer": "tokenizers", "json": "..."}, what Hugging Face's library of that name has in its tokenizer.json
+    | {"tokenizer": "pictures", "height": 8, "width": 8, "palette": [[0], [255]]}: see data/pictures.py
 """
 import json
 import re
@@ -37,6 +38,7 @@ class Tokenizer:
     """
     eot = None
     special = {}
+    unit = 'byte' # of bits per byte
 
     def encode(self, text, allow_special=True):
         """
@@ -290,7 +292,11 @@ def load_tokenizer(meta):
         return TiktokenTokenizer(meta.get('encoding'))
     if name == 'tokenizers' and isinstance(meta.get('json'), str):
         return JsonTokenizer(meta['json'])
-    raise DataError(f"unknown tokenizer {name!r} in the metadata: it must be char, bytes, tiktoken or tokenizers")
+    if name == 'pictures':
+        from data.pictures import PictureTokenizer
+        return PictureTokenizer(meta.get('height'), meta.get('width'), meta.get('palette'))
+    raise DataError(f"unknown tokenizer {name!r} in the metadata: it must be char, bytes, tiktoken, tokenizers or "
+                    "pictures")
 
 
 def choose_tokenizer(name):

@@ -1,0 +1,25 @@
+# Handwritten digits of 8 x 8 pixels, one token a pixel: 0.80M parameters, a window is a picture.
+# Prepare: python data/digits/prepare.py
+#   python train.py config/digits.py config/mixers/unet.py --out_dir=out-digits-unet
+
+out_dir = 'out-digits'
+dataset = 'digits'
+sampling = 'epoch' # a window is a whole picture, and never the end of one and the beginning of the next
+eval_interval = 200
+eval_tokens = 11_700 # all 180 pictures
+log_interval = 20
+
+batch_size = 32
+gradient_accumulation_steps = 1
+block_size = 65 # 64 pixels after the token that begins a picture
+n_layer = 4
+n_head = 4
+n_embd = 128
+dropout = 0.2
+
+learning_rate = 2e-3
+min_lr = 2e-4
+max_iters = 2000 # 40 epochs
+warmup_iters = 100
+beta2 = 0.99
+compile = False

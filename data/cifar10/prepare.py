@@ -1,0 +1,67 @@
+"""
+CIFAR-10's 60,000 pictures of 32 x 32 pixels (Krizhevsky 2009), or another set of small pictures on the Hugging Face
+hub, as iGPT has them: one token a pixel, the nearest of a palette of colours that k-means finds. The last tenth is held
+out. Bits per dimension are those of the colours of the palette.
+
+    pip install scikit-learn
+    python data/cifar10/prepare.py
+    python data/cifar10/prepare.py --source=ylecun/mnist --field=image --colours=16 --out=mnist
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import numpy as np
+
+from configurator import check_ranges, configure, exit_on_error
+from data.pictures import PictureTokenizer, write_pictures
+from data.stream import open_stream
+from data.tokens import DataError, dataset_folder
+from data.writer import summarize
+
+source = 'uoft-cs/cifar10' # name on the hub; parquet: local files, see data_files
+field = 'img' # the field of a document that holds its picture
+colours = 512 # of the palette
+max_pictures = 0 # stop after this many; 0: take all
+val_fraction = 0.1 # fraction of the pictures to hold out
+revision = '' # git revision on the hub
+data_files = '' # local files, if source is parquet; may be a pattern with *
+out = 'cifar10' # dataset to write: a name in data/, or a folder
+config, *_ = configure(globals())
+
+
+def read_pictures():
+    """-> (N, H, W, 1 or 3) of bytes."""
+    pictures = []
+    for i, document in enumerate(open_stream(source, '', revision, data_files)):
+        if not hasattr(document.get(field), 'convert'):
+            raise DataError(f"the documents have no picture in a field {field!r}, but "
+                            f"{', '.join(map(repr, document))}: name it with --field=NAME")
+        picture = document[field]
+        picture = np.asarray(picture.convert('L' if picture.mode in ('1', 'L') else 'RGB'))
+        pictures.append(picture.reshape(*picture.shape[:2], -1))
+        if pictures[-1].shape != pictures[0].shape:
+            raise DataError(f"the pictures differ in size or colours: the first is {pictures[0].shape}, number {i} is "
+                            f"{pictures[-1].shape}: take a set in which all are alike")
+        if len(pictures) == max_pictures:
+            break
+    if len(pictures) < 2:
+        raise DataError(f"{source} has {len(pictures)} pictures: at least 2 are needed")
+    return np.stack(pictures)
+
+
+with exit_on_error():
+    check_ranges(config, {'[2, 4096]': 'colours', '(0, 1)': 'val_fraction', '[0, inf)': 'max_pictures'})
+    try:
+        from sklearn.cluster import MiniBatchKMeans
+    except ImportError:
+        raise DataError("the palette needs scikit-learn: pip install scikit-learn") from None
+    pictures = read_pictures()
+    pixels = pictures.reshape(-1, pictures.shape[-1])
+    some = np.random.default_rng(0).choice(len(pixels), min(len(pixels), 200_000), replace=False)
+    n = min(colours, len(np.unique(pixels[some], axis=0)))
+    palette = MiniBatchKMeans(n, n_init=3, random_state=0).fit(pixels[some].astype(float)).cluster_centers_
+    tokenizer = PictureTokenizer(*pictures.shape[1:3], palette.round(1).tolist())
+    writer = write_pictures(dataset_folder(out), tokenizer, pictures, val_fraction)
+    summarize(writer, f'python train.py config/digits.py --dataset={out} '
+                      f'--block_size={1 + tokenizer.height * tokenizer.width} --out_dir=out-{Path(out).name}')
