@@ -243,7 +243,10 @@ def export_model():
         checked = f"transformers' logits differ by at most {deviation:.1e}"
     print(f"written  {export}: {'with its code' if with_code else 'as GPT-2'}; {checked}")
     print(f"open it  transformers.AutoModelForCausalLM.from_pretrained({export!r}{code})")
-    print(f"evaluate lm_eval --model hf --model_args pretrained={export}{code.replace(' ', '')} --tasks hellaswag")
+    if tokenizer.eot is None:
+        print("note     the tokenizer has no token that begins a document, which lm_eval wants")
+    else:
+        print(f"evaluate lm_eval --model hf --model_args pretrained={export}{code.replace(' ', '')} --tasks hellaswag")
 
 
 with torch.inference_mode(), exit_on_error(): # a few percent faster than no_grad where a token takes a millisecond

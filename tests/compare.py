@@ -598,7 +598,7 @@ def draw(rows, folder):
             y = [[point[3] for point in step] for step in points]
             axes.plot(x, [mean(v) for v in y], color=f'C{i}', label=row['arm'])
             axes.fill_between(x, [min(v) for v in y], [max(v) for v in y], color=f'C{i}', alpha=0.2, linewidth=0)
-        axes.set(xlabel=label, xscale='log', yscale='log')
+        axes.set(xlabel=label, xscale='log')
         axes.grid(alpha=0.3, which='both')
     figure.axes[0].set_ylabel('validation loss, nats a token (band: all seeds)')
     figure.axes[0].legend()

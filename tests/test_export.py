@@ -14,6 +14,7 @@ from model import MIXERS, GPT, GPTConfig
 
 transformers = pytest.importorskip('transformers')
 CHARACTERS = CharTokenizer.from_text([corpus()])
+ENDING = CharTokenizer.from_text([corpus()], eot=True)
 for file in sorted((PROJECT / 'config/mixers').glob('*.py')):
     settings_of(file)
 OWN = ['gated_delta', 'linear_attention']
@@ -103,8 +104,8 @@ def test_from_the_command_line(tmp_path):
     (tmp_path / 'idea.py').write_text(idea.replace("'gated_delta'", 'MyIdea').replace('mixer = MyIdea', '') +
                                       '\nmixer = MyIdea\n')
     settings_of(tmp_path / 'idea.py')
-    model = random_model(V, mixer='my_idea', pos_emb='none')
-    write_checkpoint(tmp_path / 'out/ckpt.pt', model, meta=CHARACTERS.meta())
+    model = random_model(V + 1, mixer='my_idea', pos_emb='none')
+    write_checkpoint(tmp_path / 'out/ckpt.pt', model, meta=ENDING.meta())
     args = [str(tmp_path / 'idea.py'), *flags(out_dir=tmp_path / 'out', export=tmp_path / 'folder')]
     text = well(run('sample.py', args))
     assert 'with its code; transformers\' logits differ by at most' in text and 'trust_remote_code=True' in text
