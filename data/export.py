@@ -77,7 +77,11 @@ def as_fast(tokenizer):
     if isinstance(tokenizer, JsonTokenizer):
         return library.Tokenizer.from_str(tokenizer.json)
     if isinstance(tokenizer, TiktokenTokenizer):
-        from transformers.convert_slow_tokenizer import TikTokenConverter
+        try:
+            from transformers.convert_slow_tokenizer import TikTokenConverter
+        except ImportError:
+            raise ValueError(f"export={tokenizer.name}'s vocabulary needs transformers: pip install transformers"
+                             ) from None
         encoding = tokenizer.encoding
         with tempfile.NamedTemporaryFile('w', suffix='.tiktoken') as file: # in tiktoken's own format
             for token, rank in encoding._mergeable_ranks.items():
