@@ -630,7 +630,7 @@ class Stack(nn.ModuleList):
 
     def forward(self, x, cache=NO_CACHE):
         for i, block in enumerate(self):
-            if self.recompute and torch.is_grad_enabled():
+            if self.recompute and torch.is_grad_enabled() and cache is NO_CACHE:
                 x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x, cache.child(i))
@@ -841,6 +841,7 @@ def pick(logits, temperature, top_k, top_p, min_p, generator):
     if min_p > 0.0:
         probs = probs.masked_fill(probs < min_p * probs.amax(dim=1, keepdim=True), 0.0)
     # the smallest of exponential times at these rates: what torch.multinomial draws, without its two waits for a GPU
+    torch._assert_async(probs.isfinite().all(), "the logits are not finite: there is no token to draw")
     times = torch.empty_like(probs).exponential_(generator=generator)
     drawn = (probs / times).argmax(dim=1, keepdim=True)
     return drawn if tokens is None else tokens.gather(1, drawn)
@@ -904,6 +905,8 @@ for _cls in MIXERS.values():
 
 def check_every_setting_is_read(c):
     """A setting that only another choice reads would silently do nothing."""
+    if c.recompute != 'cheap' and not isinstance(c.recompute, bool):
+        raise ValueError(f"recompute={c.recompute!r} is not one of True, False, cheap")
     unread = {}
     for other, cls in MIXERS.items():
         for name in own_settings(cls):

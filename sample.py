@@ -258,6 +258,8 @@ with torch.inference_mode(), exit_on_error(): # a few percent faster than no_gra
     block_size = model.config.block_size
     if repetition_window is not None and repetition_window > block_size:
         raise ValueError(f"repetition_window={repetition_window} must be at most this model's block_size={block_size}")
+    if chosen_by_machine and export: # as they were trained
+        dtype = 'float32'
     if chosen_by_machine and torch.device(device).type == 'cpu' and model.get_num_params() < 5e7:
         dtype = 'float32' # as fast: only large weights are worth halving
     model.to(device, getattr(torch, dtype))

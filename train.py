@@ -20,7 +20,7 @@ import signal
 import sys
 import tempfile
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
@@ -359,7 +359,10 @@ if world > 1:
     store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
     name = backend if backend != 'auto' else 'nccl' if on_gpu else 'gloo'
     dist.init_process_group(name, rank=rank, world_size=world, store=store)
-    on_cpus = dist.new_group(backend='gloo') # for questions that must not wait for a GPU
+    on_cpus = None # the group for a question that must not wait for a GPU
+    if on_gpu:
+        with suppress(RuntimeError): # where hosts do not know their own names the GPUs' group has to do
+            on_cpus = dist.new_group(backend='gloo')
 if deterministic:
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     torch.use_deterministic_algorithms(True)
@@ -380,16 +383,19 @@ if sharded:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
     from torch.distributed.tensor import DTensor, Replicate
     mesh = init_device_mesh(device_type, (world,))
-    # matrices travel in the dtype of their products, half of the bytes; norms and the residual stream stay in float32
+    # what has nothing but matrices travels in the dtype of their products, half of the bytes; the rest in float32
     policy = MixedPrecisionPolicy(getattr(torch, dtype), torch.float32)
     for block in [m for m in model.modules() if isinstance(m, Block)]:
         for part in filter(None, (block.attn, block.mlp)):
-            fully_shard(part, mesh=mesh, mp_policy=policy)
+            if all(isinstance(m, torch.nn.Linear) for m in part.modules() if m._parameters):
+                fully_shard(part, mesh=mesh, mp_policy=policy)
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, 'hidden') # which generation calls
 if compile == 'auto':
     compile = on_gpu and can_compile()
+if raw_model.config.recompute == 'cheap' and not compile:
+    say("note     recompute='cheap' is for torch.compile, which is off: it changes nothing")
 if compile:
     torch._dynamo.config.recompile_limit = 2 * len(lengths) + 8 # for training and for evaluations
     torch._functorch.config.ban_recompute_materialized_backward = raw_model.config.recompute != 'cheap'
@@ -572,6 +578,7 @@ def save(path):
 
 def log(**values):
     """Appends to metrics.jsonl, and to wandb and tensorboard if they are on."""
+    global tensorboard_log
     if not is_main:
         return
     try:
@@ -581,9 +588,13 @@ def log(**values):
     if wandb_log and not (dry_run or eval_only):
         wandb.log(dict(tokens=state.tokens, **values), step=state.step)
     if tensorboard_log and not (dry_run or eval_only):
-        for name, value in values.items():
-            if value is not None:
-                tensorboard.add_scalar(name, value, state.step)
+        try:
+            for name, value in values.items():
+                if value is not None:
+                    tensorboard.add_scalar(name, value, state.step)
+        except OSError as e:
+            say(f"warning: tensorboard's file could not be written, training goes on without it: {e}")
+            tensorboard_log = False
 
 
 def plot():
@@ -800,7 +811,7 @@ if wandb_log and is_main and not dry_run:
 if tensorboard_log and is_main and not dry_run:
     from torch.utils.tensorboard import SummaryWriter
     tensorboard = SummaryWriter(run.path, purge_step=state.step + 1) # what a killed run wrote beyond is hidden
-    atexit.register(tensorboard.close)
+    atexit.register(lambda: tensorboard.close() if tensorboard_log else None)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
@@ -896,7 +907,7 @@ while True:
     # once: stop when asked to
     stop_now = asked_to_stop
     if world > 1: # all processes stop at the same step
-        asked = torch.tensor(stop_now)
+        asked = torch.tensor(stop_now, device='cpu' if on_cpus else device)
         dist.all_reduce(asked, dist.ReduceOp.MAX, group=on_cpus)
         stop_now = int(asked)
     if stop_now:

@@ -154,7 +154,8 @@ def build_model(args, state, allow_changes=False, **changes):
     if unknown:
         raise ValueError(f"the checkpoint's architecture has {first_few(unknown)}, which this model.py lacks")
     args = defaults | {k: v for k, v in args.items() if k in defaults}
-    safe = {'dropout', 'recompute', 'block_size', 'bias', 'tie_weights', 'time_mixing', 'time_weighting'}
+    safe = {'dropout', 'recompute', 'narrow_residual', 'block_size', 'bias', 'tie_weights', 'time_mixing',
+            'time_weighting'}
     if (args['pos_emb'], changes.get('pos_emb')) in (('none', 'relative'), ('learned', 'learned+relative')):
         safe.add('pos_emb')
     others = [f"{k}={v!r} instead of {args[k]!r}" for k, v in changes.items() if v != args[k] and k not in safe]
@@ -345,7 +346,7 @@ def save_pretrained(model, folder, meta=None):
     # the fields that GPT-2's class has a place for
     plain = GPTConfig(c.block_size, c.vocab_size, c.n_layer, c.n_head, c.n_embd, c.dropout, c.recompute, c.bias,
                       c.tie_weights, mlp=c.mlp, mlp_ratio=c.mlp_ratio if c.mlp != 'none' else 4.0,
-                      pos_emb=c.pos_emb if c.pos_emb == 'none' else 'learned')
+                      pos_emb=c.pos_emb if c.pos_emb == 'none' else 'learned', narrow_residual=c.narrow_residual)
     beyond = [f"{f.name}={getattr(c, f.name)!r}" for f in fields(c) if getattr(c, f.name) != getattr(plain, f.name)]
     if c.mlp not in ACTIVATION_OF_MLP:
         beyond.append(f"mlp={c.mlp!r}")

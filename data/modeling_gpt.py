@@ -38,6 +38,7 @@ class ModelForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = ModelConfig
     base_model_prefix = 'gpt'
     _is_stateful = True # what was read cannot be taken back
+    accepts_loss_kwargs = False # the loss is the mean of the micro-batch: whoever accumulates divides it
 
     def __init__(self, config):
         super().__init__(config)

@@ -23,8 +23,8 @@ class PictureTokenizer(Tokenizer):
         except (TypeError, ValueError):
             right = False
         if not right or min(self.height, self.width) < 1:
-            raise DataError("the metadata's pictures need a height, a width, and a palette of greys or colours: prepare "
-                            "the dataset again")
+            raise DataError("the metadata's pictures need a height, a width, and a palette of greys or colours: "
+                            "prepare the dataset again")
         self.eot = len(palette)
         self.vocab_size = self.eot + 1
         self.special = {self.eot: EOT}

@@ -69,7 +69,8 @@ class RunFolder:
 
     def remove_run(self):
         """Deletes a run's files, and nothing else that lies there."""
-        for path in (self.latest, self.best, self.metrics, self.path / 'loss.png', *self.snapshots()):
+        of_tensorboard = self.path.glob('events.out.tfevents.*')
+        for path in (self.latest, self.best, self.metrics, self.path / 'loss.png', *self.snapshots(), *of_tensorboard):
             path.unlink(missing_ok=True)
         for path in self.code():
             shutil.rmtree(path)

@@ -5,6 +5,7 @@ from itertools import islice
 
 from tqdm import tqdm
 
+from data.tokenizers import check_round_trip
 from data.tokens import DataError, prefetch
 from data.writer import Writer
 
@@ -96,7 +97,11 @@ def write_shards(folder, stream, job, tokenizer, field, expected_tokens, max_tok
         with bar, closing(read_batches(stream, field, n_documents)) as batches:
             for n_batches, (texts, state) in enumerate(batches, 1):
                 ids, before = {'train': [], 'val': []}, total
-                for document in tokenizer.encode_batch(texts, n_threads):
+                documents = tokenizer.encode_batch(texts, n_threads)
+                if n_documents == 0:
+                    for text, document in zip(texts, documents):
+                        check_round_trip(tokenizer, text.encode('utf-8', 'replace').decode(), document)
+                for document in documents:
                     document.append(tokenizer.eot)
                     ids['val' if n_documents % val_every == 0 else 'train'].extend(document)
                     n_documents += 1

@@ -240,7 +240,7 @@ class JsonTokenizer(Tokenizer):
         fast.decoder = library.decoders.ByteLevel()
         trainer = library.trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOT], show_progress=False,
                                               initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet())
-        fast.train_from_iterator(texts, trainer)
+        fast.train_from_iterator((text.encode('utf-8', 'replace').decode() for text in texts), trainer)
         return cls(fast.to_str())
 
     @staticmethod
@@ -255,6 +255,7 @@ class JsonTokenizer(Tokenizer):
         return self.fast.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts, n_threads=1): # its threads are the library's own business: RAYON_NUM_THREADS
+        texts = [text.encode('utf-8', 'replace').decode() for text in texts]
         return [encoded.ids for encoded in self.fast.encode_batch(texts, add_special_tokens=False)]
 
     @cached_property
@@ -297,6 +298,12 @@ def load_tokenizer(meta):
         return PictureTokenizer(meta.get('height'), meta.get('width'), meta.get('palette'))
     raise DataError(f"unknown tokenizer {name!r} in the metadata: it must be char, bytes, tiktoken, tokenizers or "
                     "pictures")
+
+
+def check_round_trip(tokenizer, text, ids):
+    """DataError if the ids of a text do not give it back, such as without its capitals or with a space before it."""
+    if tokenizer.decode_bytes(ids, special=True).decode('utf-8', 'replace') != text:
+        raise DataError(f"the tokenizer {tokenizer.name!r} does not give back the text that it encodes: take another")
 
 
 def choose_tokenizer(name):

@@ -38,6 +38,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -109,6 +110,7 @@ def work(job):
     if job.compile == 'auto':
         job.compile = job.on_gpu and can_compile(job.device)
     torch.set_float32_matmul_precision('high')
+    torch._functorch.config.ban_recompute_materialized_backward = job.config.get('recompute') != 'cheap'
     if not job.peer and kind == 'cpu':
         keep_freed_memory()
     return {'how': job.dtype + (', compiled' if job.compile else '')} | WORK[job.kind](job)

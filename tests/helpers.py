@@ -75,8 +75,11 @@ def run(script, args, cwd=None, text='', command=(), environment={}):
     if command or not hasattr(os, 'fork'):
         return subprocess.run(argv, cwd=cwd, env=ENV, input=text.encode(), capture_output=True, timeout=240,
                               check=False)
-    server = IDLE.pop() if IDLE else subprocess.Popen([sys.executable, '-c', SERVER], stdin=subprocess.PIPE,
-                                                      stdout=subprocess.PIPE, env=ENV)
+    try: # not `if IDLE`: another thread may take the last one
+        server = IDLE.pop()
+    except IndexError:
+        server = subprocess.Popen([sys.executable, '-c', SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                  env=ENV)
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / name for name in ('stdin', 'stdout', 'stderr')]
         for path in files:

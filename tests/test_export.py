@@ -57,6 +57,41 @@ def test_every_architecture(tmp_path, name):
     assert torch.equal(with_beams, without)
 
 
+@pytest.mark.parametrize('args', [dict(), dict(mixer='gmlp')], ids=str)
+def test_bfloat16(tmp_path, args):
+    """Weights of 16 bits go out as they are, and the check does not take their rounding for a mistake."""
+    model = random_model(V, std=0.2, **args).bfloat16()
+    export(model, CHARACTERS, tmp_path / 'folder')
+    other = opened(tmp_path / 'folder').float()
+    idx = torch.randint(V, (2, 9))
+    assert (other(input_ids=idx).logits - model.float()(idx)[0]).abs().max() < 1e-5
+
+
+def test_generate_stops_at_the_end_and_losses_are_means(tmp_path):
+    for name, mixer in ('plain', 'attention'), ('code', 'gmlp'):
+        export(random_model(V + 1, mixer=mixer), ENDING, tmp_path / name)
+        other = opened(tmp_path / name)
+        assert other.generation_config.eos_token_id == ENDING.eot == other.config.eos_token_id
+    assert other.accepts_loss_kwargs is False # or transformers' Trainer would not divide by the accumulation steps
+
+
+def test_a_cache_and_gradients(tmp_path):
+    """recompute runs blocks again without a cache: with one it must not."""
+    model = random_model(V, mixer='gmlp', recompute=True)
+    export(model, CHARACTERS, tmp_path / 'folder')
+    other, idx = opened(tmp_path / 'folder'), torch.randint(V, (2, 9))
+    out = other(input_ids=idx[:, :4], use_cache=True)
+    rest = other(input_ids=idx[:, 4:], past_key_values=out.past_key_values)
+    assert (rest.logits - model(idx)[0][:, 4:]).abs().max() < 1e-5
+
+
+def test_nothing_half_done(tmp_path, monkeypatch):
+    monkeypatch.setattr('data.export.check', lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export(random_model(V, mixer='gmlp'), CHARACTERS, tmp_path / 'folder')
+    assert not list(tmp_path.iterdir())
+
+
 def test_saved_again_by_transformers(tmp_path):
     model = random_model(V, pos_emb='rope', qk_norm=True)
     export(model, CHARACTERS, tmp_path / 'one')
@@ -96,6 +131,30 @@ def test_tokenizers(tmp_path, name):
         assert ids == tokenizer.encode(text)
         assert fast.decode(ids) == text
     assert fast.eos_token_id == tokenizer.eot and as_fast(tokenizer).get_vocab_size() == tokenizer.vocab_size
+
+
+def test_a_tokenizer_with_a_gap():
+    """As cl100k_base, whose special tokens do not follow at once."""
+    tiktoken = pytest.importorskip('tiktoken')
+    tokenizer = object.__new__(TiktokenTokenizer)
+    tokenizer.encoding = tiktoken.Encoding('gap', pat_str=r'\w+|\W', special_tokens={EOT: 260, '<|other|>': 258},
+                                           mergeable_ranks={bytes([i]): i for i in range(256)} | {b'th': 256})
+    tokenizer.name, tokenizer.vocab_size, tokenizer.eot = 'gap', 261, 260
+    fast = as_fast(tokenizer)
+    assert fast.encode(f'the{EOT}é').ids == [256, ord('e'), 260, 0xc3, 0xa9]
+    assert fast.encode('<|other|>').ids == tokenizer.encode_ordinary('<|other|>')
+
+
+def test_a_tokenizer_that_adds_tokens(tmp_path):
+    """What its tokenizer.json would put around a text, or cut off, training never saw."""
+    parts = json.loads(JsonTokenizer.train([corpus()], 300).json)
+    eot = {'id': EOT, 'ids': [0], 'tokens': [EOT]}
+    parts['post_processor'] = {'type': 'TemplateProcessing', 'special_tokens': {EOT: eot},
+                               'single': [{'SpecialToken': {'id': EOT, 'type_id': 0}},
+                                          {'Sequence': {'id': 'A', 'type_id': 0}}],
+                               'pair': [{'Sequence': {'id': 'A', 'type_id': 0}}]}
+    tokenizer = JsonTokenizer(json.dumps(parts))
+    assert tokenizer.parts['post_processor'] and as_fast(tokenizer).encode('the cat').ids == tokenizer.encode('the cat')
 
 
 def test_from_the_command_line(tmp_path):

@@ -354,6 +354,12 @@ def test_the_head_in_chunks(monkeypatch, chunk, N):
         assert_same(ours, right, 1e-12)
 
 
+@pytest.mark.parametrize('value', ['chep', 1, None])
+def test_recompute_is_checked(value):
+    with pytest.raises(ValueError, match='is not one of True, False, cheap'):
+        GPTConfig(recompute=value)
+
+
 def test_narrow_residual():
     """Under autocast the residual stream has its 16 bits; without it nothing changes; its cost can be counted."""
     model, seen = network(narrow_residual=True), []
@@ -560,6 +566,11 @@ def test_draws_as_multinomial_does():
         expected = torch.multinomial(logits.softmax(1), 1, generator=torch.Generator().manual_seed(seed))
         drawn = pick(logits, 1.0, None, None, 0.0, torch.Generator().manual_seed(seed))
         assert torch.equal(drawn, expected)
+
+
+def test_no_token_is_drawn_of_nan():
+    with pytest.raises(RuntimeError, match='not finite'):
+        pick(torch.tensor([[1.0, math.nan]]), 1.0, None, None, 0.0, None)
 
 
 def test_what_may_be_drawn():

@@ -97,8 +97,22 @@ def test_a_tokenizer_that_changes_the_text_is_refused(tmp_path):
     done = run('data/text/prepare.py', flags(input=tmp_path / 'book.txt', tokenizer=tmp_path / 'lower.json',
                                              out=tmp_path / 'out'))
     assert done.returncode == 2 and 'does not give back the text' in done.stderr.decode()
+    (tmp_path / 'prepend.json').write_text(falling_back(prepend=True))
+    done = run('data/text/prepare.py', flags(input=tmp_path / 'book.txt', tokenizer=tmp_path / 'prepend.json',
+                                             out=tmp_path / 'out'))
+    assert done.returncode == 2 and 'does not give back the text' in done.stderr.decode() # a space more a piece
     with pytest.raises(DataError, match='at least 257'):
         JsonTokenizer.train(['a'], 200)
+
+
+def test_halves_of_characters(tmp_path):
+    """jsonl can have lone surrogates, which UTF-8 cannot: they become ?."""
+    (tmp_path / 'a.jsonl').write_text('{"text": "one \\ud83d two"}\n' * 60)
+    for tokenizer in 'bytes', 'char', 'bpe':
+        well(run('data/text/prepare.py', flags(input=tmp_path / 'a.jsonl', tokenizer=tokenizer, out=tmp_path / 'out')))
+        ids = np.fromfile(tmp_path / 'out/train.bin', '<u2')
+        assert load_tokenizer(load_meta(tmp_path / 'out')).decode(ids).startswith('one ? twoone ? two')
+    assert TRAINED.encode_batch(['\ud83d']) == [TRAINED.encode('?')]
 
 
 def test_from_text_to_samples(tmp_path):

@@ -475,10 +475,13 @@ def with_tensorboard(folder):
     settings = dict(tensorboard_log=True, eval_interval=5)
     train(folder, max_iters=8, lr_decay_iters=20, **settings)
     train(folder, max_iters=10, init_from='resume')
+    train(folder, 'again', max_iters=9, tensorboard_log=True)
+    train(folder, 'again', max_iters=2, overwrite=True)
     return folder
 
 
 def test_tensorboard(with_tensorboard):
+    assert not list((with_tensorboard / 'again').glob('events*')) # the old run's
     pytest.importorskip('tensorboard')
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     events = EventAccumulator(str(with_tensorboard / 'out')).Reload()

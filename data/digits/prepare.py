@@ -1,6 +1,6 @@
 """
-Handwritten digits, 8 x 8 pixels in 17 greys (scikit-learn's copy of the UCI set: no download), as iGPT has pictures: one
-token a pixel, row by row, and one that begins a picture. 1,797 pictures, of which 180 are held out.
+Handwritten digits, 8 x 8 pixels in 17 greys (scikit-learn's copy of the UCI set: no download), as iGPT has pictures:
+one token a pixel, row by row, and one that begins a picture. 1,797 pictures, of which 180 are held out.
 
     pip install scikit-learn
     python data/digits/prepare.py

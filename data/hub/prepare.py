@@ -57,10 +57,12 @@ with exit_on_error():
     if codec.eot is None:
         raise DataError(f"tokenizer={tokenizer} has no token that ends a document: take another")
     # what decides what is written: another vocabulary must not go on with these files
+    of_bpe = dict(vocab_size=vocab_size, bpe_documents=bpe_documents) if tokenizer == 'bpe' else {}
     job = dict(source=source, subset=subset, revision=revision, data_files=data_files, field=field, tokenizer=tokenizer,
-               vocabulary=hashlib.sha256(codec.json.encode()).hexdigest() if hasattr(codec, 'json') else '',
+               **of_bpe, vocabulary=hashlib.sha256(codec.json.encode()).hexdigest() if hasattr(codec, 'json') else '',
                val_fraction=val_fraction, max_tokens=max_tokens)
     out = out or Path(source).name
+    expected = EXPECTED.get((source, subset), 0) if tokenizer == 'gpt2' else 0
     writer = write_shards(dataset_folder(out), open_stream(source, subset, revision, data_files), job, codec, field,
-                          EXPECTED.get((source, subset), 0), max_tokens, val_fraction, n_threads)
+                          expected, max_tokens, val_fraction, n_threads)
     summarize(writer, f'python train.py config/text.py --dataset={out} --out_dir=out-{Path(out).name}')
