@@ -11,6 +11,7 @@ best.pt (the lowest validation loss), config.json, metrics.jsonl and loss.png.
 """
 import atexit
 import importlib.util
+import inspect
 import itertools
 import math
 import os
@@ -404,8 +405,10 @@ if compile:
 fast_model = model
 if world > 1 and not sharded:
     # buffers are constants here, and gradients need no copy beside the one that travels
-    model = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device] if on_gpu else None,
-                                                      broadcast_buffers=False, gradient_as_bucket_view=True)
+    DDP = torch.nn.parallel.DistributedDataParallel
+    names = inspect.signature(DDP).parameters
+    constant = 'forward_sync_buffers' if 'forward_sync_buffers' in names else 'broadcast_buffers' # before torch 2.13
+    model = DDP(model, device_ids=[device] if on_gpu else None, gradient_as_bucket_view=True, **{constant: False})
 
 lrs = dict(hidden=hidden_lr, embeddings=embedding_lr, head=embedding_lr, rest=other_lr)
 decays = dict(hidden=hidden_decay, embeddings=embedding_decay, head=embedding_decay)
