@@ -5,7 +5,8 @@ Which idea is better, and how sure that is: trains each arm with several seeds, 
         --arms=config/mixers/gmlp.py,config/mixers/rope.py,qk_norm=True --seeds=5 --lrs=0.5,1,2 --equal=params
 
 The first arm is the config as it is. Any other one adds a config file, a setting, or several with + in between:
-config/mixers/rope.py+qk_norm=True. train.py's settings on the command line hold for all arms.
+config/mixers/rope.py+qk_norm=True. train.py's settings on the command line hold for all arms. Datasets of the same text
+in another vocabulary, dataset=my_bpe, are compared in bits per byte.
 
 First each arm is proven causal. Then it finds its learning rate, with seeds that the verdict does not use. Then all
 arms train with the same seeds, whose batches are the same, in turn. An interrupted comparison goes on where it was, one
@@ -36,7 +37,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 from configurator import check_ranges, configure, exit_on_error, fail, settings_of
 from data.run import RunFolder, git_commit
-from data.tokens import Split, dataset_folder, find_path
+from data.tokens import Split, dataset_folder, find_path, load_meta
 from model import GPT, GPTConfig, add_mixer, cost, find_leak
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -170,6 +171,19 @@ def split_arms(text):
     return [name.strip() for name in names if name.strip()]
 
 
+def unit_of(everyone):
+    """What the arms' losses are compared in: a token of another vocabulary is another piece of text."""
+    metas = [load_meta(dataset_folder(arm.config['dataset'])) for arm in everyone]
+    vocabularies = [[meta.get(key) for key in ('tokenizer', 'encoding', 'characters', 'json')] for meta in metas]
+    if all(v == vocabularies[0] for v in vocabularies):
+        return 'nats'
+    for arm, meta in zip(everyone, metas):
+        if 'tokenizer' not in meta:
+            raise ValueError(f"the arm {arm.name} has dataset={arm.config['dataset']!r}, whose meta.json names no "
+                             "tokenizer: losses in another vocabulary than the first arm's cannot be compared")
+    return 'bits per byte'
+
+
 def make_arm(name, common, params=None):
     argv = list(common)
     for part in name.split('+') if name else ():
@@ -264,9 +278,14 @@ class Cell:
                 '--init_from=auto']
 
     def result(self):
-        """What came of it; None if it is not done."""
+        """What came of it, losses in UNIT; None if it is not done."""
         path = self.folder / 'result.json'
-        return loads(path.read_text(encoding='utf-8')) if path.exists() else None
+        result = loads(path.read_text(encoding='utf-8')) if path.exists() else None
+        if result and result['loss'] and UNIT != 'nats':
+            bits_a_nat = result['bits'] / result['loss'] # of the same windows at each evaluation
+            result |= dict(loss=result['bits'], train_loss=result['train_loss'] * bits_a_nat,
+                           curve=[[*point[:-1], point[-1] * bits_a_nat] for point in result['curve']])
+        return result
 
 
 def sources():
@@ -277,6 +296,7 @@ def sources():
 
 
 CODE, FINGERPRINTS = sources(), {}
+UNIT = 'nats' # of losses; see unit_of
 
 
 def fingerprint(arm):
@@ -328,7 +348,8 @@ def read_run(folder, status):
         failed = 'ended with a loss that is not finite'
     end = evaluated[-1] if evaluated and not failed else {}
     return dict(
-        loss=end.get('val_loss'), bits=end.get('bits_per_byte'), train_loss=end.get('train_loss'), failed=failed,
+        loss=end.get('val_loss'), bits=end.get('bits_per_byte', end.get('bits_per_dimension')),
+        train_loss=end.get('train_loss'), failed=failed,
         curve=[[line[key] for key in ('step', 'tokens', 'seconds', 'val_loss')] for line in evaluated],
         tokens_per_s=median(line['tokens_per_s'] for line in logged) if logged else None,
         peak_memory=max((line['peak_memory'] or 0 for line in logged), default=0) or None)
@@ -541,13 +562,13 @@ def verdict(row):
     if row['difference'] is None:
         return f"no pair of runs to compare{bad}"
     if row['half'] is None:
-        return f"one pair of seeds, which has no interval: {row['difference']:+.4f} nats is an anecdote{bad}"
-    size = f"{abs(row['difference']):.4f} ± {row['half']:.4f} nats"
+        return f"one pair of seeds, which has no interval: {row['difference']:+.4f} {UNIT} is an anecdote{bad}"
+    size = f"{abs(row['difference']):.4f} ± {row['half']:.4f} {UNIT}"
     rest = f"at equal {what}, {row['pairs']} paired seeds, p={row['p_holm']:.2g}, {causal}{lr}{bad}"
     if row['p_holm'] < 0.05:
         return f"{'better' if row['difference'] < 0 else 'worse'} by {size} {rest}"
     more = 'more than 1,000' if row['needed'] is None else f"about {max(1, row['needed'] - row['pairs'])} more"
-    found = f"{row['difference']:+.4f} ± {row['half']:.4f} nats"
+    found = f"{row['difference']:+.4f} ± {row['half']:.4f} {UNIT}"
     return f"cannot tell: {found} {rest}; {more} seeds would, if it is that large"
 
 
@@ -600,7 +621,7 @@ def draw(rows, folder):
             axes.fill_between(x, [min(v) for v in y], [max(v) for v in y], color=f'C{i}', alpha=0.2, linewidth=0)
         axes.set(xlabel=label, xscale='log')
         axes.grid(alpha=0.3, which='both')
-    figure.axes[0].set_ylabel('validation loss, nats a token (band: all seeds)')
+    figure.axes[0].set_ylabel(f'validation loss, {UNIT} (band: all seeds)')
     figure.axes[0].legend()
     figure.savefig(folder / 'curves.png', dpi=120)
     if any(row['lr_losses'] for row in shown):
@@ -609,7 +630,7 @@ def draw(rows, folder):
         for row in shown:
             points = [(float(f), loss) for f, loss in row['lr_losses'].items() if loss is not None]
             axes.plot(*zip(*points) if points else ([], []), marker='o', label=row['arm'])
-        axes.set(xlabel="factor of the config's learning rate", ylabel='validation loss, nats a token', xscale='log')
+        axes.set(xlabel="factor of the config's learning rate", ylabel=f'validation loss, {UNIT}', xscale='log')
         axes.legend()
         axes.grid(alpha=0.3)
         figure.savefig(folder / 'learning_rates.png', dpi=120)
@@ -622,7 +643,7 @@ def draw(rows, folder):
         axes.axvline(0, color='gray', linewidth=0.8)
         axes.set_yticks(range(len(compared)), [row['arm'] for row in compared])
         axes.invert_yaxis()
-        axes.set_xlabel('difference to the first arm, nats a token (left is better; 95%)')
+        axes.set_xlabel(f'difference to the first arm, {UNIT} (left is better; 95%)')
         axes.grid(alpha=0.3)
         figure.savefig(folder / 'differences.png', dpi=120)
 
@@ -667,6 +688,7 @@ def claim(folder, common):
 
 
 def main(argv):
+    global UNIT
     if {'--help', '-h'} & set(argv):
         configure(globals(), argv=['--help'])
     own = [arg for arg in argv if arg.startswith('--') and arg[2:].partition('=')[0] in OWN]
@@ -683,6 +705,7 @@ def main(argv):
                 first = configured(*common).config
                 more = [f'--n_embd={width}', f"--n_head={max(1, round(first['n_head'] * width / first['n_embd']))}"]
             at_width[width] = make_arms(common + more, split_arms(arms))
+        UNIT = unit_of([arm for everyone in at_width.values() for arm in everyone])
         claim(Path(out), common)
         everything = [(width, compare(everyone)) for width, everyone in at_width.items()]
         lines, slopes = gains_by_size(everything) if scale else ([], [])

@@ -12,6 +12,7 @@ import pytest
 import scipy.stats
 
 import compare
+from data.tokenizers import ByteTokenizer
 from helpers import PROJECT, write_data
 
 RNG = np.random.default_rng
@@ -188,6 +189,16 @@ def test_learning_rates_are_bracketed_or_said_not_to_be(run):
     run.loss = lambda key, factor, seed: 1.0 / factor
     (row,) = run('--seeds=1', '--lrs=3,9', '--arms=')
     assert not row['bracketed'] and row['lr'] == 81.0 and '(not bracketed)' in run.text
+
+
+def test_other_vocabularies_are_compared_in_bits_per_byte(run, tmp_path):
+    write_data(tmp_path / 'bytes', ByteTokenizer())
+    first, other = run(f"--arms=dataset={tmp_path / 'bytes'}", '--seeds=3')
+    assert other['losses'] == other['bits'] and other['loss'] == pytest.approx(2 * 1.5, abs=0.1)
+    assert other['curves'][0][-1][-1] == pytest.approx(other['losses'][0])
+    assert re.search(r'bits per byte at equal steps', other['verdict'])
+    (first,) = run('--seeds=3', '--out=' + str(tmp_path / 'out'))
+    assert first['loss'] == pytest.approx(1.5, abs=0.1) # one vocabulary: nats
 
 
 def test_what_is_equal(run):

@@ -1,0 +1,7 @@
+#!/bin/bash
+# Trains on several machines: sbatch config/slurm.sh config/train_gpt2.py
+# A job that is submitted again goes on where it was.
+#SBATCH --nodes=2 --ntasks-per-node=1 --gpus-per-node=8
+export MASTER=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+srun bash -c 'torchrun --nnodes=$SLURM_NNODES --node_rank=$SLURM_NODEID --master_addr=$MASTER --master_port=29500 \
+    --nproc_per_node=$SLURM_GPUS_ON_NODE train.py "$@" --init_from=auto' srun "$@"
