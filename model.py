@@ -1430,7 +1430,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         rows = min(8192, max(1, LOGITS_AT_ONCE // weight.size(0), math.ceil(x.size(0) / 4)))
         n = (targets >= 0).sum().clamp(min=1) # a batch without targets has the loss 0
         loss = x.new_zeros((), dtype=torch.float32 if x.dtype != torch.float64 else x.dtype)
-        grad_x, grad_w = (torch.empty_like(x), torch.zeros_like(weight)) if with_grad else (None, None)
+        grad_x, grad_w = torch.empty_like(x) if with_grad else None, None
         for i in range(0, x.size(0), rows):
             part, target = x[i:i + rows], targets[i:i + rows, None]
             log_probs = (part @ w.t()).log_softmax(dim=1, dtype=loss.dtype) # (rows, V)
@@ -1444,7 +1444,8 @@ class LinearCrossEntropy(torch.autograd.Function):
                 # last: before, compilers would keep float32
                 grad.scatter_(1, target, ((right.exp() - 1) * scale).to(x.dtype))
                 grad_x[i:i + rows] = grad @ w
-                grad_w += grad.t() @ part
+                product = grad.t() @ part
+                grad_w = product.to(weight.dtype) if grad_w is None else grad_w.add_(product)
         ctx.save_for_backward(grad_x, grad_w)
         return loss / n
 

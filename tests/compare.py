@@ -437,9 +437,11 @@ def losses(cells):
 
 def set_steps(arms, base):
     """The number of steps that takes an arm as many FLOPs, or seconds, as the first one."""
+    def tokens(arm): # of a step
+        return math.prod(arm.config[name] for name in ('batch_size', 'block_size', 'gradient_accumulation_steps'))
     if equal == 'flops':
         for arm in arms:
-            arm.steps = max(1, round(base.steps * base.flops / arm.flops))
+            arm.steps = max(1, round(base.steps * base.flops * tokens(base) / (arm.flops * tokens(arm))))
     if equal == 'seconds':
         timing = [Cell(arm, 1.0, seed, 60) for seed in (1, 2) for arm in arms] # in turn
         train_all(timing, 'timing 60 steps', at_once=1)
@@ -448,7 +450,7 @@ def set_steps(arms, base):
             speed = cell.result()['tokens_per_s'] or 0.0
             speeds[cell.arm.name] = max(speed, speeds.get(cell.arm.name, 0.0))
         for arm in arms:
-            arm.steps = max(1, round(base.steps * speeds[arm.name] / speeds[base.name]))
+            arm.steps = max(1, round(base.steps * tokens(base) / tokens(arm) * speeds[arm.name] / speeds[base.name]))
 
 
 def search_rates(arms):

@@ -250,12 +250,15 @@ BLOCK_SIZES = (1, 2, 5), (13, 16) # each architecture has all of the first, and 
 
 
 def architectures():
-    """-> (id, configs), the configs differing in block_size; what GPTConfig refuses is left out."""
+    """
+    -> (id, configs), the configs differing in block_size; what GPTConfig refuses is left out. Time-mixing goes in turn
+    over position embeddings and stacks, so that each mixer has it with each of them.
+    """
     for mixer in TESTED:
-        places = [options | time_mixing | dict(pos_emb=pos_emb) for options in OPTIONS.get(mixer, [{}])
-                  for pos_emb in POS_EMBS for time_mixing in TIME_MIXING]
+        places = [options | dict(pos_emb=pos_emb) for options in OPTIONS.get(mixer, [{}]) for pos_emb in POS_EMBS]
         places += [block | TIME_MIXING[1] for block in BLOCKS]
-        for (i, place), (stack, levels) in itertools.product(enumerate(places), STACKS.items()):
+        for (i, place), (j, (stack, levels)) in itertools.product(enumerate(places), enumerate(STACKS.items())):
+            place = TIME_MIXING[(i + j) % 3] | place
             configs = []
             for block_size in BLOCK_SIZES[0] + (BLOCK_SIZES[1][i % 2],):
                 args = dict(block_size=block_size, vocab_size=11, n_head=2, n_embd=8, mixer=mixer)
