@@ -254,6 +254,7 @@ class Cell:
     factor: float
     seed: int
     steps: int
+    timed: bool = False # only its speed counts: it evaluates as little as possible
 
     def __post_init__(self):
         share, config = self.steps / max(1, self.arm.config['max_iters']), self.arm.config
@@ -262,9 +263,9 @@ class Cell:
             seed=self.seed, max_iters=self.steps, lr_decay_iters=round(share * decay),
             warmup_iters=round(share * config['warmup_iters']),
             wsd_decay_iters=round(share * config['wsd_decay_iters']),
-            eval_tokens=eval_tokens, eval_interval=max(1, math.ceil(self.steps / evaluations)),
+            eval_tokens=1 if self.timed else eval_tokens, eval_interval=max(1, math.ceil(self.steps / evaluations)),
             log_interval=max(1, self.steps // 100), always_save_checkpoint=False, patience=0, allow_leak=allow_leak,
-            checkpoint_interval=max(100, math.ceil(self.steps / 4)), wandb_log=False,
+            checkpoint_interval=max(100, math.ceil(self.steps / 4)), wandb_log=False, tensorboard_log=False,
             **{name: self.factor * config[name] for name in RATES if config[name] is not None})
         what = dumps([config | self.settings | dict(out_dir=''), CODE, fingerprint(self.arm)], default=str)
         self.folder = Path(out) / 'runs' / hashlib.sha256(what.encode()).hexdigest()[:16]
@@ -443,7 +444,7 @@ def set_steps(arms, base):
         for arm in arms:
             arm.steps = max(1, round(base.steps * base.flops * tokens(base) / (arm.flops * tokens(arm))))
     if equal == 'seconds':
-        timing = [Cell(arm, 1.0, seed, 60) for seed in (1, 2) for arm in arms] # in turn
+        timing = [Cell(arm, 1.0, seed, 60, timed=True) for seed in (1, 2) for arm in arms] # in turn
         train_all(timing, 'timing 60 steps', at_once=1)
         speeds = {}
         for cell in timing:
