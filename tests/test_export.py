@@ -1,5 +1,6 @@
 """Exported folders, opened by transformers: this project's logits, texts and ids, for every architecture."""
 import json
+import math
 import os
 import warnings
 from pathlib import Path
@@ -177,3 +178,35 @@ def test_from_the_command_line(tmp_path):
     assert done.returncode == 2 and 'is not empty: name a new folder' in done.stderr.decode()
     assert before == {path: path.read_bytes() for path in Path(tmp_path / 'folder').rglob('*') if path.is_file()}
     assert json.loads((tmp_path / 'folder/config.json').read_text())['gpt']['mixer'] == 'my_idea'
+
+
+def test_in_the_harness_that_everybody_quotes(tmp_path):
+    """lm-evaluation-harness on tasks of local files: its answers and bits per byte are this project's."""
+    lm_eval = pytest.importorskip('lm_eval')
+    tokenizer = CharTokenizer.from_text([corpus()], eot=True)
+    model = random_model(tokenizer.vocab_size, mixer='gated_delta', pos_emb='none', block_size=64)
+    export(model, tokenizer, tmp_path / 'folder')
+    texts = [corpus()[i:i + 40] for i in range(0, 400, 50)]
+    (tmp_path / 'data.json').write_text('\n'.join(json.dumps(dict(
+        text=text, start=text[:30], choices=[text[30:35], text[35:40]], answer=i % 2)) for i, text in enumerate(texts)))
+    common = dict(dataset_path='json', dataset_kwargs=dict(data_files=str(tmp_path / 'data.json')), test_split='train')
+    rolling = common | dict(task='local_bits', output_type='loglikelihood_rolling', doc_to_text='',
+                            doc_to_target='{{text}}', metric_list=[dict(metric='bits_per_byte')])
+    choice = common | dict(task='local_choice', output_type='multiple_choice', doc_to_text='{{start}}',
+                           doc_to_choice='{{choices}}', doc_to_target='{{answer}}', target_delimiter='',
+                           metric_list=[dict(metric='acc')])
+    found = lm_eval.simple_evaluate('hf', f'pretrained={tmp_path / "folder"},trust_remote_code=True,dtype=float32',
+                                    tasks=[rolling, choice], device='cpu', bootstrap_iters=0)['results']
+
+    def log_probability(text, after):
+        ids = [*after, *tokenizer.encode(text)]
+        with torch.no_grad():
+            log_probs = model(torch.tensor([ids[:-1]]))[0][0].log_softmax(1)
+        return log_probs[torch.arange(len(ids) - 1), ids[1:]][len(after) - 1:].sum().item()
+    nats, n_bytes = -sum(log_probability(text, [tokenizer.eot]) for text in texts), len(''.join(texts).encode())
+    bits = nats / math.log(2) / n_bytes
+    assert found['local_bits']['bits_per_byte,none'] == pytest.approx(bits, rel=1e-4)
+    right = [log_probability(text[30:35], tokenizer.encode(text[:30])) > log_probability(
+        text[35:40], tokenizer.encode(text[:30])) for text in texts]
+    accuracy = sum(r == (i % 2 == 0) for i, r in enumerate(right)) / len(texts)
+    assert found['local_choice']['acc,none'] == accuracy and 0 < accuracy < 1
