@@ -251,15 +251,17 @@ BLOCK_SIZES = (1, 2, 5), (13, 16) # each architecture has all of the first, and 
 
 def architectures():
     """
-    -> (id, configs), the configs differing in block_size; what GPTConfig refuses is left out. Time-mixing goes in turn
-    over position embeddings and stacks, so that each mixer has it with each of them.
+    -> (id, configs), the configs differing in block_size; what GPTConfig refuses is left out. Each mixer has all pairs
+    of position embedding, time-mixing and stack; other blocks in a flat stack and in one of the UNets in turn.
     """
-    for mixer in TESTED:
-        places = [options | dict(pos_emb=pos_emb) for options in OPTIONS.get(mixer, [{}]) for pos_emb in POS_EMBS]
-        places += [block | TIME_MIXING[1] for block in BLOCKS]
-        for (i, place), (j, (stack, levels)) in itertools.product(enumerate(places), enumerate(STACKS.items())):
-            place = TIME_MIXING[(i + j) % 3] | place
-            configs = []
+    for m, mixer in enumerate(TESTED):
+        options = [options | dict(pos_emb=pos_emb) for options in OPTIONS.get(mixer, [{}]) for pos_emb in POS_EMBS]
+        places = [(i, TIME_MIXING[(i + j) % 3] | place, stack)
+                  for i, place in enumerate(options) for j, stack in enumerate(STACKS)]
+        places += [(i, block | TIME_MIXING[1], stack) for i, block in enumerate(BLOCKS)
+                   for stack in ('flat', [*STACKS][1 + (i + m) % (len(STACKS) - 1)])]
+        for i, place, stack in places:
+            levels, configs = STACKS[stack], []
             for block_size in BLOCK_SIZES[0] + (BLOCK_SIZES[1][i % 2],):
                 args = dict(block_size=block_size, vocab_size=11, n_head=2, n_embd=8, mixer=mixer)
                 try:
