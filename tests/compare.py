@@ -6,7 +6,7 @@ Which idea is better, and how sure that is: trains each arm with several seeds, 
 
 The first arm is the config as it is. Any other one adds a config file, a setting, or several with + in between:
 config/mixers/rope.py+qk_norm=True. train.py's settings on the command line hold for all arms. Datasets of the same text
-in another vocabulary, dataset=my_bpe, are compared in bits per byte.
+in another vocabulary, dataset=my_bpe, are compared in bits per byte; their batches differ.
 
 First each arm is proven causal. Then it finds its learning rate, with seeds that the verdict does not use. Then all
 arms train with the same seeds, whose batches are the same, in turn. An interrupted comparison goes on where it was, one
@@ -37,6 +37,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 from configurator import check_ranges, configure, exit_on_error, fail, settings_of
 from data.run import RunFolder, git_commit
+from data.tokenizers import load_tokenizer
 from data.tokens import Split, dataset_folder, find_path, load_meta
 from model import GPT, GPTConfig, add_mixer, cost, find_leak
 
@@ -174,13 +175,18 @@ def split_arms(text):
 def unit_of(everyone):
     """What the arms' losses are compared in: a token of another vocabulary is another piece of text."""
     metas = [load_meta(dataset_folder(arm.config['dataset'])) for arm in everyone]
-    vocabularies = [[meta.get(key) for key in ('tokenizer', 'encoding', 'characters', 'json')] for meta in metas]
+    keys = 'tokenizer', 'encoding', 'characters', 'json', 'palette'
+    vocabularies = [[meta.get(key) for key in keys] for meta in metas]
     if all(v == vocabularies[0] for v in vocabularies):
         return 'nats'
     for arm, meta in zip(everyone, metas):
-        if 'tokenizer' not in meta:
-            raise ValueError(f"the arm {arm.name} has dataset={arm.config['dataset']!r}, whose meta.json names no "
-                             "tokenizer: losses in another vocabulary than the first arm's cannot be compared")
+        tokenizer, n_tokens = load_tokenizer(meta), Split(dataset_folder(arm.config['dataset']), 'val').n_tokens
+        if tokenizer is None or tokenizer.unit != 'byte':
+            raise ValueError(f"the arm {arm.name} has dataset={arm.config['dataset']!r}, whose tokens are not known as "
+                             "bytes of text: losses in another vocabulary than the first arm's cannot be compared")
+        if n_tokens > eval_tokens:
+            report(f"note: {arm.name} is evaluated on {eval_tokens:,} of its {n_tokens:,} tokens, which are other text "
+                   f"than the other arms': --eval_tokens={n_tokens} takes all")
     return 'bits per byte'
 
 
@@ -263,7 +269,7 @@ class Cell:
             seed=self.seed, max_iters=self.steps, lr_decay_iters=round(share * decay),
             warmup_iters=round(share * config['warmup_iters']),
             wsd_decay_iters=round(share * config['wsd_decay_iters']),
-            eval_tokens=1 if self.timed else eval_tokens, eval_interval=max(1, math.ceil(self.steps / evaluations)),
+            eval_tokens=1 if self.timed else eval_tokens, eval_interval=max(1, math.ceil(self.steps / (1 if self.timed else evaluations))),
             log_interval=max(1, self.steps // 100), always_save_checkpoint=False, patience=0, allow_leak=allow_leak,
             checkpoint_interval=max(100, math.ceil(self.steps / 4)), wandb_log=False, tensorboard_log=False,
             **{name: self.factor * config[name] for name in RATES if config[name] is not None})
@@ -349,8 +355,7 @@ def read_run(folder, status):
         failed = 'ended with a loss that is not finite'
     end = evaluated[-1] if evaluated and not failed else {}
     return dict(
-        loss=end.get('val_loss'), bits=end.get('bits_per_byte', end.get('bits_per_dimension')),
-        train_loss=end.get('train_loss'), failed=failed,
+        loss=end.get('val_loss'), bits=end.get('bits_per_byte'), train_loss=end.get('train_loss'), failed=failed,
         curve=[[line[key] for key in ('step', 'tokens', 'seconds', 'val_loss')] for line in evaluated],
         tokens_per_s=median(line['tokens_per_s'] for line in logged) if logged else None,
         peak_memory=max((line['peak_memory'] or 0 for line in logged), default=0) or None)

@@ -34,7 +34,7 @@ def opened(folder):
 
 @pytest.mark.parametrize('name', ARCHITECTURES)
 def test_every_architecture(tmp_path, name):
-    """The same logits to the bit, with and without a cache, and the same greedy text; beams find what ours find."""
+    """The same logits, with and without a cache, and the same greedy text; beams find what ours find."""
     model = random_model(V, std=0.2, **ARCHITECTURES[name])
     with_code, deviation = export(model, CHARACTERS, tmp_path / 'folder')
     assert with_code == (name not in ('plain', 'attention')) and deviation < 1e-5

@@ -255,9 +255,10 @@ def architectures():
     of position embedding, time-mixing and stack; other blocks in a flat stack and in one of the UNets in turn.
     """
     for m, mixer in enumerate(TESTED):
-        options = [options | dict(pos_emb=pos_emb) for options in OPTIONS.get(mixer, [{}]) for pos_emb in POS_EMBS]
-        places = [(i, TIME_MIXING[(i + j) % 3] | place, stack)
-                  for i, place in enumerate(options) for j, stack in enumerate(STACKS)]
+        own = [options | dict(pos_emb=pos_emb) for options in OPTIONS.get(mixer, [{}]) for pos_emb in POS_EMBS
+               if pos_emb in MIXERS[mixer].pos_embs]
+        places = [(i, time_mixing | place, stack) for i, place in enumerate(own) for j, stack in enumerate(STACKS)
+                  for k, time_mixing in enumerate(TIME_MIXING) if len(own) < 3 or k == (i + j) % 3]
         places += [(i, block | TIME_MIXING[1], stack) for i, block in enumerate(BLOCKS)
                    for stack in ('flat', [*STACKS][1 + (i + m) % (len(STACKS) - 1)])]
         for i, place, stack in places:
@@ -293,8 +294,12 @@ def test_the_contract_leaves_no_mixer_out():
         own = [config for config in configs if config.mixer == mixer]
         assert {config.pos_emb for config in own} == set(cls.pos_embs)
         assert {config.block_size for config in own} == set(sum(BLOCK_SIZES, ()))
-        for levels in STACKS.values():
-            assert any(config.unet_layers == levels.get('unet_layers', ()) for config in own)
+        of = [lambda config: config.pos_emb, lambda config: config.time_mixing,
+              lambda config: (config.unet_layers, config.unet_factor)]
+        for a, b in itertools.combinations(of, 2):
+            assert {(a(c), b(c)) for c in own} == {(a(c), b(d)) for c in own for d in own}
+        for options in OPTIONS.get(mixer, [{}]):
+            assert any(all(getattr(config, name) == value for name, value in options.items()) for config in own)
 
 
 @pytest.mark.parametrize('name', ARCHITECTURES)

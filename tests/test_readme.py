@@ -100,7 +100,8 @@ def commands_of(script):
 def commands(text):
     """Each `python SCRIPT ...` of a page, in a block of code or in a line, without the comment behind it."""
     inline = re.findall(r'`(python [^`\n]+)`', text)
-    return [line.split(' #')[0] for line in inline + re.findall(r'^(?:python|torchrun) .*', text, re.MULTILINE)]
+    blocks = re.findall(r'^(?:python|torchrun|sbatch) .*', text.replace('\\\n', ' '), re.MULTILINE)
+    return [line.split(' #')[0] for line in inline + blocks]
 
 
 PAGES = {'README.md': README, 'tests/results/README.md': TABLES,
@@ -113,7 +114,7 @@ def test_the_paths_that_a_page_names_exist(page):
     assert named
     for path in named:
         assert (ROOT / path.replace('NAME', 'gmlp').replace('moving_average', 'gmlp')).exists(), path
-    for target in re.findall(r'\]\(([^)]+)\)', PAGES[page]): # links and pictures, from the page's own folder
+    for target in re.findall(r'\]\((?!https:)([^)]+)\)', PAGES[page]): # links and pictures, from the page's own folder
         path, _, heading = target.partition('#')
         assert ((ROOT / page).parent / path).exists(), target
         if heading:
@@ -140,8 +141,9 @@ def test_each_command_of_a_page_takes_the_settings_it_is_given(page):
 
 @pytest.mark.parametrize('page', PAGES)
 def test_settings_named_in_the_text_exist(page):
-    words = set(re.findall(r'`--(\w+)', PAGES[page])) - {'help', 'key', 'tokenizer', 'share'}
-    known = settings_of().keys() | names_assigned('tests/bench.py') | names_assigned('tests/compare.py')
+    words = set(re.findall(r'`--(\w+)', PAGES[page])) - {'help', 'key', 'share'}
+    scripts = 'tests/bench.py', 'tests/compare.py', 'data/text/prepare.py', 'data/hub/prepare.py'
+    known = settings_of().keys() | set().union(*map(names_assigned, scripts))
     assert words and words <= known, words - known
 
 
