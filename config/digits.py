@@ -1,4 +1,5 @@
 # Handwritten digits of 8 x 8 pixels, one token a pixel: 0.80M parameters, a window is a picture.
+# 300 steps at --learning_rate=4e-3: 2.04 bits per dimension, UNet 1.98, gMLP 1.82 (means of 3 seeds).
 # Prepare: python data/digits/prepare.py
 #   python train.py config/digits.py config/mixers/unet.py --out_dir=out-digits-unet
 
