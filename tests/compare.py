@@ -575,9 +575,10 @@ def verdict(row):
     rest = f"at equal {what}, {row['pairs']} paired seeds, p={row['p_holm']:.2g}, {causal}{lr}{bad}"
     if row['p_holm'] < 0.05:
         return f"{'better' if row['difference'] < 0 else 'worse'} by {size} {rest}"
-    more = 'more than 1,000' if row['needed'] is None else f"about {max(1, row['needed'] - row['pairs'])} more"
+    n = row['needed'] and max(1, row['needed'] - row['pairs'])
+    more = 'more than 1,000 seeds' if n is None else f"about {n} more seed{'s' if n > 1 else ''}"
     found = f"{row['difference']:+.4f} ± {row['half']:.4f} {UNIT}"
-    return f"cannot tell: {found} {rest}; {more} seeds would, if it is that large"
+    return f"cannot tell: {found} {rest}; {more} would, if it is that large"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -162,6 +162,9 @@ def test_every_mixer_has_its_loss_in_the_table():
     measured = json.loads((RESULTS / 'mixers-loss.json').read_text(encoding='utf-8'))['results']
     rows = re.findall(r'^\| `(\w+)` \|.*\| ([\d.]+) \|$', README, re.MULTILINE)
     assert dict(rows) == {name: f"{result['val_loss']:.3f}" for name, result in measured.items()}
+    compared = json.loads((RESULTS / 'mixers-compared-cpu.json').read_text(encoding='utf-8'))['tables'][0]['rows']
+    differences = dict(re.findall(r'^\| `(\w+)` \|.* (\S+) ± [\d.]+ \| [\d.]+ \|$', README, re.MULTILINE))
+    assert differences == {row['arm']: f"{row['difference']:+.3f}" for row in compared[1:]}
 
 
 def test_the_picture_is_what_its_script_draws(tmp_path):
