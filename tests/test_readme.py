@@ -142,7 +142,7 @@ def test_each_command_of_a_page_takes_the_settings_it_is_given(page):
 @pytest.mark.parametrize('page', PAGES)
 def test_settings_named_in_the_text_exist(page):
     words = set(re.findall(r'`--(\w+)', PAGES[page])) - {'help', 'key', 'share'}
-    scripts = 'tests/bench.py', 'tests/compare.py', 'data/text/prepare.py', 'data/hub/prepare.py'
+    scripts = 'sample.py', 'tests/bench.py', 'tests/compare.py', 'data/text/prepare.py', 'data/hub/prepare.py'
     known = settings_of().keys() | set().union(*map(names_assigned, scripts))
     assert words and words <= known, words - known
 
