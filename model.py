@@ -1413,7 +1413,7 @@ def narrowed(x):
     return x.to(torch.get_autocast_dtype(kind)) if kind != 'meta' and torch.is_autocast_enabled(kind) else x
 
 
-LOGITS_AT_ONCE = 2 ** 25 # 128 MB in float32; not in the class, where torch.compile cannot read it
+LOGITS_AT_ONCE = 2 ** 26 # 256 MB in float32; not in the class, where torch.compile cannot read it
 
 
 class LinearCrossEntropy(torch.autograd.Function):
