@@ -265,11 +265,12 @@ class Cell:
     def __post_init__(self):
         share, config = self.steps / max(1, self.arm.config['max_iters']), self.arm.config
         decay = config['lr_decay_iters'] or config['max_iters']
+        tokens, n = (1, 1) if self.timed else (eval_tokens, evaluations)
         self.settings = dict(
             seed=self.seed, max_iters=self.steps, lr_decay_iters=round(share * decay),
             warmup_iters=round(share * config['warmup_iters']),
             wsd_decay_iters=round(share * config['wsd_decay_iters']),
-            eval_tokens=1 if self.timed else eval_tokens, eval_interval=max(1, math.ceil(self.steps / (1 if self.timed else evaluations))),
+            eval_tokens=tokens, eval_interval=max(1, math.ceil(self.steps / n)),
             log_interval=max(1, self.steps // 100), always_save_checkpoint=False, patience=0, allow_leak=allow_leak,
             checkpoint_interval=max(100, math.ceil(self.steps / 4)), wandb_log=False, tensorboard_log=False,
             **{name: self.factor * config[name] for name in RATES if config[name] is not None})
