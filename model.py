@@ -249,7 +249,7 @@ def toeplitz(a, T, S):
 
 
 def causal_softmax(scores):
-    """Softmax of scores (B, H, T, S) over the positions up to each token's own; the T are the last of the S."""
+    """Softmax of scores (..., T, S) over the positions up to each token's own; the T are the last of the S."""
     T, S = scores.shape[-2:]
     # added: unlike masked_fill, this costs nothing in the backward pass
     mask = scores.new_full((T, S), float('-inf')).triu(S - T + 1)
@@ -258,15 +258,17 @@ def causal_softmax(scores):
         return (scores + mask).softmax(dim=-1)
 
 
-def causal_attention(q, k, v, dropout=0.0, mask=None, window=None):
+def causal_attention(q, k, v, dropout=0.0, mask=None, window=None, bias=None):
     """
     Attention of the last T of S tokens: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D), each to the last window
-    tokens. A cache's mask replaces the causal one.
+    tokens. A cache's mask replaces the causal one. bias (H, T, S) is added to the scores.
     """
     T, S = q.size(2), k.size(2)
-    if mask is None and (1 < T < S or window and S > window):
+    if mask is None and (bias is not None or 1 < T < S or window and S > window):
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
         mask = mask if window is None else mask.triu(S - T - window + 1)
+    if bias is not None:
+        mask = bias.masked_fill(~mask, float('-inf')).to(q.dtype)[None]
     return fused_attention(q, k, v, mask, dropout, is_causal=mask is None and T > 1)
 
 
@@ -396,39 +398,37 @@ class CausalSelfAttention(Mixer):
             q, k = self.rope(q, positions), self.rope(k, positions)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v)) # (B, H, T, D)
         k, v = cache.append('k', k, self.window), cache.append('v', v, self.window)
-        y = self.attend(q, k, v, cache.mask) # (B, H, T, D)
+        bias = None if self.relative is None else toeplitz(self.relative, T, k.size(2))
+        y = self.attend(q, k, v, cache.mask, bias) # (B, H, T, D)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
     def heads(self, x):
         """(B, T, C) -> (B, H, T, D)."""
         return x.view(*x.shape[:2], self.n_head, -1).transpose(1, 2)
 
-    def attend(self, q, k, v, mask=None):
+    def attend(self, q, k, v, mask=None, bias=None):
         dropout = self.attn_dropout.p if self.training else 0.0
-        if self.time_weighting == 'none' and self.relative is None and (self.window or
-                                                                        fused_attention_pays(q, dropout)):
-            return causal_attention(q, k, v, dropout, mask, self.window)
+        if self.time_weighting == 'none' and (self.window or fused_attention_pays(q, v, dropout, bias)):
+            return causal_attention(q, k, v, dropout, mask, self.window, bias)
         if self.time_weighting == 'circulant':
             v = v * self.beta[:, :v.size(2), None].to(v.dtype)
         T, past = q.size(2), k.size(2) - q.size(2)
         rows = []
         for i, j in row_blocks(T): # skips most of the scores that causality removes
-            rows.append(self.weights(q[:, :, i:j], k[:, :, :past + j]) @ v[:, :, :past + j])
+            weights = self.weights(q[:, :, i:j], k[:, :, :past + j], None if bias is None else bias[:, i:j, :past + j])
+            rows.append(weights @ v[:, :, :past + j])
         return rows[0] if len(rows) == 1 else torch.cat(rows, dim=2)
 
-    def weights(self, q, k):
+    def weights(self, q, k, bias=None):
         """The weight of each of the S values in each of the last T outputs: (B, H, T, S)."""
         T, S = q.size(2), k.size(2)
-        att = self.attn_dropout(causal_softmax(self.scores(q, k)).to(q.dtype))
+        scores = (q / math.sqrt(q.size(-1))) @ k.transpose(2, 3) # (B, H, T, S)
+        att = self.attn_dropout(causal_softmax(scores if bias is None else scores + bias).to(q.dtype))
         if self.time_weighting == 'full':
             att = att * self.weight[:, S - T:S, :S]
         elif self.time_weighting == 'circulant':
             att = att * toeplitz(self.alpha, T, S)
         return att.to(q.dtype)
-
-    def scores(self, q, k):
-        scores = (q / math.sqrt(q.size(-1))) @ k.transpose(2, 3) # (B, H, T, S)
-        return scores if self.relative is None else scores + toeplitz(self.relative, q.size(2), k.size(2))
 
 
 class Container(CausalSelfAttention):
@@ -445,10 +445,10 @@ class Container(CausalSelfAttention):
         self.alpha = nn.Parameter(torch.ones(H, 1, 1))
         self.beta = nn.Parameter(torch.full((H, 1, 1), 0.1)) # attention leads at the start
 
-    def attend(self, q, k, v, mask=None):
+    def attend(self, q, k, v, mask=None, bias=None):
         T, S = q.size(2), k.size(2)
         by_position = mix_time(self.affinity[:, S - T:S, :S].to(v.dtype), v)
-        return (self.alpha * super().attend(q, k, v, mask) + self.beta * by_position).to(v.dtype)
+        return (self.alpha * super().attend(q, k, v, mask, bias) + self.beta * by_position).to(v.dtype)
 
 
 class Synthesizer(CausalSelfAttention):
@@ -483,25 +483,25 @@ class Synthesizer(CausalSelfAttention):
     def forward(self, x, cache=NO_CACHE):
         B, T, C = x.size()
         positions = cache.advance(T)
-        parts = [self.heads(t) for t in self.c_attn(x).split(C, dim=2)] # (q, k and) v (B, H, T, D)
-        v = cache.append('v', parts[-1]) # (B, H, S, D)
-        S = v.size(2)
-        proposal = self.heads(F.relu(self.c_fc(x))) if self.dense else None # (B, H, T, D)
+        *qk, v = (self.heads(t) for t in self.c_attn(x).split(C, dim=2)) # (q, k and) v (B, H, T, D)
+        v = cache.append('v', v) # (B, H, S, D)
+        S, own, bias = v.size(2), 1.0, 0.0
         if self.dot_product:
-            q, k = parts[:2]
-            if self.rope is not None:
-                q, k = (self.rope(t.transpose(1, 2), positions).transpose(1, 2) for t in (q, k))
-            # (B, H, T, S)
-            scores = proposal @ self.rows[:, :, :S].to(x.dtype) if self.dense else self.table[:, S - T:S, :S]
-            share = self.mixture.softmax(0)
-            scores = share[0] * scores + share[1] * self.scores(q, cache.append('k', k))
-            y = self.attn_dropout(causal_softmax(scores).to(v.dtype)) @ v
-        elif self.dense: # attention with one learned key for each position; attention divides by sqrt(D)
-            keys = self.rows[:, :, :S].transpose(1, 2).contiguous() * math.sqrt(v.size(3)) # (H, S, D)
-            y = self.attend(proposal, keys.to(proposal.dtype).expand(B, -1, -1, -1), v)
+            own, dot = self.mixture.softmax(0) # shares (H, 1, 1)
+            q, k = qk if self.rope is None else (self.rope(t.transpose(1, 2), positions).transpose(1, 2) for t in qk)
+            q, k = (dot * q).to(v.dtype), cache.append('k', k)
+            bias = 0.0 if self.relative is None else dot * toeplitz(self.relative, T, S)
+        if self.dense: # attention with one learned key for each position; attention divides by sqrt(D)
+            rows = self.rows[:, :, :S].transpose(1, 2).contiguous().to(v.dtype).expand(B, -1, -1, -1) # (B, H, S, D)
+            proposal = (own * self.heads(F.relu(self.c_fc(x))) * math.sqrt(v.size(3))).to(v.dtype) # (B, H, T, D)
+            # side by side, one product of queries and keys is the sum of both
+            q, k = (torch.cat([q, proposal], 3) * math.sqrt(2), torch.cat([k, rows], 3)) if qk else (proposal, rows)
+        else:
+            bias = bias + own * self.table[:, S - T:S, :S]
+        if self.dense or self.dot_product:
+            y = self.attend(q, k, v, bias=bias if torch.is_tensor(bias) else None)
         else: # the same weights, and the same dropout, for all sequences
-            weights = causal_softmax(self.table[None, :, S - T:S, :S])[0].to(v.dtype) # (H, T, S)
-            y = mix_time(self.attn_dropout(weights), v)
+            y = mix_time(self.attn_dropout(causal_softmax(bias).to(v.dtype)), v)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
@@ -1267,7 +1267,8 @@ class FusedAttention(TorchFunctionMode):
     """On the meta device attention keeps what a GPU's kernel keeps: torch takes its unfused formula there."""
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.scaled_dot_product_attention:
-            return torch.ops.aten._scaled_dot_product_flash_attention(*args, is_causal=kwargs['is_causal'])[0]
+            return torch.ops.aten._scaled_dot_product_efficient_attention(
+                *args, kwargs['attn_mask'], True, is_causal=kwargs['is_causal'])[0]
         return func(*args, **(kwargs or {}))
 
 
@@ -1496,11 +1497,18 @@ class Dropout(nn.Module):
         return x * keep.to(x.dtype).mul_(65536 / (65536 - dropped))
 
 
-def fused_attention_pays(q, dropout):
-    """On a CPU the fused kernel has no dropout, and it trains short sequences more slowly in bfloat16."""
-    if q.device.type != 'cpu' or not torch.is_grad_enabled():
+def fused_attention_pays(q, v, dropout, bias):
+    """
+    A bias that learns: of torch's fused kernels cuDNN's has no gradient for it, and the other one computes the future,
+    too. On a CPU the fused kernel has no dropout and no queries wider than the values, and it trains short sequences
+    more slowly in bfloat16.
+    """
+    if not torch.is_grad_enabled():
         return True
-    return not dropout and (q.dtype != torch.bfloat16 or q.size(2) > 1024)
+    if bias is not None:
+        return False
+    return q.device.type != 'cpu' or (not dropout and q.size(3) == v.size(3) and
+                                      (q.dtype != torch.bfloat16 or q.size(2) > 1024))
 
 
 def fused_attention(q, k, v, mask, dropout, is_causal):

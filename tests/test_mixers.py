@@ -25,7 +25,7 @@ import torch.nn as nn
 from data.checkpoints import load_model, save_checkpoint
 from helpers import PROJECT, settings_of
 from model import (GPT, MIXERS, MLP, Cache, FusedAttention, GPTConfig, Mixer, Stack, TimeLinear, TimeMixing,
-                   UNet, Window, find_leak, optimizer_groups)
+                   UNet, Window, find_leak, fused_attention, optimizer_groups)
 
 for path in sorted((PROJECT / 'config/mixers').glob('*.py')):
     settings_of(path) # its mixer is then in MIXERS
@@ -742,9 +742,30 @@ def test_definition(mixer, options, size):
             # rope's angles are float32, whose rounding grows with the position
             tolerance = 1e-7 * T if pos_emb == 'rope' else 1e-11
             torch.testing.assert_close(layer(x), expected, rtol=tolerance, atol=tolerance)
+            with torch.enable_grad(): # in training other ways may be faster
+                torch.testing.assert_close(layer(x).detach(), expected, rtol=tolerance, atol=tolerance)
             cache = Cache()
             chunks = [layer(part, cache) for part in x.split([T // 3, 1, T - 1 - T // 3], dim=1)]
             torch.testing.assert_close(torch.cat(chunks, dim=1), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize('mixer, options', [
+    ('attention', {}), ('synthesizer', {}), ('synthesizer', dict(synthesizer_attn=True))])
+def test_fused_attention_trains_the_same(mixer, options, monkeypatch):
+    """As on a GPU, whose kernel takes queries wider than the values, too: the same gradients."""
+    config = GPTConfig(block_size=300, n_head=2, n_embd=8, mixer=mixer, **options)
+    torch.manual_seed(1)
+    layer = MIXERS[mixer](config, config.block_size).double()
+    randomize(layer)
+    x = torch.randn(2, 300, 8, dtype=torch.float64, requires_grad=True)
+    direction, found, calls = torch.randn_like(x), [], []
+    monkeypatch.setattr('model.fused_attention', lambda *args, **kw: calls.append(1) or fused_attention(*args, **kw))
+    for pays in False, True:
+        monkeypatch.setattr('model.fused_attention_pays', lambda *args: pays)
+        found.append(torch.autograd.grad((layer(x) * direction).sum(), [x, *layer.parameters()]))
+    assert len(calls) == 1
+    for rows, whole in zip(*found):
+        torch.testing.assert_close(whole, rows, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize('layer', [0, 1])
