@@ -159,12 +159,15 @@ def test_the_tables_of_the_results_name_every_file():
 
 
 def test_every_mixer_has_its_loss_in_the_table():
-    measured = json.loads((RESULTS / 'mixers-loss.json').read_text(encoding='utf-8'))['results']
-    rows = re.findall(r'^\| `(\w+)` \|.*\| ([\d.]+) \|$', README, re.MULTILINE)
-    assert dict(rows) == {name: f"{result['val_loss']:.3f}" for name, result in measured.items()}
-    compared = json.loads((RESULTS / 'mixers-compared-cpu.json').read_text(encoding='utf-8'))['tables'][0]['rows']
-    differences = dict(re.findall(r'^\| `(\w+)` \|.* (\S+) ± [\d.]+ \| [\d.]+ \|$', README, re.MULTILINE))
-    assert differences == {row['arm']: f"{row['difference']:+.3f}" for row in compared[1:]}
+    rows = json.loads((RESULTS / 'mixers-compared-cpu.json').read_text(encoding='utf-8'))['tables'][0]['rows']
+    losses = dict(re.findall(r'^\| `(\w+)` \|.* \| ([\d.]+ ± [\d.]+) \| [^|]*\|$', README, re.MULTILINE))
+    differences = dict(re.findall(r'^\| `(\w+)` \|.* ([+-][\d.]+ ± [\d.]+) \|$', README, re.MULTILINE))
+    rows[0]['arm'] = 'attention'
+    assert losses == {row['arm']: f"{row['loss']:.3f} ± {row['loss_half']:.3f}" for row in rows}
+    assert differences == {row['arm']: f"{row['difference']:+.3f} ± {row['half']:.3f}" for row in rows[1:]}
+    for row in rows:
+        config = (ROOT / 'config/mixers' / f"{row['arm']}.py").read_text(encoding='utf-8')
+        assert f"Reaches {losses[row['arm']]} there in 1000 steps at {row['learning_rate']:g} (5 seeds)." in config
 
 
 def test_the_picture_is_what_its_script_draws(tmp_path):

@@ -1,6 +1,6 @@
 # Linear attention with a learned decay: a state of constant size instead of a past, and time linear in the length.
-# Give it after config/shakespeare_small.py. Reaches 1.745 on the whole validation split (one seed). Needs no positions:
-# decoding goes on beyond block_size.
+# Give it after config/shakespeare_small.py. Reaches 1.881 ± 0.013 there in 1000 steps at 0.004 (5 seeds).
+# Needs no positions: decoding goes on beyond block_size.
 import math
 
 import torch

@@ -1,5 +1,5 @@
 # minGPT-tuned's time-weighting: attention without positions, each weight times a learned w_ij.
-# Give it after config/shakespeare_small.py. Reaches 2.032 on the whole validation split (one seed).
+# Give it after config/shakespeare_small.py. Reaches 2.055 ± 0.027 there in 1000 steps at 0.008 (5 seeds).
 out_dir = 'out-time-weighting'
 pos_emb = 'none'
 time_weighting = 'full'
