@@ -499,6 +499,22 @@ def take_settings(namespace, config, given, stored, but):
     return {name: (stored[name], value) for name, value in given.items() if name in stored and stored[name] != value}
 
 
+def shorten_schedule(namespace, config, replaced):
+    """One flag, --max_iters, shortens a run: without others its schedule shrinks with it. Changes config and namespace.
+
+    replaced: what flags have replaced. Returns a line for each setting that was shortened.
+    """
+    share = config['max_iters'] / max(1, replaced.get('max_iters', config['max_iters']))
+    lines = []
+    for name in ('warmup_iters', 'lr_decay_iters', 'wsd_decay_iters') if 'lr_decay_iters' not in replaced else ():
+        old = config[name]
+        if share < 1 and old and name not in replaced:
+            namespace[name] = config[name] = round(share * old)
+            if config[name] != old and (name != 'wsd_decay_iters' or config['schedule'] == 'wsd'):
+                lines.append(f"{name}={config[name]}, shortened from {old} with max_iters")
+    return lines
+
+
 # what `auto` means on this machine ----------------------------------------------------------------------------------
 
 def yield_if_busy():

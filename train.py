@@ -25,8 +25,8 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
-from configurator import (check_ranges, configure, exit_on_error, find_peak_flops, resolve, take_settings,
-                          yield_if_busy)
+from configurator import (check_ranges, configure, exit_on_error, find_peak_flops, resolve, shorten_schedule,
+                          take_settings, yield_if_busy)
 
 yield_if_busy()
 with exit_on_error(): # a missing package, or Ctrl-C while torch is imported
@@ -157,25 +157,6 @@ def find_checkpoint():
     return None if scratch or pretrained else load_checkpoint(find_weights(init_from))
 
 
-def fit_schedule():
-    """One flag, --max_iters, shortens a run: without others the schedule shrinks with it. -> what to say of that."""
-    global lr_decay_iters, warmup_iters, wsd_decay_iters
-    share = max_iters / max(1, replaced['max_iters']) if 'max_iters' in replaced else 1.0
-    lines = []
-    if share < 1 and not resuming and 'lr_decay_iters' not in replaced:
-        before = dict(lr_decay_iters=lr_decay_iters, warmup_iters=warmup_iters, wsd_decay_iters=wsd_decay_iters)
-        lr_decay_iters = lr_decay_iters and round(share * lr_decay_iters)
-        warmup_iters = warmup_iters if 'warmup_iters' in replaced else round(share * warmup_iters)
-        wsd_decay_iters = wsd_decay_iters if 'wsd_decay_iters' in replaced else round(share * wsd_decay_iters)
-        read = ['warmup_iters', 'lr_decay_iters', *(['wsd_decay_iters'] if schedule == 'wsd' else [])]
-        lines = [f"{name}={now}, shortened from {before[name]} with max_iters" for name, now in
-                 dict(warmup_iters=warmup_iters, lr_decay_iters=lr_decay_iters, wsd_decay_iters=wsd_decay_iters).items()
-                 if name in read and now != before[name]]
-    lr_decay_iters = max_iters if lr_decay_iters is None else lr_decay_iters
-    config.update(lr_decay_iters=lr_decay_iters, warmup_iters=warmup_iters, wsd_decay_iters=wsd_decay_iters)
-    return lines
-
-
 def check_settings():
     """What costs neither memory nor time to find out."""
     check_ranges(config, RANGES)
@@ -300,7 +281,9 @@ with exit_on_error():
         # nanoGPT's checkpoint names the device of another machine, perhaps
         own = OF_THIS_COMMAND if 'format' in checkpoint else (*OF_THIS_COMMAND, 'device', 'dtype', 'compile', 'backend')
         changed = take_settings(globals(), config, given, checkpoint.get('config', {}), own)
-    shortened = fit_schedule()
+    shortened = [] if resuming else shorten_schedule(globals(), config, replaced)
+    if lr_decay_iters is None:
+        lr_decay_iters = config['lr_decay_iters'] = max_iters
     sharded = parallel == 'fsdp' and world > 1
     check_settings()
     if world > 1 and device in ('auto', 'cuda') and torch.cuda.is_available():
@@ -581,23 +564,17 @@ def save(path):
 
 def log(**values):
     """Appends to metrics.jsonl, and to wandb and tensorboard if they are on."""
-    global tensorboard_log
-    if not is_main:
-        return
-    try:
-        run.log(step=state.step, tokens=state.tokens, seconds=round(state.seconds, 3), **values)
-    except OSError as e:
-        say(f"warning: {run.metrics} could not be written, training goes on: {e}")
-    if wandb_log and not (dry_run or eval_only):
-        wandb.log(dict(tokens=state.tokens, **values), step=state.step)
-    if tensorboard_log and not (dry_run or eval_only):
+    for name, write in logs.items() if is_main else ():
         try:
-            for name, value in values.items():
-                if value is not None:
-                    tensorboard.add_scalar(name, value, state.step)
+            write(**values)
         except OSError as e:
-            say(f"warning: tensorboard's file could not be written, training goes on without it: {e}")
-            tensorboard_log = False
+            say(f"warning: {name} could not be written, training goes on: {e}")
+
+
+def log_to_tensorboard(**values):
+    for name, value in values.items():
+        if value is not None:
+            tensorboard.add_scalar(name, value, state.step)
 
 
 def plot():
@@ -798,6 +775,8 @@ def begin_run():
 
 
 bar = None # of progress, once there is any
+logs = {'metrics.jsonl': lambda **values: run.log(step=state.step, tokens=state.tokens, seconds=round(state.seconds, 3),
+                                                  **values)}
 describe_run()
 with exit_on_error():
     prove_causal()
@@ -811,10 +790,15 @@ with exit_on_error():
 if wandb_log and is_main and not dry_run:
     import wandb
     wandb.init(project=wandb_project, name=wandb_run_name, config=config, dir=run.path)
+    logs['wandb'] = lambda **values: wandb.log(dict(tokens=state.tokens, **values), step=state.step)
 if tensorboard_log and is_main and not dry_run:
     from torch.utils.tensorboard import SummaryWriter
     tensorboard = SummaryWriter(run.path, purge_step=state.step + 1) # what a killed run wrote beyond is hidden
-    atexit.register(lambda: tensorboard.close() if tensorboard_log else None)
+    logs["tensorboard's file"] = log_to_tensorboard
+    @atexit.register
+    def close_tensorboard():
+        with suppress(OSError):
+            tensorboard.close()
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop

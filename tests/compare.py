@@ -35,7 +35,7 @@ import torch
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
-from configurator import check_ranges, configure, exit_on_error, fail, settings_of
+from configurator import check_ranges, configure, exit_on_error, fail, settings_of, shorten_schedule
 from data.run import RunFolder, git_commit
 from data.tokenizers import load_tokenizer
 from data.tokens import Split, dataset_folder, find_path, load_meta
@@ -198,11 +198,7 @@ def make_arm(name, common, params=None):
         argv.append(part if part.endswith('.py') else '--' + part.lstrip('-'))
     argv = [str(find_path(arg)) if arg.endswith('.py') else arg for arg in argv]
     config, _, replaced, _ = configured(*argv)
-    if 'max_iters' in replaced and 'lr_decay_iters' not in replaced: # the schedule shrinks with it, as in train.py
-        share = min(1, config['max_iters'] / max(1, replaced['max_iters']))
-        for schedule in 'warmup_iters', 'lr_decay_iters', 'wsd_decay_iters':
-            if schedule not in replaced and config[schedule]:
-                config[schedule] = round(share * config[schedule])
+    shorten_schedule({}, config, replaced)
     size = Split(dataset_folder(config['dataset']), 'train').vocab_size or 50257
     model = {f.name: config[f.name] for f in fields(GPTConfig)}
     model['vocab_size'] = size if size < 1024 else math.ceil(size / 64) * 64 # as train.py has it
