@@ -37,7 +37,7 @@ with exit_on_error(): # a missing package, or Ctrl-C while torch is imported
 
 from data.checkpoints import (architecture, build_model, evaluated_weights, find_weights, full_state, is_pretrained,
                               load_checkpoint, load_latest, load_optimizer, load_pretrained, save_checkpoint,
-                              stored_config)
+                              stored_config, stored_state)
 from data.run import RunFolder, peak_memory
 from data.tokenizers import load_tokenizer, with_line_ends
 from data.tokens import Split, dataset_folder, find_path, load_meta, prefetch
@@ -314,16 +314,6 @@ class State:
     evals_since_best: int = 0
 
 
-def restored_state(checkpoint):
-    """Also from nanoGPT's checkpoints, and from those of before there was a State."""
-    if 'state' in checkpoint:
-        return State(**checkpoint['state'])
-    step = checkpoint['iter_num']
-    samples = checkpoint.get('samples', step * gradient_accumulation_steps * batch_size)
-    return State(step, samples, checkpoint.get('tokens', samples * block_size), checkpoint.get('seconds', 0.0),
-                 float(checkpoint['best_val_loss']), step, checkpoint.get('stale', 0))
-
-
 def can_compile():
     """Whether torch.compile works here, which takes a compiler, triton, and a Python that it knows."""
     try:
@@ -402,7 +392,7 @@ params = list(raw_model.parameters())
 average = [p.detach().clone() for p in params] if ema else [] # of the weights
 state = State()
 if resuming:
-    state = restored_state(checkpoint)
+    state = State(**stored_state(checkpoint, config))
     settings = [{k: v for k, v in group.items() if k != 'params'} for group in opt.param_groups]
     load_optimizer(raw_model, opt, checkpoint['optimizer'])
     for group, now in zip(opt.param_groups, settings): # of now, not of the checkpoint

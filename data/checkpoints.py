@@ -106,6 +106,17 @@ def stored_config(config):
             if f.name in NANOGPT_FIELDS or getattr(config, f.name) != f.default}
 
 
+def stored_state(checkpoint, config):
+    """The fields of train.py's State, also from nanoGPT's checkpoints, and from those of before there was a State."""
+    if 'state' in checkpoint:
+        return checkpoint['state']
+    step, config = checkpoint['iter_num'], config | checkpoint.get('config', {})
+    samples = checkpoint.get('samples', step * config['gradient_accumulation_steps'] * config['batch_size'])
+    return dict(step=step, samples=samples, tokens=checkpoint.get('tokens', samples * config['block_size']),
+                seconds=checkpoint.get('seconds', 0.0), best_val_loss=float(checkpoint['best_val_loss']),
+                best_step=step, evals_since_best=checkpoint.get('stale', 0))
+
+
 def architecture(checkpoint):
     """The fields of GPTConfig that a checkpoint was trained with, also where a default has changed since."""
     args = checkpoint['model_args']
