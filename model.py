@@ -18,7 +18,7 @@ import re
 import sys
 import typing
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -1278,7 +1278,7 @@ def cost(model, T=None, dtype=torch.float32, device_type=None):
     device_type (default: where the weights are). Counted on a copy without memory, so that it is right for any mixer:
     matrix products of the forward pass, times three for forward and backward. What a compiler saves is not seen.
     """
-    config = replace(model.config, dropout=0.0)
+    config = model.config
     T, device_type = T or config.block_size, device_type or model.lm_head.weight.device.type
     with torch.device('meta'):
         model = GPT(config).to(dtype)

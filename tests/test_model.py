@@ -700,6 +700,8 @@ def test_bytes_kept_for_the_backward_pass():
     # float32: LayerNorm, GELU and two products keep C channels each, or a few times that; and the triangles themselves
     assert 3 * 16 * 4 <= per_layer <= 12 * 16 * 4 + 4 * 4 * 2 * 12
     assert cost(model, dtype=torch.bfloat16)[1] < cost(model)[1]
+    (flops, kept), with_dropout = cost(model), cost(network(mlp='none', mixer='mlp_mixer', dropout=0.1))
+    assert with_dropout[0] == flops and with_dropout[1] > kept # the masks
 
 
 def test_bytes_kept_by_attention():
