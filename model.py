@@ -241,9 +241,8 @@ class Rope(nn.Module):
 def toeplitz(a, T, S):
     """M[h, i, j] = a[h, distance from j to the i-th of the last T of S positions]: a (H, block_size) -> (H, T, S)."""
     past = S - T
-    # (H, S + T)
     ring = torch.cat([a[:, :past + 1].flip(1), a.new_zeros(a.size(0), T), a[:, past + 1:S].flip(1)], dim=1)
-    # read as rows of length S + T - 1, each row is turned one step further: no gather, and a cheap backward pass
+    # (H, S + T), read in rows of S + T - 1, of which each is turned one step further: no gather, a cheap backward pass
     rows = ring[:, None].expand(-1, T, -1).reshape(a.size(0), -1)[:, :T * (S + T - 1)]
     return rows.view(a.size(0), T, S + T - 1)[:, :, :S]
 
@@ -258,17 +257,15 @@ def causal_softmax(scores):
         return (scores + mask).softmax(dim=-1)
 
 
-def causal_attention(q, k, v, dropout=0.0, mask=None, window=None, bias=None):
+def causal_attention(q, k, v, dropout=0.0, mask=None, window=None):
     """
     Attention of the last T of S tokens: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D), each to the last window
-    tokens. A cache's mask replaces the causal one. bias (H, T, S) is added to the scores.
+    tokens. A cache's mask replaces the causal one.
     """
     T, S = q.size(2), k.size(2)
-    if mask is None and (bias is not None or 1 < T < S or window and S > window):
+    if mask is None and (1 < T < S or window and S > window):
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
         mask = mask if window is None else mask.triu(S - T - window + 1)
-    if bias is not None:
-        mask = bias.masked_fill(~mask, float('-inf')).to(q.dtype)[None]
     return fused_attention(q, k, v, mask, dropout, is_causal=mask is None and T > 1)
 
 
@@ -398,31 +395,30 @@ class CausalSelfAttention(Mixer):
             q, k = self.rope(q, positions), self.rope(k, positions)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v)) # (B, H, T, D)
         k, v = cache.append('k', k, self.window), cache.append('v', v, self.window)
-        bias = None if self.relative is None else toeplitz(self.relative, T, k.size(2))
-        y = self.attend(q, k, v, cache.mask, bias) # (B, H, T, D)
+        y = self.attend(q, k, v, cache.mask) # (B, H, T, D)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
-    def heads(self, x):
-        """(B, T, C) -> (B, H, T, D)."""
-        return x.view(*x.shape[:2], self.n_head, -1).transpose(1, 2)
-
-    def attend(self, q, k, v, mask=None, bias=None):
+    def attend(self, q, k, v, mask=None):
         dropout = self.attn_dropout.p if self.training else 0.0
-        if self.time_weighting == 'none' and (self.window or fused_attention_pays(q, v, dropout, bias)):
-            return causal_attention(q, k, v, dropout, mask, self.window, bias)
+        plain = self.time_weighting == 'none' and self.bias(1, 1) is None
+        if plain and (self.window or fused_attention_pays(q, v, dropout)):
+            return causal_attention(q, k, v, dropout, mask, self.window)
         if self.time_weighting == 'circulant':
             v = v * self.beta[:, :v.size(2), None].to(v.dtype)
         T, past = q.size(2), k.size(2) - q.size(2)
         rows = []
         for i, j in row_blocks(T): # skips most of the scores that causality removes
-            weights = self.weights(q[:, :, i:j], k[:, :, :past + j], None if bias is None else bias[:, i:j, :past + j])
-            rows.append(weights @ v[:, :, :past + j])
+            rows.append(self.weights(q[:, :, i:j], k[:, :, :past + j]) @ v[:, :, :past + j])
         return rows[0] if len(rows) == 1 else torch.cat(rows, dim=2)
 
-    def weights(self, q, k, bias=None):
+    def bias(self, T, S):
+        """What is added to the scores of the last T of S tokens: (H, T, S), or None."""
+        return None if self.relative is None else toeplitz(self.relative, T, S)
+
+    def weights(self, q, k):
         """The weight of each of the S values in each of the last T outputs: (B, H, T, S)."""
         T, S = q.size(2), k.size(2)
-        scores = (q / math.sqrt(q.size(-1))) @ k.transpose(2, 3) # (B, H, T, S)
+        bias, scores = self.bias(T, S), (q / math.sqrt(q.size(-1))) @ k.transpose(2, 3) # (B, H, T, S)
         att = self.attn_dropout(causal_softmax(scores if bias is None else scores + bias).to(q.dtype))
         if self.time_weighting == 'full':
             att = att * self.weight[:, S - T:S, :S]
@@ -445,10 +441,10 @@ class Container(CausalSelfAttention):
         self.alpha = nn.Parameter(torch.ones(H, 1, 1))
         self.beta = nn.Parameter(torch.full((H, 1, 1), 0.1)) # attention leads at the start
 
-    def attend(self, q, k, v, mask=None, bias=None):
+    def attend(self, q, k, v, mask=None):
         T, S = q.size(2), k.size(2)
         by_position = mix_time(self.affinity[:, S - T:S, :S].to(v.dtype), v)
-        return (self.alpha * super().attend(q, k, v, mask, bias) + self.beta * by_position).to(v.dtype)
+        return (self.alpha * super().attend(q, k, v, mask) + self.beta * by_position).to(v.dtype)
 
 
 class Synthesizer(CausalSelfAttention):
@@ -483,26 +479,30 @@ class Synthesizer(CausalSelfAttention):
     def forward(self, x, cache=NO_CACHE):
         B, T, C = x.size()
         positions = cache.advance(T)
-        *qk, v = (self.heads(t) for t in self.c_attn(x).split(C, dim=2)) # (q, k and) v (B, H, T, D)
+        heads = lambda t: t.view(B, T, self.n_head, -1).transpose(1, 2) # -> (B, H, T, D)
+        *qk, v = map(heads, self.c_attn(x).split(C, dim=2)) # (q, k and) v
         v = cache.append('v', v) # (B, H, S, D)
-        S, own, bias = v.size(2), 1.0, 0.0
+        S, own = v.size(2), 1.0
         if self.dot_product:
             own, dot = self.mixture.softmax(0) # shares (H, 1, 1)
             q, k = qk if self.rope is None else (self.rope(t.transpose(1, 2), positions).transpose(1, 2) for t in qk)
             q, k = (dot * q).to(v.dtype), cache.append('k', k)
-            bias = 0.0 if self.relative is None else dot * toeplitz(self.relative, T, S)
         if self.dense: # attention with one learned key for each position; attention divides by sqrt(D)
             rows = self.rows[:, :, :S].transpose(1, 2).contiguous().to(v.dtype).expand(B, -1, -1, -1) # (B, H, S, D)
-            proposal = (own * self.heads(F.relu(self.c_fc(x))) * math.sqrt(v.size(3))).to(v.dtype) # (B, H, T, D)
+            proposal = (own * heads(F.relu(self.c_fc(x))) * math.sqrt(v.size(3))).to(v.dtype) # (B, H, T, D)
             # side by side, one product of queries and keys is the sum of both
             q, k = (torch.cat([q, proposal], 3) * math.sqrt(2), torch.cat([k, rows], 3)) if qk else (proposal, rows)
-        else:
-            bias = bias + own * self.table[:, S - T:S, :S]
         if self.dense or self.dot_product:
-            y = self.attend(q, k, v, bias=bias if torch.is_tensor(bias) else None)
+            y = self.attend(q, k, v)
         else: # the same weights, and the same dropout, for all sequences
-            y = mix_time(self.attn_dropout(causal_softmax(bias).to(v.dtype)), v)
+            y = mix_time(self.attn_dropout(causal_softmax(self.bias(T, S)).to(v.dtype)), v)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+
+    def bias(self, T, S):
+        own, dot = self.mixture.softmax(0) if self.dot_product else (1.0, 1.0)
+        parts = [] if self.relative is None else [dot * super().bias(T, S)]
+        parts += [] if self.dense else [own * self.table[:, S - T:S, :S]]
+        return sum(parts) if parts else None
 
 
 MIXERS = {
@@ -1497,18 +1497,16 @@ class Dropout(nn.Module):
         return x * keep.to(x.dtype).mul_(65536 / (65536 - dropped))
 
 
-def fused_attention_pays(q, v, dropout, bias):
+def fused_attention_pays(q, v, dropout):
     """
-    A bias that learns: of torch's fused kernels cuDNN's has no gradient for it, and the other one computes the future,
-    too. On a CPU the fused kernel has no dropout and no queries wider than the values, and it trains short sequences
-    more slowly in bfloat16.
+    On a CPU the fused kernel has no dropout and no queries wider than the values, and it trains short sequences more
+    slowly in bfloat16.
     """
-    if not torch.is_grad_enabled():
+    if q.device.type != 'cpu':
         return True
-    if bias is not None:
-        return False
-    return q.device.type != 'cpu' or (not dropout and q.size(3) == v.size(3) and
-                                      (q.dtype != torch.bfloat16 or q.size(2) > 1024))
+    if not torch.is_grad_enabled():
+        return q.size(3) == v.size(3)
+    return q.size(3) == v.size(3) and not dropout and (q.dtype != torch.bfloat16 or q.size(2) > 1024)
 
 
 def fused_attention(q, k, v, mask, dropout, is_causal):

@@ -554,11 +554,13 @@ def save(path):
 
 def log(**values):
     """Appends to metrics.jsonl, and to wandb and tensorboard if they are on."""
-    for name, write in logs.items() if is_main else ():
+    for name, write in list(logs.items()) if is_main else ():
         try:
             write(**values)
         except OSError as e:
-            say(f"warning: {name} could not be written, training goes on: {e}")
+            if name != 'metrics.jsonl': # these cannot recover
+                del logs[name]
+            say(f"warning: {name} could not be written, training goes on{'' if name in logs else ' without it'}: {e}")
 
 
 def log_to_tensorboard(**values):
@@ -693,7 +695,8 @@ def prove_causal():
     """Looks for an output that sees a later token, with the model, the length and the dtype that will train."""
     t0 = time.perf_counter()
     torch.manual_seed(seed) # all processes do the same
-    rows = batch_size if compile else min(batch_size, 16) # a compiled network takes the shape that will train
+    # each row tries one place to cut the text: 16 do; a compiled network takes the shape that will train
+    rows = batch_size if compile else min(batch_size, 16)
     idx = torch.randint(raw_model.config.vocab_size, (rows, block_size)).to(device)
     with amp:
         leak = find_leak(raw_model, idx, fast_model)

@@ -167,7 +167,7 @@ def test_every_mixer_has_its_loss_in_the_table():
     assert differences == {row['arm']: f"{row['difference']:+.3f} ± {row['half']:.3f}" for row in rows[1:]}
     for row in rows:
         config = (ROOT / 'config/mixers' / f"{row['arm']}.py").read_text(encoding='utf-8')
-        assert f"Reaches {losses[row['arm']]} there in 1000 steps at {row['learning_rate']:g} (5 seeds)." in config
+        assert f"Loss {losses[row['arm']]} after 1000 steps at learning rate {row['learning_rate']:g} (5 seeds)." in config
 
 
 def test_the_picture_is_what_its_script_draws(tmp_path):

@@ -1,5 +1,5 @@
 # The gated delta rule: a state of constant size that corrects what it stored, and time linear in the length.
-# Give it after config/shakespeare_small.py. Reaches 1.857 ± 0.011 there in 1000 steps at 0.002 (5 seeds).
+# Give it after config/shakespeare_small.py. Loss 1.857 ± 0.011 after 1000 steps at learning rate 0.002 (5 seeds).
 # Needs no positions: decoding goes on beyond block_size.
 import math
 

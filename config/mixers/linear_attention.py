@@ -1,5 +1,5 @@
 # Linear attention with a learned decay: a state of constant size instead of a past, and time linear in the length.
-# Give it after config/shakespeare_small.py. Reaches 1.881 ± 0.013 there in 1000 steps at 0.004 (5 seeds).
+# Give it after config/shakespeare_small.py. Loss 1.881 ± 0.013 after 1000 steps at learning rate 0.004 (5 seeds).
 # Needs no positions: decoding goes on beyond block_size.
 import math
 
