@@ -125,7 +125,7 @@ def test_process(bench, peer, monkeypatch):
 
 def test_state(bench):
     """What two layers keep: keys and values of every token, of a window at most, or one state (D, D) in each head."""
-    first, later = bench('state', '--contexts=5,300', '--new_tokens=3').values()
+    first, later = bench('state', '--contexts=5,300', '--new_tokens=3', '--dtype=float32').values()
     kept = [{row['']: row['bytes of state'] for row in rows} for rows in (first, later)]
     assert kept[0] == dict(attention=5 * 256, window=5 * 256, gmlp=kept[0]['gmlp'], linear_attention=1024,
                            gated_delta=1024)
