@@ -491,6 +491,28 @@ def test_tensorboard(with_tensorboard):
 
 
 @job
+def with_failing_tensorboard(folder):
+    write_data(folder / 'data')
+    (folder / 'full_disk.py').write_text("""
+try:
+    from torch.utils.tensorboard import SummaryWriter
+    def add_scalar(self, *args):
+        raise OSError(28, 'No space left on device')
+    SummaryWriter.add_scalar = add_scalar
+except ImportError:
+    pass
+""")
+    return folder, train(folder, extra=[str(folder / 'full_disk.py')], max_iters=6, tensorboard_log=True)
+
+
+def test_a_log_that_fails_is_left_out(with_failing_tensorboard):
+    pytest.importorskip('tensorboard')
+    folder, text = with_failing_tensorboard
+    assert text.count("warning: tensorboard's file could not be written, training goes on without it") == 1
+    assert losses(folder / 'out').keys() == set(range(1, 7)) # metrics.jsonl has all
+
+
+@job
 def with_wandb(folder):
     """And at a learning rate of zero, with dropout."""
     write_data(folder / 'data')
