@@ -406,9 +406,10 @@ class CausalSelfAttention(Mixer):
         if self.time_weighting == 'circulant':
             v = v * self.beta[:, :v.size(2), None].to(v.dtype)
         T, past = q.size(2), k.size(2) - q.size(2)
-        rows = []
-        for i, j in row_blocks(T): # skips most of the scores that causality removes
-            rows.append(self.weights(q[:, :, i:j], k[:, :, :past + j]) @ v[:, :, :past + j])
+        # copied once, so that the products of all blocks read them as they lie; a cache's lie well
+        q, k, v = (t if past else t.contiguous() for t in (q, k, v))
+        # blocks skip most of the scores that causality removes
+        rows = [self.weights(q[:, :, i:j], k[:, :, :past + j]) @ v[:, :, :past + j] for i, j in row_blocks(T)]
         return rows[0] if len(rows) == 1 else torch.cat(rows, dim=2)
 
     def bias(self, T, S):
@@ -419,7 +420,8 @@ class CausalSelfAttention(Mixer):
         """The weight of each of the S values in each of the last T outputs: (B, H, T, S)."""
         T, S = q.size(2), k.size(2)
         bias, scores = self.bias(T, S), (q / math.sqrt(q.size(-1))) @ k.transpose(2, 3) # (B, H, T, S)
-        att = self.attn_dropout(causal_softmax(scores if bias is None else scores + bias).to(q.dtype))
+        scores = scores if bias is None else scores + bias.to(scores.dtype) # 16 bits: the sum over B reads its gradient
+        att = self.attn_dropout(causal_softmax(scores).to(q.dtype))
         if self.time_weighting == 'full':
             att = att * self.weight[:, S - T:S, :S]
         elif self.time_weighting == 'circulant':
