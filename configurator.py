@@ -535,12 +535,13 @@ def yield_if_busy():
 
 
 # Dense FLOP/s in bfloat16 (V100, T4: float16) with float32 accumulation, from NVIDIA's and AMD's datasheets (numbers
-# "with sparsity" halved). The first name that the card's name contains as whole words counts.
+# "with sparsity" halved; of an MI250X each half is a device). The first name that the card's name contains as whole
+# words counts.
 PEAK_FLOPS = {
     'B200': 2250e12, 'H200 NVL': 835.5e12, 'H200': 989.4e12, 'GH200': 989.4e12, 'H100 PCIe': 756e12,
     'H100 NVL': 835.5e12, 'H100': 989.4e12, 'A100': 312e12, 'A40': 149.7e12, 'A30': 165e12, 'A10G': 70e12,
     'A10': 125e12, 'L40S': 362e12, 'L40': 181e12, 'L4': 121e12, 'T4': 65e12, 'V100': 125e12, 'RTX A6000': 154.8e12,
-    'RTX 3090': 71.2e12, 'RTX 4090': 165.2e12, 'RTX 5090': 209.5e12, 'MI250X': 383e12, 'MI300X': 1307.4e12,
+    'RTX 3090': 71.2e12, 'RTX 4090': 165.2e12, 'RTX 5090': 209.5e12, 'MI250X': 191.5e12, 'MI300X': 1307.4e12,
 }
 
 

@@ -1032,6 +1032,8 @@ class StaticCache(Cache):
 
 class Decoder:
     """Decodes one token after another with a StaticCache: on a GPU as one CUDA graph, captured once and replayed."""
+    streams = {} # one a device: CUDA's libraries keep tens of MB for each stream that they have run on
+
     @staticmethod
     def supports(model):
         c = model.config # what reads positions or past tokens as Python numbers cannot be captured
@@ -1074,7 +1076,8 @@ class Decoder:
 
     def capture(self):
         position = self.position.clone()
-        side = torch.cuda.Stream() # as CUDA asks for: the first calls allocate, which a graph cannot
+        # as CUDA asks for: the first calls allocate, which a graph cannot
+        side = self.streams.setdefault(self.token.device, torch.cuda.Stream())
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
@@ -1347,7 +1350,8 @@ def find_leak(model, idx, forward=None):
     train, such as a compiled one, for the second.
     """
     with without_zeros(model):
-        return find_gradient_of_future(model, idx) or find_change_by_future(model, idx, forward or model.forward)
+        forward = model.forward if forward is None else forward # a compiled module has no truth value
+        return find_gradient_of_future(model, idx) or find_change_by_future(model, idx, forward)
 
 
 def find_gradient_of_future(model, idx, seed=0):

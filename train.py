@@ -181,6 +181,9 @@ def check_settings():
     if gradient_accumulation_steps % world:
         raise ValueError(f"gradient_accumulation_steps={gradient_accumulation_steps} is not divisible by the {world} "
                          f"processes: take {math.ceil(gradient_accumulation_steps / world) * world}")
+    if compile in ('reduce-overhead', 'max-autotune') and sharded:
+        raise ValueError(f"compile={compile!r} replays CUDA graphs, and parallel='fsdp' moves the weights that they "
+                         "read: take --compile=True or max-autotune-no-cudagraphs")
     if compile in ('reduce-overhead', 'max-autotune') and gradient_accumulation_steps > world:
         raise ValueError(f"compile={compile!r} replays CUDA graphs, which overwrite the gradients of the micro-batch "
                          f"before: gradient_accumulation_steps={gradient_accumulation_steps} must be {world} then, or "
@@ -289,6 +292,8 @@ with exit_on_error():
     if world > 1 and device in ('auto', 'cuda') and torch.cuda.is_available():
         device = f'cuda:{local_rank}'
     device, dtype = resolve(device, dtype)
+    if deterministic: # before the first matrix product
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     peak, peak_source = find_peak_flops(peak_flops, device, getattr(torch, dtype))
     meta, splits = open_data()
     tokenizer = open_tokenizer()
@@ -337,8 +342,10 @@ if world > 1:
     if on_gpu:
         with suppress(RuntimeError): # where hosts do not know their own names the GPUs' group has to do
             on_cpus = dist.new_group(backend='gloo')
+        everywhere = torch.tensor(int(on_cpus is not None), device=device)
+        dist.all_reduce(everywhere, dist.ReduceOp.MIN)
+        on_cpus = on_cpus if everywhere else None
 if deterministic:
-    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     torch.use_deterministic_algorithms(True)
 torch.set_float32_matmul_precision('high') # TF32 where float32 remains on a GPU
 amp = torch.autocast(device_type, getattr(torch, dtype)) if dtype != 'float32' else nullcontext()
@@ -672,7 +679,8 @@ def describe_run():
     step_tokens, n_tokens = gradient_accumulation_steps * batch_size * block_size, splits['train'].n_tokens
     epochs = max_iters * step_tokens / n_tokens
     bytes_a_parameter = 16 - (4 if optimizer == 'sm3' else 0) + (4 if ema else 0)
-    fixed, activations = bytes_a_parameter * n_params / 1e9, kept * batch_size * block_size / 1e9 # GB
+    fixed = bytes_a_parameter * n_params / (world if sharded else 1) / 1e9 # GB
+    activations = kept * batch_size * block_size / 1e9
     say(f"model    {n_params / 1e6:.2f}M parameters, {(n_params - n_embedding) / 1e6:.2f}M without embeddings, "
         f"{n_decayed / 1e6:.2f}M decayed; {flops / 1e9:.4g} GFLOP a token")
     say(f"machine  {device}, {how}{', sharded' if sharded else ''}; peak {ceiling}")
@@ -698,8 +706,10 @@ def prove_causal():
     # each row tries one place to cut the text: 16 do; a compiled network takes the shape that will train
     rows = batch_size if compile else min(batch_size, 16)
     idx = torch.randint(raw_model.config.vocab_size, (rows, block_size)).to(device)
-    with amp:
-        leak = find_leak(raw_model, idx, fast_model)
+    if world > 1 and not sharded:
+        model.require_backward_grad_sync = False # no backward pass follows
+    with amp: # model, not fast_model: compiled inside DDP, the backward pass is split to exchange gradients meanwhile
+        leak = find_leak(raw_model, idx, model)
     if leak and not allow_leak:
         raise ValueError(f"the network is not causal: {leak}; its losses would mean nothing. To train it all the same, "
                          "--allow_leak=True")
@@ -856,7 +866,9 @@ while True:
     norm = norm.full_tensor() if sharded else norm
     bad = ~torch.isfinite(norm)
     bad_steps = (bad_steps + 1) * bad
-    if not scaler.is_enabled(): # the optimizer then changes nothing, decided on the device without waiting for it
+    if device_type == 'mps' and bad: # its optimizer cannot decide that; without gradients it changes nothing
+        opt.zero_grad(set_to_none=True)
+    elif device_type != 'mps' and not scaler.is_enabled(): # it then changes nothing, decided without waiting for it
         found_inf = DTensor.from_local(bad.float(), mesh, [Replicate()]) if sharded else bad.float()
         opt.grad_scale, opt.found_inf = None, found_inf
     # how far the weights move is measured every tenth time: it takes a copy of them

@@ -312,7 +312,9 @@ WORK = dict(train=work_train, sample=work_sample, state=work_state, head=work_he
 
 def both(kind, config, batch, theirs=True, **more):
     """{'ours': a function that does this job in a worker, 'peer': the same for the peer, if there is one}"""
-    n = gradient_accumulation_steps or (40 if device != 'cpu' and config.vocab_size > 50000 and kind == 'train' else 1)
+    as_trained = device != 'cpu' and config.vocab_size > 50000 and kind == 'train' and \
+        compile not in ('reduce-overhead', 'max-autotune') # CUDA graphs overwrite gradients, as train.py says
+    n = gradient_accumulation_steps or (40 if as_trained else 1)
     job = dict(kind=kind, config=stored_config(config), batch_size=batch, accumulation=n,
                data=write_data(config.vocab_size, dataset), device=device, dtype=dtype, compile=compile, peer=None,
                init=None, steps=steps, at_once=1 if device == 'cpu' else math.ceil(10 / n))

@@ -466,7 +466,7 @@ def test_a_leak_of_the_compiled_network_alone_is_found():
     model = network(block_size=40)
     def compiled(idx, targets):
         return None, model(idx, targets)[1] + idx.double().mean()
-    assert find_leak(model, tokens(model, 3), model) is None
+    assert find_leak(model, tokens(model, 3), torch.compile(model, backend='eager')) is None
     assert 'compiled' in find_leak(model, tokens(model, 3), compiled)
     noisy = lambda idx, targets: (None, model(idx, targets)[1] + torch.rand(()) * time.perf_counter())
     assert find_leak(model, tokens(model, 3), noisy) is None # nothing to compare

@@ -450,13 +450,41 @@ def two_processes(folder):
     # one process evaluates less
     settings = dict(gradient_accumulation_steps=4, batch_size=2, max_iters=10, eval_iters=3)
     train(folder, 'one', **settings)
-    text = train(folder, 'two', command=['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2'],
-                 **settings)
-    return folder, text
+    torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+    text = train(folder, 'two', command=torchrun, **settings)
+    (folder / 'aot_eager.py').write_text(AOT_EAGER, encoding='utf-8')
+    compiled = train(folder, 'compiled', command=[*torchrun, str(folder / 'aot_eager.py')], compile=True, **settings)
+    return folder, text, compiled
+
+
+AOT_EAGER = '''
+# Runs a script whose torch.compile generates no code, which would take half a minute.
+import functools, os, runpy, sys
+import torch
+from torch._dynamo.backends import distributed
+
+class Seen(distributed.DDPOptimizer):
+    def __init__(self, *args, **options):
+        print('compiled inside DDP', flush=True)
+        super().__init__(*args, **options)
+distributed.DDPOptimizer = Seen
+torch.compile = functools.partial(torch.compile, backend='aot_eager')
+del sys.argv[0]
+sys.path[0] = os.path.dirname(sys.argv[0])
+runpy.run_path(sys.argv[0], run_name='__main__')
+'''
+
+
+def test_compiled_processes_train_alike(two_processes):
+    """And the graph is split where gradients are exchanged: the proof of causality compiles it first."""
+    folder, _, text = two_processes
+    assert 'float32, compiled, 2 processes' in text and 'with compiling' in text and 'compiled inside DDP' in text
+    for a, b in zip(history(folder / 'one'), history(folder / 'compiled'), strict=True):
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-5)
 
 
 def test_two_processes_train_as_one(two_processes):
-    folder, text = two_processes
+    folder, text, _ = two_processes
     assert '2 processes' in text and text.count(': loss ') == 10 # one of them speaks
     one, two = history(folder / 'one'), history(folder / 'two')
     assert len(one) == len(two) > 10
