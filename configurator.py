@@ -60,6 +60,9 @@ def exit_on_error():
     """
     try:
         yield
+    except BrokenPipeError: # nobody reads any more, as with | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # or Python complains at its end
+        sys.exit(1)
     except (ValueError, OSError, ImportError) as e:
         message = str(e) or type(e).__name__
         if isinstance(e, OSError) and e.strerror: # without the "[Errno 2]" that str(e) starts with
@@ -69,6 +72,20 @@ def exit_on_error():
         fail(message)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+@contextmanager
+def exit_on_error_in(files):
+    """As exit_on_error; what these files' code raises otherwise, such as a mixer's, ends in a line with its place."""
+    with exit_on_error():
+        try:
+            yield
+        except Exception as e:
+            known = {os.path.abspath(path): path for path in files}
+            frames = [f for f in traceback.extract_tb(e.__traceback__) if f.filename in known]
+            if not frames:
+                raise
+            fail(f'{known[frames[-1].filename]}:{frames[-1].lineno}: {type(e).__name__}: {e}')
 
 
 def configure(namespace, dataclass=None, argv=None, adopt=None, foreign=()):
@@ -104,7 +121,9 @@ def configure(namespace, dataclass=None, argv=None, adopt=None, foreign=()):
         given.update(check_file(path, assigned, settings, foreign, mistakes))
     files, flags, wrong = read_arguments(argv, folder, settings) # again: files may have brought settings
     if helps:
-        show_help(namespace, settings)
+        with exit_on_error():
+            show_help(namespace, settings)
+            sys.stdout.flush()
         sys.exit(0)
     if mistakes or wrong:
         fail(*mistakes, *wrong)

@@ -1277,17 +1277,35 @@ class FusedAttention(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def checked(mixer, name):
+    """The mixer's method; ValueError if what it returns is no tensor of x's shape."""
+    method = getattr(mixer, name)
+    def call(x, *args):
+        y = method(x, *args)
+        if getattr(y, 'shape', None) != x.shape:
+            what = f'a tensor of shape {tuple(y.shape)}' if torch.is_tensor(y) else type(y).__name__
+            raise ValueError(f"{type(mixer).__name__}.{name} returned {what}, and must return one of x's shape, "
+                             f"{tuple(x.shape)}")
+        return y
+    return call
+
+
 def cost(model, T=None, dtype=torch.float32, device_type=None):
     """
     -> (FLOPs a token, bytes a token that are kept for the backward pass), at length T (default block_size), on
     device_type (default: where the weights are). Counted on a copy without memory, so that it is right for any mixer:
     matrix products of the forward pass, times three for forward and backward. What a compiler saves is not seen.
+    ValueError if a mixer returns another shape than it got.
     """
     config = model.config
     T, device_type = T or config.block_size, device_type or model.lm_head.weight.device.type
     with torch.device('meta'):
         model = GPT(config).to(dtype)
         idx = torch.zeros(1, T, dtype=torch.long)
+    for module in model.modules():
+        if isinstance(module, Mixer):
+            name = 'mix' if hasattr(module, 'mix') else 'forward'
+            setattr(module, name, checked(module, name))
     kept = {p.untyped_storage()._cdata: p.untyped_storage() for p in model.parameters()}
     weights = sum(s.nbytes() for s in kept.values())
     def keep(t):

@@ -25,8 +25,8 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
-from configurator import (check_ranges, configure, exit_on_error, find_peak_flops, resolve, shorten_schedule,
-                          take_settings, yield_if_busy)
+from configurator import (check_ranges, configure, exit_on_error, exit_on_error_in, find_peak_flops, resolve,
+                          shorten_schedule, take_settings, yield_if_busy)
 
 yield_if_busy()
 with exit_on_error(): # a missing package, or Ctrl-C while torch is imported
@@ -38,7 +38,7 @@ with exit_on_error(): # a missing package, or Ctrl-C while torch is imported
 from data.checkpoints import (architecture, build_model, evaluated_weights, find_weights, full_state, is_pretrained,
                               load_checkpoint, load_latest, load_optimizer, load_pretrained, save_checkpoint,
                               stored_config, stored_state)
-from data.run import RunFolder, peak_memory
+from data.run import RunFolder, memory_of, peak_memory
 from data.tokenizers import load_tokenizer, with_line_ends
 from data.tokens import Split, dataset_folder, find_path, load_meta, prefetch
 from model import (BUILT_IN, GPT, MIXERS, Block, GPTConfig, add_mixer, clip_adaptively, cost, find_leak,
@@ -299,7 +299,8 @@ with exit_on_error():
     tokenizer = open_tokenizer()
     if sample_tokens:
         check_prompt()
-    model, added = build_network()
+    with exit_on_error_in(files):
+        model, added = build_network()
     block_size = model.config.block_size
     config |= vars(model.config)
     check_data()
@@ -354,7 +355,8 @@ scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 lengths = [block_size]
 if min_block_size:
     lengths = sorted({round(min_block_size + (block_size - min_block_size) * i / 7) for i in range(8)})
-costs = {T: cost(model, T, getattr(torch, dtype), device_type) for T in lengths} # (FLOPs, bytes kept) a token
+with exit_on_error_in(files): # here the mixers run for the first time
+    costs = {T: cost(model, T, getattr(torch, dtype), device_type) for T in lengths} # (FLOPs, bytes kept) a token
 
 # sharding, compiling, several processes: raw_model has no wrappers, and fast_model, for evaluations, has not DDP's
 raw_model = model.to(device)
@@ -667,6 +669,10 @@ def describe_run():
         say(f"changed  {name}={new!r}, was {old!r}")
     for line in added:
         say(f"added    {line}")
+    for name in MIXERS.keys() - BUILT_IN:
+        if MIXERS[name] not in raw_model.config.mixers():
+            say(f"note     {MIXERS[name].__name__} of a config file is not used, as mixer={raw_model.config.mixer!r}: "
+                f"mixer = {MIXERS[name].__name__} in the file, or --mixer={name}")
     if optimizer == 'sm3':
         say(f"note     sm3 has momentum={momentum}: beta1 and beta2 are AdamW's")
     how = f"{dtype}, {'compiled' if compile else 'eager'}, {world} process{'es' if world > 1 else ''}"
@@ -697,6 +703,10 @@ def describe_run():
         say(f"warning: at 40% of the peak that takes about {duration(seconds)}; fewer steps: --max_iters")
     say(f"memory   about {fixed + activations:.3g} GB: {fixed:.3g} of weights, gradients and optimizer, "
         f"{activations:.3g} of activations")
+    there = memory_of(device)
+    if there and fixed + activations > there / 1e9:
+        say(f"warning: this machine has {there / 1e9:.3g} GB of it: halve batch_size={batch_size} and double "
+            f"gradient_accumulation_steps={gradient_accumulation_steps} for the same steps")
 
 
 def prove_causal():
@@ -731,10 +741,14 @@ def evaluate_all():
 
 def sum_up():
     """What came of the run, and what to do next."""
-    best = f"lowest validation loss {state.best_val_loss:.4f} at step {state.best_step:,}" if run.best.exists() else ''
-    say(f"done     {state.step:,} steps, {state.tokens:,} tokens in {duration(state.seconds)}; {best or 'no best.pt'}")
-    if first_step == state.step >= max_iters:
-        say(f"note     the run was at max_iters={max_iters} already: to go on, --max_iters={2 * max_iters}")
+    best = 'no best.pt'
+    if run.best.exists():
+        best = f"lowest validation loss {state.best_val_loss:.4f} at step {state.best_step:,}"
+    elif state.step and math.isfinite(state.best_val_loss):
+        best += f", for none was better than step {state.best_step}'s {state.best_val_loss:.4f}"
+    say(f"done     {state.step:,} steps, {state.tokens:,} tokens in {duration(state.seconds)}; {best}")
+    if first_step == state.step:
+        say(f"note     the run was at step {state.step} already: to go on, --max_iters={2 * state.step or 1000}")
     if (run.path / 'loss.png').exists():
         say(f"picture  {run.path / 'loss.png'}")
     own = files if not set(raw_model.config.mixers()) <= {MIXERS[name] for name in BUILT_IN} else []
@@ -782,8 +796,9 @@ bar = None # of progress, once there is any
 logs = {'metrics.jsonl': lambda **values: run.log(step=state.step, tokens=state.tokens, seconds=round(state.seconds, 3),
                                                   **values)}
 describe_run()
-with exit_on_error():
+with exit_on_error_in(files):
     prove_causal()
+with exit_on_error():
     if eval_only:
         evaluate_all()
         exit_run(0)
@@ -835,7 +850,9 @@ while True:
         t0, tokens0, flops_done = time.perf_counter(), state.tokens, 0
         if out_of_patience:
             say(f"no better validation loss in {state.evals_since_best} evaluations: stopping")
-            save(run.latest)
+        if state.step > first_step and (out_of_patience or state.step >= last_step):
+            save(run.latest) # a resumed run evaluates this step only if eval_interval divides it
+        if out_of_patience:
             break
     if state.step >= last_step:
         break

@@ -50,8 +50,11 @@ class RunFolder:
             raise ValueError(f"{taken}, which left no ckpt.pt to go on with: choose another --out_dir, or replace it "
                              "by --overwrite=True")
 
-    def lock(self):
-        """Keeps other runs out of the folder until this process ends, however it ends. ValueError if one is in it."""
+    def lock(self, setting='out_dir'):
+        """
+        Keeps other runs out of the folder until this process ends, however it ends. ValueError, with the setting that
+        named the folder, if one is in it.
+        """
         try:
             import fcntl
         except ImportError: # Windows
@@ -62,10 +65,15 @@ class RunFolder:
         try:
             fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another run is at work in out_dir={str(self.path)!r}: wait for its end, stop it, or "
-                             "choose another --out_dir") from None
+            raise ValueError(f"another run is at work in {setting}={str(self.path)!r}: wait for its end, stop it, or "
+                             f"choose another --{setting}") from None
         except OSError: # a file system without locks
             pass
+
+    def unlock(self):
+        if self.locked is not None:
+            os.close(self.locked)
+        self.locked = None
 
     def remove_run(self):
         """Deletes a run's files, and nothing else that lies there."""
@@ -165,6 +173,16 @@ def git_commit():
     """The project's commit, with a + if files differ from it; None outside of git."""
     commit = git('rev-parse', 'HEAD')
     return commit and commit + ('+' if git('status', '--porcelain') else '')
+
+
+def memory_of(device):
+    """Bytes that the GPU has, or this machine; None where the system does not say."""
+    if torch.device(device).type == 'cuda':
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    except (AttributeError, ValueError): # Windows
+        return None
 
 
 def peak_memory(device):

@@ -42,6 +42,7 @@ class Writer:
         self.masks = {} # split -> list of arrays
 
     def __enter__(self):
+        self.refuse_if_no_place()
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.job is not None and self.progress.is_file():
             self.resume()
@@ -58,6 +59,14 @@ class Writer:
                 file.close()
             if self.job is None:
                 self.remove_temporary()
+
+    def refuse_if_no_place(self):
+        """DataError if this cannot be a dataset's folder: a file, a run's folder, the one that holds all datasets."""
+        runs = next((name for name in ('ckpt.pt', 'best.pt', 'metrics.jsonl') if (self.folder / name).exists()), None)
+        what = ('is a file' if self.folder.exists() and not self.folder.is_dir() else f'holds a run ({runs})' if runs
+                else 'holds the datasets' if self.folder.resolve() == Path(__file__).resolve().parent else None)
+        if what:
+            raise DataError(f"{self.folder} {what}: give the dataset a folder of its own, such as --out=my_text")
 
     def write(self, split, ids, mask=None):
         """Appends ids to a split, 'train' or 'val'. mask: one boolean an id, whether to learn it; then no shards."""

@@ -11,7 +11,8 @@ in another vocabulary, dataset=my_bpe, are compared in bits per byte; their batc
 First each arm is proven causal. Then it finds its learning rate, with seeds that the verdict does not use. Then all
 arms train with the same seeds, whose batches are the same, in turn. An interrupted comparison goes on where it was, one
 that is done prints its table at once, and arms and seeds can be added later: a run whose settings, code and data are
-known is not repeated. --out gets compare.json, a table and pictures.
+known is not repeated. A failed one is known, too, and the verdict says so: to repeat it, delete its folder in runs/.
+--out gets compare.json, a table and pictures.
 """
 import bisect
 import functools
@@ -25,6 +26,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from json import dumps, loads
 from pathlib import Path
@@ -35,7 +37,8 @@ import torch
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
-from configurator import check_ranges, configure, exit_on_error, fail, settings_of, shorten_schedule
+from configurator import (check_ranges, configure, exit_on_error, exit_on_error_in, fail, settings_of,
+                          shorten_schedule)
 from data.run import RunFolder, git_commit
 from data.tokenizers import load_tokenizer
 from data.tokens import Split, dataset_folder, find_path, load_meta
@@ -108,7 +111,7 @@ def paired(a, b):
     else:
         p = max(0.0, 1 - t_probability(abs(difference) * math.sqrt(n) / sd, n - 1))
     needed = 2 + bisect.bisect_left(range(2, 1000), -abs(difference), key=lambda m: -detectable(sd, m))
-    needed = needed if needed < 1000 else None
+    needed = needed if difference and needed < 1000 else None
     return dict(difference=difference, half=half, p=p, detectable=detectable(sd, n), needed=needed, pairs=n)
 
 
@@ -203,10 +206,11 @@ def make_arm(name, common, params=None):
     model = {f.name: config[f.name] for f in fields(GPTConfig)}
     model['vocab_size'] = size if size < 1024 else math.ceil(size / 64) * 64 # as train.py has it
     short = '+'.join(Path(part).stem if part.endswith('.py') else part for part in name.split('+'))
-    arm = count(Arm(short or 'as it is', argv, config, model, steps=config['max_iters']))
-    if params:
-        fit_params(arm, params)
-    arm.leak = leak_of(arm) # now: the next arm's file may have a mixer of the same name
+    with exit_on_error_in([arg for arg in argv if arg.endswith('.py')]):
+        arm = count(Arm(short or 'as it is', argv, config, model, steps=config['max_iters']))
+        if params:
+            fit_params(arm, params)
+        arm.leak = leak_of(arm) # now: the next arm's file may have a mixer of the same name
     return arm
 
 
@@ -284,7 +288,10 @@ class Cell:
     def result(self):
         """What came of it, losses in UNIT; None if it is not done."""
         path = self.folder / 'result.json'
-        result = loads(path.read_text(encoding='utf-8')) if path.exists() else None
+        try:
+            result = loads(path.read_text(encoding='utf-8')) if path.exists() else None
+        except ValueError: # a damaged file: it is done again
+            return None
         if result and result['loss'] and UNIT != 'nats':
             bits_a_nat = result['bits'] / result['loss'] # of the same windows at each evaluation
             result |= dict(loss=result['bits'], train_loss=result['train_loss'] * bits_a_nat,
@@ -323,8 +330,8 @@ def execute(command, folder, env=None):
         PROCESSES.add(process)
         status = process.wait()
         PROCESSES.discard(process)
-    if STOPPING.is_set() or status in (-signal.SIGINT, 128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGTERM):
-        return # it goes on next time
+    if STOPPING.is_set() or status < 0 or status in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+        return # stopped or killed: it goes on next time
     result = read_run(folder, status) | dict(status=status, took=time.time() - t0)
     if not keep:
         for path in folder.glob('*.pt'):
@@ -384,7 +391,8 @@ def train_all(cells, what, at_once=None):
         if result := cell.result():
             done.append(cell)
             left = (time.time() - t0) / len(done) * (len(todo) - len(done))
-            report(f"  {len(done)}/{len(todo)}  {cell}: {result['failed'] or format(result['loss'], '.4f')}"
+            came = f"{result['failed']}; see {cell.folder / 'log.txt'}" if result['failed'] else f"{result['loss']:.4f}"
+            report(f"  {len(done)}/{len(todo)}  {cell}: {came}"
                    f"{f'; about {left / 60:.0f} min left' if left > 60 else ''}")
 
     with ThreadPoolExecutor(at_once) as pool:
@@ -398,8 +406,9 @@ def train_all(cells, what, at_once=None):
 
 def refuse_unfinished(cells):
     for cell in cells:
-        if cell.result() is None: # somebody else stopped it: a scheduler, a kill
-            raise ValueError(f"the run of {cell} was stopped before its end: the same command goes on")
+        if cell.result() is None: # by somebody else: a scheduler, the system where memory is short
+            raise ValueError(f"the run of {cell} was stopped or killed before its end (its log: "
+                             f"{cell.folder / 'log.txt'}): the same command goes on")
 
 
 def stop():
@@ -487,9 +496,13 @@ def make_arms(common, names):
     for name in names:
         everyone.append(make_arm(name, common, everyone[0].params if equal == 'params' else None))
     for i, arm in enumerate(everyone):
-        out_dir = arm.config['out_dir']
-        twin = next((a.name for a in everyone[:i] if a.config | dict(out_dir=out_dir) == arm.config
-                     and fingerprint(a) == fingerprint(arm)), None) # what a file's code does is no setting
+        if equal in ('steps', 'params') and arm.steps != everyone[0].steps:
+            raise ValueError(f"the arm {arm.name} has max_iters={arm.steps} and the first one {everyone[0].steps}, and "
+                             f"--equal={equal} compares equal steps: give --max_iters for all, or --equal=flops or "
+                             "seconds")
+        # of settings that every run gets anyway, such as the seed, runs know nothing
+        twin = next((a.name for a in everyone[:i] if Cell(a, 1.0, 1, a.steps).folder == Cell(arm, 1.0, 1,
+                                                                                          arm.steps).folder), None)
         if twin:
             raise ValueError(f"the arms {twin} and {arm.name} are the same: leave one out")
     return everyone
@@ -514,7 +527,7 @@ def compare(everyone):
     rows = [row_of(arm, cells[arm.name], base, cells[base.name]) for arm in running]
     for row, p in zip(rows[1:], holm([row['p'] for row in rows[1:]])):
         row['p_holm'] = p
-        row['verdict'] = verdict(row)
+        row['verdict'] = verdict(row, rows[0]['failed'])
     rows += [dict(arm=arm.name, leak=arm.leak, verdict=f'refused: it is not causal: {arm.leak}')
              for arm in everyone if arm.leak and not allow_leak]
     return rows
@@ -557,10 +570,12 @@ def seconds_to(loss, curves):
     return mean(times)
 
 
-def verdict(row):
-    """One sentence."""
+def verdict(row, failed_before=()):
+    """One sentence. failed_before: how runs of the first arm failed."""
     what = {'steps': 'steps', 'params': 'parameters and steps', 'flops': 'FLOPs', 'seconds': 'seconds'}[equal]
     bad = f"; {len(row['failed'])} of {seeds} runs failed: it {row['failed'][0]}" if row['failed'] else ''
+    if failed_before:
+        bad += f"; {len(failed_before)} of {seeds} runs of the first arm failed: it {failed_before[0]}"
     lr = '' if row['bracketed'] else '; its best learning rate is not bracketed'
     lr = lr if len(lrs) > 1 else '; learning rates were not searched'
     causal = 'NOT CAUSAL' if row['leak'] else 'causal: proven'
@@ -614,6 +629,8 @@ def draw(rows, folder):
     """curves.png, learning_rates.png, differences.png"""
     from matplotlib.figure import Figure
     shown = [row for row in rows if row.get('curves') and any(row['curves'])]
+    if not shown: # all failed
+        return
     figure = Figure(figsize=(15, 4.5), layout='constrained')
     for axes, (label, scale_of) in zip(figure.subplots(1, 3, sharey=True), {
             'tokens': lambda row, point: point[1], 'FLOPs': lambda row, point: point[1] * row['flops'],
@@ -675,6 +692,9 @@ def gains_by_size(by_width):
 
 def check(config):
     check_ranges(config, {'[1, inf)': 'seeds lr_seeds eval_tokens evaluations jobs'})
+    if not out.strip() or Path(out).is_file():
+        raise ValueError(f"out={out!r} is {'a file' if out.strip() else 'no folder'}: choose a folder, such as "
+                         "--out=out-compare")
     if not lrs or min(lrs) <= 0 or len(set(lrs)) < len(lrs):
         raise ValueError(f"lrs={lrs} must be different factors above 0, as in 0.5,1,2")
     if cluster:
@@ -684,13 +704,19 @@ def check(config):
             raise ValueError(f"cluster={cluster!r} needs submitit: pip install submitit") from None
 
 
-def claim(folder, common):
+@contextmanager
+def claimed(folder, common):
     """The folder of one comparison: its arms and seeds may grow, what they have in common may not change."""
-    path = folder / 'common.json'
-    if path.exists() and (before := loads(path.read_text(encoding='utf-8'))) != common:
-        raise ValueError(f"{folder} holds the comparison of {' '.join(before)}: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(dumps(common), encoding='utf-8')
+    run, path = RunFolder(folder), folder / 'common.json'
+    run.lock('out')
+    try:
+        if path.exists() and (before := loads(path.read_text(encoding='utf-8'))) != common:
+            raise ValueError(f"{folder} holds the comparison of {' '.join(before)}: choose another --out")
+        path.write_text(dumps(common), encoding='utf-8')
+        yield
+    finally:
+        run.unlock()
 
 
 def main(argv):
@@ -702,6 +728,7 @@ def main(argv):
     if not any(arg.endswith('.py') for arg in common):
         fail("give a config file, as in python tests/compare.py config/shakespeare_small.py --arms=qk_norm=True")
     config = configure(globals(), argv=own).config
+    signal.signal(signal.SIGTERM, signal.default_int_handler) # as Ctrl-C: its runs end with it
     with exit_on_error():
         check(config)
         at_width = {}
@@ -712,24 +739,26 @@ def main(argv):
                 more = [f'--n_embd={width}', f"--n_head={max(1, round(first['n_head'] * width / first['n_embd']))}"]
             at_width[width] = make_arms(common + more, split_arms(arms))
         UNIT = unit_of([arm for everyone in at_width.values() for arm in everyone])
-        claim(Path(out), common)
-        everything = [(width, compare(everyone)) for width, everyone in at_width.items()]
-        lines, slopes = gains_by_size(everything) if scale else ([], [])
-        about = dict(command=argv, commit=git_commit(), torch=torch.__version__, equal=equal, seeds=seeds)
-        results = dict(about=about, by_size=slopes, tables=[dict(n_embd=w, rows=rows) for w, rows in everything])
-        folder, text = Path(out), []
-        (folder / 'compare.json').write_text(dumps(results, indent=1), encoding='utf-8')
-        for width, rows in everything:
-            place = folder / f'n_embd-{width}' if width else folder
-            place.mkdir(exist_ok=True)
-            try:
-                draw(rows, place)
-            except ImportError:
-                report('no pictures: pip install matplotlib')
-            text += [f'n_embd={width}'] * bool(width) + [table(rows), '']
-        text = '\n'.join(text + lines)
-        (folder / 'table.md').write_text(text + '\n', encoding='utf-8')
-        print(dumps(results) if json else text)
+        with claimed(Path(out), common):
+            everything = [(width, compare(everyone)) for width, everyone in at_width.items()]
+            lines, slopes = gains_by_size(everything) if scale else ([], [])
+            about = dict(command=argv, commit=git_commit(), torch=torch.__version__, equal=equal, seeds=seeds)
+            results = dict(about=about, by_size=slopes, tables=[dict(n_embd=w, rows=rows) for w, rows in everything])
+            folder, text = Path(out), []
+            (folder / 'compare.json').write_text(dumps(results, indent=1), encoding='utf-8')
+            for width, rows in everything:
+                place = folder / f'n_embd-{width}' if width else folder
+                place.mkdir(exist_ok=True)
+                try:
+                    draw(rows, place)
+                except ImportError:
+                    report('no pictures: pip install matplotlib')
+                text += [f'n_embd={width}'] * bool(width) + [table(rows), '']
+            text = '\n'.join(text + lines)
+            (folder / 'table.md').write_text(text + '\n', encoding='utf-8')
+            print(dumps(results) if json else text)
+            if all(row.get('loss') is None for _, rows in everything for row in rows):
+                sys.exit(1) # no run came to its end
 
 
 if __name__ == '__main__':

@@ -226,7 +226,7 @@ def test_a_run_that_somebody_stops_goes_on_next_time(run, monkeypatch):
     train = compare.execute
     monkeypatch.setattr(compare, 'execute', lambda command, folder, env=None: (
         None if '--seed=2' in command else train(command, folder, env)))
-    assert 'seed 2 was stopped before its end' in run('--seeds=3', status=2)
+    assert 'seed 2 was stopped or killed before its end' in run('--seeds=3', status=2)
     monkeypatch.setattr(compare, 'execute', train)
     run('--seeds=3')
     assert [seed for _, _, seed, _ in run.asked] == [2]

@@ -636,7 +636,7 @@ def test_the_end_says_what_came_of_it(shortened):
     lines = text.splitlines()
     assert f"lowest validation loss {val_losses(folder / 'out')[10]:.4f} at step 10" in text
     assert lines[-1] == f"next     python sample.py --out_dir={folder / 'out'}" and 'loss.png' in lines[-2]
-    assert 'at max_iters=10 already: to go on, --max_iters=20' in again
+    assert 'at step 10 already: to go on, --max_iters=20' in again
     assert load_checkpoint(folder / 'out/ckpt.pt')['state']['step'] == 12 and 'already' not in on
     config = json.loads((folder / 'out/config.json').read_text(encoding='utf-8'))
     assert config['lr_decay_iters'] == 10 # what a run began with holds
