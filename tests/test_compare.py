@@ -12,6 +12,7 @@ import pytest
 import scipy.stats
 
 import compare
+from data.run import RunFolder
 from data.tokenizers import ByteTokenizer
 from helpers import PROJECT, write_data
 
@@ -232,6 +233,44 @@ def test_a_run_that_somebody_stops_goes_on_next_time(run, monkeypatch):
     assert [seed for _, _, seed, _ in run.asked] == [2]
 
 
+def test_a_killed_run_is_no_result(tmp_path):
+    code = 'import os, sys; os.kill(os.getpid(), int(sys.argv[1])) if sys.argv[1] != "0" else sys.exit(3)'
+    compare.execute([sys.executable, '-c', code, '9'], tmp_path / 'killed') # as where memory is short
+    assert not (tmp_path / 'killed/result.json').exists()
+    compare.execute([sys.executable, '-c', code, '0'], tmp_path / 'failed')
+    assert json.loads((tmp_path / 'failed/result.json').read_text())['status'] == 3
+
+
+def test_a_damaged_result_is_done_again(run, tmp_path):
+    run('--seeds=2')
+    folder = next(tmp_path.glob('out/runs/*'))
+    (folder / 'result.json').write_text('{')
+    assert 'File exists' in run('--seeds=2', status=2) # it is asked for again, and the fixture makes its folder
+
+
+def test_runs_of_the_first_arm_that_fail_are_said(run):
+    run.loss = lambda key, factor, seed: math.nan if not key and seed == 2 else run.default_loss(key, factor, seed)
+    _, row = run('--arms=qk_norm=True', '--seeds=4')
+    assert row['pairs'] == 3 and '1 of 4 runs of the first arm failed: it had no finite step' in row['verdict']
+
+
+def test_two_comparisons_in_one_folder(run, tmp_path):
+    run('--seeds=2')
+    other = RunFolder(tmp_path / 'out')
+    other.lock()
+    assert f"another run is at work in out={str(tmp_path / 'out')!r}" in run('--seeds=3', status=2)
+    other.unlock()
+    run('--seeds=3')
+    assert [seed for _, _, seed, _ in run.asked] == [3]
+
+
+def test_a_mistake_in_a_mixer(run, tmp_path):
+    idea = tmp_path / 'idea.py'
+    idea.write_text("from model import Mixer\nmixer = 'idea'\nclass Idea(Mixer):\n"
+                    "    def mix(self, x):\n        return x.cumsumm(1)\n")
+    assert f"{idea}:5: AttributeError: 'Tensor' object has no attribute" in run(f'--arms={idea}', status=2)
+
+
 def test_a_leaking_arm_is_refused(run, tmp_path):
     idea = tmp_path / 'mean_of_all.py'
     idea.write_text("from model import Mixer\nmixer = 'mean_of_all'\nclass MeanOfAll(Mixer):\n"
@@ -258,7 +297,8 @@ def test_scale(run):
     (['--arms=qk_norm=True,qk_norm=True'], 'the same'), (['--arms=qk_norm=False'], 'the same'),
     (['--lrs=0,1'], 'above 0'), (['--lrs=1,1'], 'different'), (['--seeds=0'], 'seeds=0'),
     (['--arms=mlp=none', '--equal=params'], '--equal=flops'), (['--dataset=shakespeare'], 'prepare.py'),
-    (['--equal=watts'], 'watts'),
+    (['--equal=watts'], 'watts'), (['--arms=seed=5'], 'the same'), (['--arms=log_interval=3'], 'the same'),
+    (['--arms=max_iters=20'], 'max_iters=20 and the first one 8'), (['--out='], "out='' is no folder"),
     (['--arms=mixer=mlp_mixer+pos_emb=none+block_size=256', '--equal=params'], 'cannot have')])
 def test_mistakes(run, tmp_path, arguments, expected):
     assert expected in run(*arguments, status=2)

@@ -614,6 +614,16 @@ def test_writer_refuses(tmp_path, given, words):
     assert content(tmp_path) == {}
 
 
+def test_writer_refuses_a_run_a_file_and_the_folder_of_all_datasets(tmp_path):
+    (tmp_path / 'ckpt.pt').touch()
+    (tmp_path / 'file').touch()
+    for folder, words in ((tmp_path, r'holds a run \(ckpt.pt\)'), (tmp_path / 'file', 'is a file'),
+                          (Path(T.__file__).parent, 'holds the datasets')):
+        with pytest.raises(DataError, match=f'{words}: give the dataset a folder of its own'):
+            write(folder, {'train': [1, 2], 'val': [1]})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['ckpt.pt', 'file']
+
+
 def test_writer_killed_while_replacing(tmp_path, monkeypatch):
     """What os.replace has done so far is never trusted, at whichever call the process dies."""
     replace = os.replace

@@ -648,6 +648,7 @@ def test_many_epochs_and_days_are_warned_of(folder_of_mistakes):
     text = folder_of_mistakes
     assert re.search(r'warning: [\d,]+ times the same [\d,]+ tokens; for 20 times, --max_iters=\d+', text)
     assert 'warning: at 40% of the peak that takes about' in text and ' days;' in text
+    assert 'warning: this machine has' not in text
 
 
 @job
@@ -689,6 +690,54 @@ mixer = MovingAverage
 memory = 0.5
 '''
 LEAKING = IDEA.replace('x.cumsum(dim=1)', 'x.flip(1).cumsum(dim=1).flip(1)')
+
+
+@job
+def mistaken(folder):
+    """Mixers that cannot work -> {what is wrong: (status, what it printed)}."""
+    write_data(folder / 'data')
+    wrong = dict(shape=IDEA.replace('nn.Linear(config.n_embd, Helper(config.n_embd).size)', 'nn.Linear(16, 32)'),
+                 nothing=IDEA.replace('return self.c_proj', 'self.c_proj'), method=IDEA.replace('cumsum', 'cumsumm'),
+                 setting=IDEA.replace('config.memory', 'config.memmory'), unused=IDEA[:IDEA.index('mixer =')])
+    found = {}
+    for name, text in wrong.items():
+        (folder / 'idea.py').write_text(text)
+        settings = TINY | dict(dataset=folder / 'data', max_iters=1, out_dir=folder / name)
+        done = run('train.py', ['idea.py', *flags(**settings)], cwd=folder)
+        found[name] = done.returncode, (done.stderr if done.returncode else done.stdout).decode()
+    return found
+
+
+@pytest.mark.parametrize('name, words', [
+    ('shape', "MovingAverage.mix returned a tensor of shape (1, 16, 32), and must return one of x's shape, (1, 16,"),
+    ('nothing', "MovingAverage.mix returned NoneType, and must"),
+    ('method', "idea.py:18: AttributeError: 'Tensor' object has no attribute 'cumsumm'"),
+    ('setting', "idea.py:15: AttributeError: 'GPTConfig' object has no attribute 'memmory'")])
+def test_a_mistake_in_a_mixer_is_one_line(mistaken, name, words):
+    status, text = mistaken[name]
+    assert status == 2 and text.startswith('error: ') and words in text and text.count('\n') == 1, text
+
+
+def test_a_mixer_that_nothing_names_is_said(mistaken):
+    status, text = mistaken['unused']
+    assert status == 0 and "MovingAverage of a config file is not used, as mixer='attention'" in text
+
+
+@job
+def finished(folder):
+    """A run whose last step is no multiple of eval_interval, resumed with a learning rate that ruins it."""
+    write_data(folder / 'data')
+    train(folder, max_iters=7)
+    first = load_checkpoint(folder / 'out/ckpt.pt')['state'], (folder / 'out/best.pt').read_bytes()
+    text = train(folder, init_from='resume', max_iters=9, learning_rate=1.0, min_lr=1.0, decay_lr=False)
+    return folder, *first, text
+
+
+def test_a_finished_run_keeps_its_best_when_it_goes_on(finished):
+    folder, state, best, text = finished
+    val = val_losses(folder / 'out')
+    assert state['best_step'] == 7 and state['best_val_loss'] == val[7] < val[9]
+    assert (folder / 'out/best.pt').read_bytes() == best and f'lowest validation loss {val[7]:.4f} at step 7' in text
 
 
 @job
