@@ -776,6 +776,16 @@ def end_dry_run():
         f"{size / 1e9:.3g} GB; peak memory {(peak_memory(device) or 0) / 1e9:.3g} GB")
 
 
+def begin_wandb():
+    import wandb
+    run.path.mkdir(parents=True, exist_ok=True)
+    try:
+        wandb.init(project=wandb_project, name=wandb_run_name, config=config, dir=run.path)
+    except wandb.Error as e:
+        raise ValueError(f"wandb_log=True: {str(e).rstrip('.')}; or WANDB_MODE=offline, or leave it out") from None
+    logs['wandb'] = lambda **values: wandb.log(dict(tokens=state.tokens, **values), step=state.step)
+
+
 def begin_run():
     """The run's folder: made, locked, and rid of what a new run replaces or a resumed one writes again."""
     run.path.mkdir(parents=True, exist_ok=True)
@@ -805,11 +815,9 @@ with exit_on_error():
     if dry_run:
         begin_dry_run()
     elif is_main:
+        if wandb_log: # first: where it refuses, nothing is lost
+            begin_wandb()
         begin_run()
-if wandb_log and is_main and not dry_run:
-    import wandb
-    wandb.init(project=wandb_project, name=wandb_run_name, config=config, dir=run.path)
-    logs['wandb'] = lambda **values: wandb.log(dict(tokens=state.tokens, **values), step=state.step)
 if tensorboard_log and is_main and not dry_run:
     from torch.utils.tensorboard import SummaryWriter
     tensorboard = SummaryWriter(run.path, purge_step=state.step + 1) # what a killed run wrote beyond is hidden
