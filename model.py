@@ -891,6 +891,10 @@ def add_mixer(cls):
         return known[0]
     if cls.forward is Mixer.forward and not callable(getattr(cls, 'mix', None)):
         raise ValueError(f"{cls.__name__} defines neither mix(x) nor forward(x, cache): see Mixer in model.py")
+    try:
+        inspect.signature(cls).bind('config', 'block_size')
+    except TypeError as e:
+        raise ValueError(f"{cls.__name__}.__init__ is called with (config, block_size): {e}") from None
     name = re.sub(r'(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])', '_', cls.__name__).lower()
     if name in BUILT_IN:
         raise ValueError(f"mixer={name!r} is model.py's own: choose another name than {cls.__name__}")

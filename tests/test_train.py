@@ -698,7 +698,8 @@ def mistaken(folder):
     write_data(folder / 'data')
     wrong = dict(shape=IDEA.replace('nn.Linear(config.n_embd, Helper(config.n_embd).size)', 'nn.Linear(16, 32)'),
                  nothing=IDEA.replace('return self.c_proj', 'self.c_proj'), method=IDEA.replace('cumsum', 'cumsumm'),
-                 setting=IDEA.replace('config.memory', 'config.memmory'), unused=IDEA[:IDEA.index('mixer =')])
+                 setting=IDEA.replace('config.memory', 'config.memmory'),
+                 arguments=IDEA.replace('(self, config, block_size)', '(self, config)'), unused=IDEA[:IDEA.index('mixer =')])
     found = {}
     for name, text in wrong.items():
         (folder / 'idea.py').write_text(text)
@@ -712,6 +713,7 @@ def mistaken(folder):
     ('shape', "MovingAverage.mix returned a tensor of shape (1, 16, 32), and must return one of x's shape, (1, 16,"),
     ('nothing', "MovingAverage.mix returned NoneType, and must"),
     ('method', "idea.py:18: AttributeError: 'Tensor' object has no attribute 'cumsumm'"),
+    ('arguments', 'idea.py: MovingAverage.__init__ is called with (config, block_size): too many positional arguments'),
     ('setting', "idea.py:15: AttributeError: 'GPTConfig' object has no attribute 'memmory'")])
 def test_a_mistake_in_a_mixer_is_one_line(mistaken, name, words):
     status, text = mistaken[name]
