@@ -699,7 +699,8 @@ def mistaken(folder):
     wrong = dict(shape=IDEA.replace('nn.Linear(config.n_embd, Helper(config.n_embd).size)', 'nn.Linear(16, 32)'),
                  nothing=IDEA.replace('return self.c_proj', 'self.c_proj'), method=IDEA.replace('cumsum', 'cumsumm'),
                  setting=IDEA.replace('config.memory', 'config.memmory'),
-                 arguments=IDEA.replace('(self, config, block_size)', '(self, config)'), unused=IDEA[:IDEA.index('mixer =')])
+                 arguments=IDEA.replace('(self, config, block_size)', '(self, config)').replace('memory = 0.5', ''),
+                 unused=IDEA[:IDEA.index('mixer =')])
     found = {}
     for name, text in wrong.items():
         (folder / 'idea.py').write_text(text)
