@@ -16,6 +16,7 @@ import difflib
 import functools
 import inspect
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -60,9 +61,6 @@ def exit_on_error():
     """
     try:
         yield
-    except BrokenPipeError: # nobody reads any more, as with | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # or Python complains at its end
-        sys.exit(1)
     except (ValueError, OSError, ImportError) as e:
         message = str(e) or type(e).__name__
         if isinstance(e, OSError) and e.strerror: # without the "[Errno 2]" that str(e) starts with
@@ -83,7 +81,8 @@ def exit_on_error_in(files):
         except Exception as e:
             known = {os.path.abspath(path): path for path in files}
             frames = [f for f in traceback.extract_tb(e.__traceback__) if f.filename in known]
-            if not frames:
+            short_of_memory = isinstance(e, MemoryError) or re.search("out of memory|can't allocate memory", str(e))
+            if not frames or short_of_memory: # no mistake of the file's
                 raise
             fail(f'{known[frames[-1].filename]}:{frames[-1].lineno}: {type(e).__name__}: {e}')
 
@@ -121,9 +120,11 @@ def configure(namespace, dataclass=None, argv=None, adopt=None, foreign=()):
         given.update(check_file(path, assigned, settings, foreign, mistakes))
     files, flags, wrong = read_arguments(argv, folder, settings) # again: files may have brought settings
     if helps:
-        with exit_on_error():
+        try:
             show_help(namespace, settings)
             sys.stdout.flush()
+        except BrokenPipeError: # nobody reads on, as with | head
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # or Python complains at its end
         sys.exit(0)
     if mistakes or wrong:
         fail(*mistakes, *wrong)

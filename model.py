@@ -891,10 +891,6 @@ def add_mixer(cls):
         return known[0]
     if cls.forward is Mixer.forward and not callable(getattr(cls, 'mix', None)):
         raise ValueError(f"{cls.__name__} defines neither mix(x) nor forward(x, cache): see Mixer in model.py")
-    try:
-        inspect.signature(cls).bind('config', 'block_size')
-    except TypeError as e:
-        raise ValueError(f"{cls.__name__}.__init__ is called with (config, block_size): {e}") from None
     name = re.sub(r'(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])', '_', cls.__name__).lower()
     if name in BUILT_IN:
         raise ValueError(f"mixer={name!r} is model.py's own: choose another name than {cls.__name__}")
@@ -1284,8 +1280,8 @@ class FusedAttention(TorchFunctionMode):
 def checked(mixer, name):
     """The mixer's method; ValueError if what it returns is no tensor of x's shape."""
     method = getattr(mixer, name)
-    def call(x, *args):
-        y = method(x, *args)
+    def call(x, *args, **options):
+        y = method(x, *args, **options)
         if getattr(y, 'shape', None) != x.shape:
             what = f'a tensor of shape {tuple(y.shape)}' if torch.is_tensor(y) else type(y).__name__
             raise ValueError(f"{type(mixer).__name__}.{name} returned {what}, and must return one of x's shape, "
@@ -1308,7 +1304,7 @@ def cost(model, T=None, dtype=torch.float32, device_type=None):
         idx = torch.zeros(1, T, dtype=torch.long)
     for module in model.modules():
         if isinstance(module, Mixer):
-            name = 'mix' if hasattr(module, 'mix') else 'forward'
+            name = 'mix' if type(module).forward is Mixer.forward else 'forward'
             setattr(module, name, checked(module, name))
     kept = {p.untyped_storage()._cdata: p.untyped_storage() for p in model.parameters()}
     weights = sum(s.nbytes() for s in kept.values())

@@ -181,13 +181,12 @@ def check_settings():
     if gradient_accumulation_steps % world:
         raise ValueError(f"gradient_accumulation_steps={gradient_accumulation_steps} is not divisible by the {world} "
                          f"processes: take {math.ceil(gradient_accumulation_steps / world) * world}")
-    if compile in ('reduce-overhead', 'max-autotune') and sharded:
-        raise ValueError(f"compile={compile!r} replays CUDA graphs, and parallel='fsdp' moves the weights that they "
-                         "read: take --compile=True or max-autotune-no-cudagraphs")
-    if compile in ('reduce-overhead', 'max-autotune') and gradient_accumulation_steps > world:
-        raise ValueError(f"compile={compile!r} replays CUDA graphs, which overwrite the gradients of the micro-batch "
-                         f"before: gradient_accumulation_steps={gradient_accumulation_steps} must be {world} then, or "
-                         "take --compile=True or max-autotune-no-cudagraphs")
+    if compile in ('reduce-overhead', 'max-autotune') and (sharded or gradient_accumulation_steps > world):
+        why = ("and parallel='fsdp' moves the weights that they read: " if sharded else
+               "which overwrite the gradients of the micro-batch before: "
+               f"gradient_accumulation_steps={gradient_accumulation_steps} must be {world} then, or ")
+        raise ValueError(f"compile={compile!r} replays CUDA graphs, {why}take --compile=True or "
+                         "max-autotune-no-cudagraphs")
     for name, asked in ('wandb', wandb_log), ('tensorboard', tensorboard_log):
         if asked and importlib.util.find_spec(name) is None:
             raise ValueError(f"{name}_log=True needs {name}: pip install {name}, or leave it out")
@@ -294,6 +293,7 @@ with exit_on_error():
     device, dtype = resolve(device, dtype)
     if deterministic: # before the first matrix product
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+        torch.use_deterministic_algorithms(True)
     peak, peak_source = find_peak_flops(peak_flops, device, getattr(torch, dtype))
     meta, splits = open_data()
     tokenizer = open_tokenizer()
@@ -346,8 +346,6 @@ if world > 1:
         everywhere = torch.tensor(int(on_cpus is not None), device=device)
         dist.all_reduce(everywhere, dist.ReduceOp.MIN)
         on_cpus = on_cpus if everywhere else None
-if deterministic:
-    torch.use_deterministic_algorithms(True)
 torch.set_float32_matmul_precision('high') # TF32 where float32 remains on a GPU
 amp = torch.autocast(device_type, getattr(torch, dtype)) if dtype != 'float32' else nullcontext()
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
@@ -669,8 +667,8 @@ def describe_run():
         say(f"changed  {name}={new!r}, was {old!r}")
     for line in added:
         say(f"added    {line}")
-    for name in MIXERS.keys() - BUILT_IN:
-        if MIXERS[name] not in raw_model.config.mixers():
+    for name in sorted(MIXERS.keys() - BUILT_IN):
+        if not any(isinstance(module, MIXERS[name]) for module in raw_model.modules()):
             say(f"note     {MIXERS[name].__name__} of a config file is not used, as mixer={raw_model.config.mixer!r}: "
                 f"mixer = {MIXERS[name].__name__} in the file, or --mixer={name}")
     if optimizer == 'sm3':
@@ -705,8 +703,8 @@ def describe_run():
         f"{activations:.3g} of activations")
     there = memory_of(device)
     if there and fixed + activations > there / 1e9:
-        say(f"warning: this machine has {there / 1e9:.3g} GB of it: halve batch_size={batch_size} and double "
-            f"gradient_accumulation_steps={gradient_accumulation_steps} for the same steps")
+        say(f"warning: {device} has {there / 1e9:.3g} GB: if it does not fit, a lower batch_size and as many more "
+            "gradient_accumulation_steps take the same steps")
 
 
 def prove_causal():
@@ -744,10 +742,10 @@ def sum_up():
     best = 'no best.pt'
     if run.best.exists():
         best = f"lowest validation loss {state.best_val_loss:.4f} at step {state.best_step:,}"
-    elif state.step and math.isfinite(state.best_val_loss):
-        best += f", for none was better than step {state.best_step}'s {state.best_val_loss:.4f}"
+    elif state.step > state.best_step == 0 and math.isfinite(state.best_val_loss):
+        best += f", for none was better than step 0's {state.best_val_loss:.4f}"
     say(f"done     {state.step:,} steps, {state.tokens:,} tokens in {duration(state.seconds)}; {best}")
-    if first_step == state.step:
+    if first_step == state.step >= max_iters:
         say(f"note     the run was at step {state.step} already: to go on, --max_iters={2 * state.step or 1000}")
     if (run.path / 'loss.png').exists():
         say(f"picture  {run.path / 'loss.png'}")
@@ -778,7 +776,6 @@ def end_dry_run():
 
 def begin_wandb():
     import wandb
-    run.path.mkdir(parents=True, exist_ok=True)
     try:
         wandb.init(project=wandb_project, name=wandb_run_name, config=config, dir=run.path)
     except wandb.Error as e:
@@ -790,11 +787,13 @@ def begin_run():
     """The run's folder: made, locked, and rid of what a new run replaces or a resumed one writes again."""
     run.path.mkdir(parents=True, exist_ok=True)
     run.lock()
+    if not (resuming or overwrite): # another run may have begun since the first look
+        run.refuse_if_taken(restart=init_from == 'auto')
+    if wandb_log: # before anything is deleted: it may refuse
+        begin_wandb()
     if resuming:
         run.forget_after(state.step, evaluates=state.step % eval_interval == 0 or state.step >= last_step)
     else:
-        if not overwrite: # another run may have begun since the first look
-            run.refuse_if_taken(restart=init_from == 'auto')
         run.remove_run()
     if code_changed := run.keep_code(files, state.step):
         say(f"note     the code has changed: {', '.join(code_changed)}; {run.code()[-2]} has what made the run so far")
@@ -815,8 +814,6 @@ with exit_on_error():
     if dry_run:
         begin_dry_run()
     elif is_main:
-        if wandb_log: # first: where it refuses, nothing is lost
-            begin_wandb()
         begin_run()
 if tensorboard_log and is_main and not dry_run:
     from torch.utils.tensorboard import SummaryWriter
@@ -858,8 +855,8 @@ while True:
         t0, tokens0, flops_done = time.perf_counter(), state.tokens, 0
         if out_of_patience:
             say(f"no better validation loss in {state.evals_since_best} evaluations: stopping")
-        if state.step > first_step and (out_of_patience or state.step >= last_step):
-            save(run.latest) # a resumed run evaluates this step only if eval_interval divides it
+        if out_of_patience or last_step == state.step > first_step and state.step % eval_interval:
+            save(run.latest) # again: a resumed run would not evaluate this step
         if out_of_patience:
             break
     if state.step >= last_step:

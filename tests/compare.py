@@ -323,14 +323,20 @@ def execute(command, folder, env=None):
     """Runs a cell's command and writes its result.json, whatever came of it. Also what a cluster's node does."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    t0 = time.time()
+    t0, run = time.time(), RunFolder(folder)
+    try:
+        run.lock()
+    except ValueError: # this run is still at work: its comparison was killed, and it was not
+        return
+    run.unlock()
     with open(folder / 'log.txt', 'w', encoding='utf-8') as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=PROJECT,
                                    env=os.environ | (env or {}))
         PROCESSES.add(process)
         status = process.wait()
         PROCESSES.discard(process)
-    if STOPPING.is_set() or status < 0 or status in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+    stops = {getattr(signal, name, None) for name in ('SIGINT', 'SIGTERM', 'SIGKILL', 'SIGHUP', 'SIGUSR1')}
+    if STOPPING.is_set() or status and (-status in stops or status - 128 in stops):
         return # stopped or killed: it goes on next time
     result = read_run(folder, status) | dict(status=status, took=time.time() - t0)
     if not keep:
@@ -408,7 +414,8 @@ def refuse_unfinished(cells):
     for cell in cells:
         if cell.result() is None: # by somebody else: a scheduler, the system where memory is short
             raise ValueError(f"the run of {cell} was stopped or killed before its end (its log: "
-                             f"{cell.folder / 'log.txt'}): the same command goes on")
+                             f"{cell.folder / 'log.txt'}), or is still at work: the same command goes on; or leave the "
+                             "arm out")
 
 
 def stop():
@@ -429,10 +436,16 @@ def submit(cells):
             f"compare.keep = {keep}; compare.execute(json.loads(sys.argv[1]), sys.argv[2])")
     submitted = [executor.submit(subprocess.run, [sys.executable, '-c', code, dumps(cell.command()),
                                                   str(cell.folder.resolve())]) for cell in cells]
-    for cell, job in zip(cells, submitted):
-        job.result()
-        refuse_unfinished([cell])
-        report(f"  {cell}: {cell.result()['failed'] or format(cell.result()['loss'], '.4f')}")
+    try:
+        for cell, job in zip(cells, submitted):
+            job.result()
+            if result := cell.result():
+                report(f"  {cell}: {result['failed'] or format(result['loss'], '.4f')}")
+    except KeyboardInterrupt:
+        for job in submitted:
+            job.cancel()
+        raise
+    refuse_unfinished(cells)
 
 
 def report(text):
@@ -495,16 +508,15 @@ def make_arms(common, names):
     everyone = [make_arm('', common)]
     for name in names:
         everyone.append(make_arm(name, common, everyone[0].params if equal == 'params' else None))
-    for i, arm in enumerate(everyone):
+    known = {}
+    for arm in everyone:
         if equal in ('steps', 'params') and arm.steps != everyone[0].steps:
             raise ValueError(f"the arm {arm.name} has max_iters={arm.steps} and the first one {everyone[0].steps}, and "
                              f"--equal={equal} compares equal steps: give --max_iters for all, or --equal=flops or "
                              "seconds")
-        # of settings that every run gets anyway, such as the seed, runs know nothing
-        twin = next((a.name for a in everyone[:i] if Cell(a, 1.0, 1, a.steps).folder == Cell(arm, 1.0, 1,
-                                                                                          arm.steps).folder), None)
-        if twin:
-            raise ValueError(f"the arms {twin} and {arm.name} are the same: leave one out")
+        twin = known.setdefault(Cell(arm, 1.0, 1, arm.steps).folder, arm) # the same runs, whatever else differs
+        if twin is not arm:
+            raise ValueError(f"the arms {twin.name} and {arm.name} are the same: leave one out")
     return everyone
 
 
@@ -692,9 +704,8 @@ def gains_by_size(by_width):
 
 def check(config):
     check_ranges(config, {'[1, inf)': 'seeds lr_seeds eval_tokens evaluations jobs'})
-    if not out.strip() or Path(out).is_file():
-        raise ValueError(f"out={out!r} is {'a file' if out.strip() else 'no folder'}: choose a folder, such as "
-                         "--out=out-compare")
+    if not out.strip():
+        raise ValueError("out='' is no folder: choose one, such as --out=out-compare")
     if not lrs or min(lrs) <= 0 or len(set(lrs)) < len(lrs):
         raise ValueError(f"lrs={lrs} must be different factors above 0, as in 0.5,1,2")
     if cluster:

@@ -237,8 +237,18 @@ def test_a_killed_run_is_no_result(tmp_path):
     code = 'import os, sys; os.kill(os.getpid(), int(sys.argv[1])) if sys.argv[1] != "0" else sys.exit(3)'
     compare.execute([sys.executable, '-c', code, '9'], tmp_path / 'killed') # as where memory is short
     assert not (tmp_path / 'killed/result.json').exists()
-    compare.execute([sys.executable, '-c', code, '0'], tmp_path / 'failed')
-    assert json.loads((tmp_path / 'failed/result.json').read_text())['status'] == 3
+    for status in '0', str(int(signal.SIGSEGV)): # a crash is one
+        compare.execute([sys.executable, '-c', code, status], tmp_path / status)
+        assert json.loads((tmp_path / status / 'result.json').read_text())['status'] in (3, -signal.SIGSEGV)
+
+
+def test_a_run_that_is_still_at_work_is_left_alone(tmp_path):
+    (tmp_path / 'ckpt.pt').touch()
+    other = RunFolder(tmp_path)
+    other.lock()
+    compare.execute([sys.executable, '-c', 'a mistake'], tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ['ckpt.pt']
+    other.unlock()
 
 
 def test_a_damaged_result_is_done_again(run, tmp_path):

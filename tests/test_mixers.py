@@ -25,7 +25,7 @@ import torch.nn as nn
 from data.checkpoints import load_model, save_checkpoint
 from helpers import PROJECT, settings_of
 from model import (GPT, MIXERS, MLP, Cache, FusedAttention, GPTConfig, Mixer, Stack, TimeLinear, TimeMixing,
-                   UNet, Window, find_leak, fused_attention, optimizer_groups)
+                   NO_CACHE, UNet, Window, cost, find_leak, fused_attention, optimizer_groups)
 
 for path in sorted((PROJECT / 'config/mixers').glob('*.py')):
     settings_of(path) # its mixer is then in MIXERS
@@ -460,6 +460,23 @@ def test_a_leak_is_found_in_a_single_row(monkeypatch):
             return x.cumsum(dim=1) + odd * torch.cat([x[:, 1:], 0 * x[:, :1]], dim=1)
     model = long_network(NextOfOdd, monkeypatch)
     assert 'position 299 sees position 300' in find_leak(model, tokens(model, 1))
+
+
+def test_a_mixer_of_mixers_may_call_its_parts_as_it_likes(monkeypatch):
+    class Part(Mixer):
+        def mix(self, x):
+            return x
+
+    class Whole(Mixer): # mix is whatever its own forward makes of it
+        def __init__(self, config, block_size):
+            super().__init__(config, block_size)
+            self.inner, self.mix = Part(config, block_size), nn.Linear(config.n_embd, 3)
+
+        def forward(self, x, cache=NO_CACHE):
+            return self.inner(x, cache=cache.child('inner')) + self.mix(x).mean()
+    monkeypatch.setitem(MIXERS, 'whole', Whole)
+    model = network(mixer='whole', n_layer=1)
+    assert cost(model)[0] > 0 and find_leak(model, tokens(model, 2)) is None
 
 
 def test_a_leak_of_the_compiled_network_alone_is_found():
