@@ -1,9 +1,9 @@
 # GPT-2 124M on FineWeb-Edu, with what helped in the CPU speed runs: Muon, rotary positions, QK-norm, relu2, time-mixing
 # and a linear decay of the learning rate.
 # 6,000 steps x 491,520 tokens = 2.95B tokens x 0.86 GFLOP = 2.5e18 FLOP.
-# No GPU has run this yet: neither time nor loss is measured; a model of one H100 says 1.8 hours (tests/results).
-# --dry_run takes three steps on your machine and says how long the whole run takes there. llm.c reports 3.28 on FineWeb
-# for GPT-2 124M.
+# No GPU has run this yet: neither time nor loss is measured; a model of one H100 says 1.8 hours without
+# the optimizer (tests/results). --dry_run takes three steps on your machine and says how long the whole run takes
+# there. llm.c reports 3.28 on FineWeb for GPT-2 124M.
 # Prepare: python data/fineweb_edu/prepare.py
 #   torchrun --standalone --nproc_per_node=8 train.py config/speedrun_gpt2.py
 
@@ -21,7 +21,7 @@ pos_emb = 'rope'
 mlp = 'relu2'
 qk_norm = True
 time_mixing = 0.25
-narrow_residual = True # a step is modelled 4% shorter; paired seeds of small models found no cost (tests/results)
+narrow_residual = True # a step is modelled 4% shorter; what it costs, paired seeds of small models cannot tell
 
 optimizer = 'muon'
 learning_rate = 1.5e-3

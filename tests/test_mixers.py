@@ -473,7 +473,7 @@ def test_a_mixer_of_mixers_may_call_its_parts_as_it_likes(monkeypatch):
             self.inner, self.mix = Part(config, block_size), nn.Linear(config.n_embd, 3)
 
         def forward(self, x, cache=NO_CACHE):
-            return self.inner(x, cache=cache.child('inner')) + self.mix(x).mean()
+            return self.inner(x, cache=cache.child('inner')) + self.mix(x).mean(2, keepdim=True)
     monkeypatch.setitem(MIXERS, 'whole', Whole)
     model = network(mixer='whole', n_layer=1)
     assert cost(model)[0] > 0 and find_leak(model, tokens(model, 2)) is None
