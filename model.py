@@ -406,8 +406,7 @@ class CausalSelfAttention(Mixer):
         if self.time_weighting == 'circulant':
             v = v * self.beta[:, :v.size(2), None].to(v.dtype)
         T, past = q.size(2), k.size(2) - q.size(2)
-        # copied once, so that the products of all blocks read them as they lie; a cache's lie well
-        q, k, v = (t if past else t.contiguous() for t in (q, k, v))
+        q, k, v = (t if past else t.contiguous() for t in (q, k, v)) # once: all blocks then read them as they lie
         # blocks skip most of the scores that causality removes
         rows = [self.weights(q[:, :, i:j], k[:, :, :past + j]) @ v[:, :, :past + j] for i, j in row_blocks(T)]
         return rows[0] if len(rows) == 1 else torch.cat(rows, dim=2)

@@ -15,6 +15,7 @@ import compare
 from data.run import RunFolder
 from data.tokenizers import ByteTokenizer
 from helpers import PROJECT, write_data
+from model import MIXERS
 
 RNG = np.random.default_rng
 
@@ -279,6 +280,7 @@ def test_a_mistake_in_a_mixer(run, tmp_path):
     idea.write_text("from model import Mixer\nmixer = 'idea'\nclass Idea(Mixer):\n"
                     "    def mix(self, x):\n        return x.cumsumm(1)\n")
     assert f"{idea}:5: AttributeError: 'Tensor' object has no attribute" in run(f'--arms={idea}', status=2)
+    MIXERS.pop('idea') # other tests take all
 
 
 def test_a_leaking_arm_is_refused(run, tmp_path):
