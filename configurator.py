@@ -54,37 +54,29 @@ def fail(*messages):
 
 
 @contextmanager
-def exit_on_error():
+def exit_on_error(files=()):
     """End a user's mistake (ValueError, OSError, ImportError) in one line and status 2, Ctrl-C quietly in status 130.
 
+    What the code of these config files raises, such as a mixer's, is one, too: its line begins with the place.
     Anything else is a bug and keeps its traceback.
     """
     try:
         yield
-    except (ValueError, OSError, ImportError) as e:
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as e:
+        known = {os.path.abspath(path): path for path in files}
+        frames = [f for f in traceback.extract_tb(e.__traceback__) if f.filename in known]
+        if frames and not (isinstance(e, MemoryError) or re.search("out of memory|can't allocate memory", str(e))):
+            fail(f'{known[frames[-1].filename]}:{frames[-1].lineno}: {type(e).__name__}: {e}')
+        if not isinstance(e, (ValueError, OSError, ImportError)):
+            raise
         message = str(e) or type(e).__name__
         if isinstance(e, OSError) and e.strerror: # without the "[Errno 2]" that str(e) starts with
             message = ': '.join([e.strerror, *(repr(name) for name in (e.filename, e.filename2) if name is not None)])
         if isinstance(e, ModuleNotFoundError):
             message += ': pip install -r requirements.txt'
         fail(message)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-@contextmanager
-def exit_on_error_in(files):
-    """As exit_on_error; what these files' code raises otherwise, such as a mixer's, ends in a line with its place."""
-    with exit_on_error():
-        try:
-            yield
-        except Exception as e:
-            known = {os.path.abspath(path): path for path in files}
-            frames = [f for f in traceback.extract_tb(e.__traceback__) if f.filename in known]
-            short_of_memory = isinstance(e, MemoryError) or re.search("out of memory|can't allocate memory", str(e))
-            if not frames or short_of_memory: # no mistake of the file's
-                raise
-            fail(f'{known[frames[-1].filename]}:{frames[-1].lineno}: {type(e).__name__}: {e}')
 
 
 def configure(namespace, dataclass=None, argv=None, adopt=None, foreign=()):

@@ -25,8 +25,8 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
-from configurator import (check_ranges, configure, exit_on_error, exit_on_error_in, find_peak_flops, resolve,
-                          shorten_schedule, take_settings, yield_if_busy)
+from configurator import (check_ranges, configure, exit_on_error, find_peak_flops, resolve, shorten_schedule,
+                          take_settings, yield_if_busy)
 
 yield_if_busy()
 with exit_on_error(): # a missing package, or Ctrl-C while torch is imported
@@ -277,7 +277,7 @@ resuming = init_from == 'resume' or init_from == 'auto' and run.has_checkpoint()
 scratch = init_from == 'scratch' or init_from == 'auto' and not resuming
 pretrained = not resuming and not scratch and is_pretrained(init_from)
 changed = {}
-with exit_on_error():
+with exit_on_error(files):
     checkpoint = find_checkpoint()
     if resuming: # the run's settings hold where nothing else was asked for
         # nanoGPT's checkpoint names the device of another machine, perhaps
@@ -299,8 +299,7 @@ with exit_on_error():
     tokenizer = open_tokenizer()
     if sample_tokens:
         check_prompt()
-    with exit_on_error_in(files):
-        model, added = build_network()
+    model, added = build_network()
     block_size = model.config.block_size
     config |= vars(model.config)
     check_data()
@@ -353,7 +352,7 @@ scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 lengths = [block_size]
 if min_block_size:
     lengths = sorted({round(min_block_size + (block_size - min_block_size) * i / 7) for i in range(8)})
-with exit_on_error_in(files): # here the mixers run for the first time
+with exit_on_error(files): # here the mixers run for the first time
     costs = {T: cost(model, T, getattr(torch, dtype), device_type) for T in lengths} # (FLOPs, bytes kept) a token
 
 # sharding, compiling, several processes: raw_model has no wrappers, and fast_model, for evaluations, has not DDP's
@@ -805,9 +804,8 @@ bar = None # of progress, once there is any
 logs = {'metrics.jsonl': lambda **values: run.log(step=state.step, tokens=state.tokens, seconds=round(state.seconds, 3),
                                                   **values)}
 describe_run()
-with exit_on_error_in(files):
+with exit_on_error(files):
     prove_causal()
-with exit_on_error():
     if eval_only:
         evaluate_all()
         exit_run(0)

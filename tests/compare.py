@@ -37,8 +37,7 @@ import torch
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
-from configurator import (check_ranges, configure, exit_on_error, exit_on_error_in, fail, settings_of,
-                          shorten_schedule)
+from configurator import check_ranges, configure, exit_on_error, fail, settings_of, shorten_schedule
 from data.run import RunFolder, git_commit
 from data.tokenizers import load_tokenizer
 from data.tokens import Split, dataset_folder, find_path, load_meta
@@ -206,7 +205,7 @@ def make_arm(name, common, params=None):
     model = {f.name: config[f.name] for f in fields(GPTConfig)}
     model['vocab_size'] = size if size < 1024 else math.ceil(size / 64) * 64 # as train.py has it
     short = '+'.join(Path(part).stem if part.endswith('.py') else part for part in name.split('+'))
-    with exit_on_error_in([arg for arg in argv if arg.endswith('.py')]):
+    with exit_on_error([arg for arg in argv if arg.endswith('.py')]):
         arm = count(Arm(short or 'as it is', argv, config, model, steps=config['max_iters']))
         if params:
             fit_params(arm, params)
