@@ -1,13 +1,14 @@
 """Settings of a script, changed by config files and the command line: typed, checked, explained by --help.
 
-    batch_size = 12 # sequences in a micro-batch
-    top_k: int | None = 200 # keep only the k most likely tokens; None: all
-    config, given, replaced, files = configure(globals())
+    batch_size = 12 # sequences in a micro-batch [1, inf)
+    top_k: int | None = 200 # keep only the k most likely tokens; None: all [1, inf)
+    settings = configure(globals())
 
     python script.py config/a.py config/b.py --batch_size=32 --flag
 
-Config files are Python and run with the rights of whoever starts the script. Later files win over earlier ones, and the
-command line wins over files wherever it stands.
+An interval at the end of a comment is where a number must lie; a round bracket leaves its end out. Config files are
+Python and run with the rights of whoever starts the script. Later files win over earlier ones, and the command line
+wins over files wherever it stands.
 """
 import ast
 import builtins
@@ -15,6 +16,8 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import itertools
+import operator
 import os
 import re
 import shutil
@@ -26,17 +29,11 @@ import traceback
 import types
 import typing
 import warnings
-from contextlib import contextmanager
 
+PROJECT = os.path.dirname(os.path.abspath(__file__))
 PLAIN = bool | int | float | str | tuple | None # all that a setting can hold
-BOOLS = {'true': True, 'false': False, '1': True, '0': False}
-
-
-class Configured(typing.NamedTuple):
-    config: dict # every setting's value by name
-    given: dict # those of them that a file or the command line set
-    replaced: dict # for each flag, the value that holds without it
-    files: list # paths of the config files
+WORDS = {'true': True, 'false': False, '1': True, '0': False, 'inf': float('inf'), '-inf': -float('inf')}
+BOUNDS = {'[': operator.le, '(': operator.lt, ']': operator.ge, ')': operator.gt} # bound OK number
 
 
 class Setting(typing.NamedTuple):
@@ -46,6 +43,62 @@ class Setting(typing.NamedTuple):
     group: str # its title in --help
 
 
+class Settings:
+    """What configure() made of a script's settings.
+
+    config    every setting's value by name
+    given     those of them that a file or the command line set
+    replaced  for each flag, the value that holds without it
+    files     paths of the config files
+    """
+    def __init__(self, namespace, own, known, given, flags, files):
+        self.namespace, self.own, self.known, self.files = namespace, own, known, files
+        self.config = {name: setting.default for name, setting in known.items()} | given
+        self.given, self.replaced = given | flags, {name: self.config[name] for name in flags}
+        self.update(**flags)
+
+    def update(self, **values):
+        """Sets values, in the script too."""
+        self.config.update(values)
+        self.namespace.update({name: self.config[name] for name in self.own})
+
+    def refuse(self, rules):
+        """One ValueError for all rules (condition, message) that hold; a message is formatted with the settings."""
+        broken = [message.format(**self.config) for condition, message in rules if condition]
+        if broken:
+            raise ValueError('; '.join(broken))
+
+    def take(self, stored, but):
+        """A checkpoint's settings hold where nothing else was asked for, except the names in but.
+
+        Returns a line for each that was asked for and differs, and for each that is not valid any more.
+        """
+        lines, taken = [], {}
+        for name in self.known.keys() & stored.keys() - set(but):
+            try:
+                taken[name] = fit(stored[name], self.known[name].hint)
+            except TypeError:
+                was = f"the checkpoint's {stored[name]!r} is no choice any more"
+                lines.append(f'{name}={self.config[name]!r}, as {was}')
+        self.update(**taken | self.given)
+        return lines + [f'{name}={value!r}, was {taken[name]!r}' for name, value in self.given.items()
+                        if taken.get(name, value) != value]
+
+    def shorten(self, total, *parts):
+        """A flag that lowers total lowers the parts by the same share, except those that flags set -> lines to show.
+
+        If a flag sets the first part, it lowers none.
+        """
+        share = min(1.0, self.config[total] / max(1, self.replaced.get(total, self.config[total])))
+        free = [] if parts[0] in self.replaced else [name for name in parts if name not in self.replaced]
+        old = {name: self.config[name] for name in free if self.config[name]}
+        self.update(**{name: round(share * value) for name, value in old.items()})
+        return [f'{name}={self.config[name]}, shortened from {value} with {total}' for name, value in old.items()
+                if value != self.config[name]]
+
+
+# mistakes ------------------------------------------------------------------------------------------------------------
+
 def fail(*messages):
     """Print each message as one line `error: ...` on stderr and exit with status 2."""
     for message in messages:
@@ -53,34 +106,42 @@ def fail(*messages):
     sys.exit(2)
 
 
-@contextmanager
-def exit_on_error(files=()):
-    """End a user's mistake (ValueError, OSError, ImportError) in one line and status 2, Ctrl-C quietly in status 130.
+def explain_errors(files=(), hint=lambda error: '', trace=False):
+    """From here on a user's mistake that nobody catches ends in one line and status 2, and Ctrl-C quietly in 130.
 
-    What the code of these config files raises, such as a mixer's, is one, too: its line begins with the place.
-    Anything else is a bug and keeps its traceback.
+    Mistakes are an OSError, an ImportError, a ValueError that the project itself raises, and whatever the code of these
+    config files raises, such as a mixer's: its line begins with the place, and trace=True shows its traceback, too.
+    Anything else is a bug and keeps its traceback, with what hint(error) says below it.
     """
-    try:
-        yield
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except Exception as e:
-        known = {os.path.abspath(path): path for path in files}
-        frames = [f for f in traceback.extract_tb(e.__traceback__) if f.filename in known]
-        if frames and not (isinstance(e, MemoryError) or re.search("out of memory|can't allocate memory", str(e))):
-            fail(f'{known[frames[-1].filename]}:{frames[-1].lineno}: {type(e).__name__}: {e}')
-        if not isinstance(e, (ValueError, OSError, ImportError)):
-            raise
-        message = str(e) or type(e).__name__
-        if isinstance(e, OSError) and e.strerror: # without the "[Errno 2]" that str(e) starts with
-            message = ': '.join([e.strerror, *(repr(name) for name in (e.filename, e.filename2) if name is not None)])
-        if isinstance(e, ModuleNotFoundError):
-            message += ': pip install -r requirements.txt'
-        fail(message)
+    known = {os.path.abspath(path): path for path in files}
+
+    def hook(kind, error, tb):
+        if kind is KeyboardInterrupt:
+            sys.exit(130)
+        frames, help_ = traceback.extract_tb(tb), hint(error)
+        places = [f'{known[f.filename]}:{f.lineno}' for f in frames if f.filename in known]
+        ours = frames[-1].filename.startswith(PROJECT) and '-packages' not in frames[-1].filename
+        raised = isinstance(error, ValueError) and ours and frames[-1].line.startswith('raise')
+        if trace and places or help_ or not (places or raised or isinstance(error, (OSError, ImportError))):
+            sys.__excepthook__(kind, error, tb)
+            print(help_, file=sys.stderr)
+        if places and not help_:
+            fail(f'{places[-1]}: {kind.__name__}: {error}')
+        if raised or isinstance(error, (OSError, ImportError)):
+            fail(in_words(error))
+    sys.excepthook = hook
 
 
-def configure(namespace, dataclass=None, argv=None, adopt=None, foreign=()):
-    """Resolve a script's settings from its defaults, config files and the command line.
+def in_words(error):
+    """What an exception says, without the "[Errno 2]" that an OSError begins with."""
+    if isinstance(error, OSError) and error.strerror:
+        names = [repr(name) for name in (error.filename, error.filename2) if name is not None]
+        return ': '.join([error.strerror, *names])
+    return f'{error}: pip install -r requirements.txt' if isinstance(error, ModuleNotFoundError) else str(error)
+
+
+def configure(namespace, dataclass=None, argv=None, adopt=lambda cls: None, foreign=()):
+    """A script's settings from its defaults, config files and the command line -> Settings.
 
     namespace: globals() of the script. Its settings are the module-level assignments above the call, except names that
         start with an underscore or are in capitals, and values that are not PLAIN (lists count as tuples).
@@ -89,49 +150,61 @@ def configure(namespace, dataclass=None, argv=None, adopt=None, foreign=()):
     adopt: called with each class that a config file has; it may add fields to dataclass. What it returns, a name or
         None, is what the class means as a value. ValueError refuses the class.
     foreign: names of another script's settings. Of a file that sets one of them only out_dir is taken.
-
-    Returns a Configured and writes the script's own settings back to namespace. Mistakes are reported all at once:
-    status 2, nothing changed.
+    Mistakes are reported all at once: status 2, nothing changed.
     """
     argv = sys.argv[1:] if argv is None else argv
-    own, settings = find_settings(namespace, dataclass)
+    own, known = find_settings(namespace, dataclass)
     folder = os.path.dirname(os.path.abspath(namespace['__file__']))
-    helps = [arg for arg in argv if arg in ('--help', '-h')]
+    helps = {'--help', '-h'}.intersection(argv)
     argv = [arg for arg in argv if arg not in helps]
-    files, flags, _ = read_arguments(argv, folder, settings)
-    config, given, mistakes = {name: setting.default for name, setting in settings.items()}, {}, []
+    files, flags, _ = read_arguments(argv, folder, known)
+    given, mistakes = {}, []
     for path in files: # files can read the flags: with --max_iters=9, lr_decay_iters = max_iters means 9
-        assigned = run_file(path, {**config, **given, **flags}, mistakes)
-        if adopt:
-            before = set(dir(dataclass))
-            adopt_classes(path, assigned, adopt, mistakes)
-            script = os.path.basename(namespace['__file__'])
-            mistakes += [f'{path}: a class declares the setting {name}, which {script} has: choose another name'
-                         for name in own if name in set(dir(dataclass)) - before]
-            settings.update(find_settings(namespace, dataclass)[1])
-        given.update(check_file(path, assigned, settings, foreign, mistakes))
-    files, flags, wrong = read_arguments(argv, folder, settings) # again: files may have brought settings
+        defaults = {name: setting.default for name, setting in known.items()}
+        assigned = run_file(path, {**defaults, **given, **flags}, mistakes)
+        before = set(dir(dataclass))
+        adopt_classes(path, assigned, adopt, mistakes)
+        mistakes += [f'{path}: a class declares the setting {name}, which the script has: choose another name'
+                     for name in sorted((set(dir(dataclass)) - before).intersection(own))]
+        known.update(find_settings(namespace, dataclass)[1])
+        given.update(check_file(path, assigned, known, foreign, mistakes))
+    files, flags, wrong = read_arguments(argv, folder, known) # again: files may have brought settings
     if helps:
-        try:
-            show_help(namespace, settings)
-            sys.stdout.flush()
-        except BrokenPipeError: # nobody reads on, as with | head
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # or Python complains at its end
-        sys.exit(0)
+        show_help(namespace, known)
+    wrong += [line for name, value in (given | flags).items() if (line := outside(name, value, known[name]))]
     if mistakes or wrong:
         fail(*mistakes, *wrong)
-    config = {name: setting.default for name, setting in settings.items()} | given
-    replaced = {name: config[name] for name in flags}
-    given.update(flags)
-    config.update(flags)
-    namespace.update({name: config[name] for name in own})
-    return Configured(config, given, replaced, files)
+    return Settings(namespace, own, known, given, flags, files)
 
 
-def say(text):
-    """print(), also to a terminal whose encoding lacks some of the characters."""
-    encoding = sys.stdout.encoding or 'utf-8'
-    print(text.encode(encoding, 'backslashreplace').decode(encoding))
+def settings_of(script):
+    """The settings of a script beside this file as a namespace for configure(), without running the script."""
+    path = os.path.join(PROJECT, script)
+    with tokenize.open(path) as f:
+        body = ast.parse(f.read()).body
+    above = itertools.takewhile(lambda node: 'configure(globals()' not in ast.unparse(node), body)
+    namespace = dict(__file__=path, __name__=script.removesuffix('.py'), Literal=typing.Literal)
+    for node in above:
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and not any(isinstance(n, ast.Call) for n in ast.walk(node)):
+            exec(compile(ast.Module([node], []), path, 'exec'), namespace) # a plain value
+    return namespace
+
+
+def yield_if_busy():
+    """Call before torch is imported: waiting threads sleep instead of spin if other processes want this CPU.
+
+    Measured on 2 cores: beside one busy process training is 1.7 to 2.0 times as fast so, but alone 4 to 24% slower.
+    """
+    try:
+        others = []
+        for _ in range(5):
+            with open('/proc/loadavg', encoding='ascii') as f: # "0.12 0.20 0.15 3/417 9999": 3 run now, this one too
+                others.append(int(f.read().split()[3].split('/')[0]) - 1)
+            time.sleep(0.01)
+    except OSError: # not Linux
+        return
+    if min(others) >= max(1, (os.cpu_count() or 1) / 4):
+        os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 
 
 # settings, read from the source --------------------------------------------------------------------------------------
@@ -140,33 +213,41 @@ def find_settings(namespace, dataclass):
     """Names of the script's own settings, and {name: Setting} of these and the dataclass' fields, in source order."""
     with tokenize.open(namespace['__file__']) as f:
         script = scan(f.read())
-    fields, hints, notes = {}, {}, {}
-    if dataclass:
-        fields, hints = {f.name: f for f in dataclasses.fields(dataclass)}, typing.get_type_hints(dataclass)
-        notes = scan_class(dataclass)
-    for cls in set(getattr(dataclass, 'declared_by', {}).values()):
+    fields = {f.name: f for f in dataclasses.fields(dataclass)} if dataclass else {}
+    hints, notes = (typing.get_type_hints(dataclass), scan_class(dataclass)) if dataclass else ({}, {})
+    for cls in set(getattr(dataclass, 'declared_by', {}).values()): # mixers
         notes |= {name: (hint, comment, f'mixer {cls.__name__}') for name, (hint, comment, _) in scan_class(cls).items()
                   if name in fields}
-    settings, own = {}, []
+    known = {}
     for name, (annotation, comment, group) in script.items():
         try:
             default = fit(namespace[name], PLAIN)
         except (KeyError, TypeError): # not assigned yet: below the call; a device, a module: no setting
             continue
         hint = eval(annotation, namespace) if annotation else hints.get(name)
-        settings[name] = Setting(default, hint, comment or notes.get(name, ('', '', ''))[1], group)
-        own.append(name)
-    for name, field in fields.items():
-        if name not in settings:
-            default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-            _, comment, group = notes.get(name, ('', '', ''))
-            settings[name] = Setting(default, hints[name], comment, f'{dataclass.__name__}: {group}'.rstrip(': '))
-    for name, setting in settings.items():
+        known[name] = Setting(default, hint, comment or notes.get(name, ('', '', ''))[1], group)
+    own = list(known)
+    for name in fields:
+        default = fields[name].default
+        if default is dataclasses.MISSING:
+            default = fields[name].default_factory()
+        _, comment, group = notes.get(name, ('', '', ''))
+        known.setdefault(name, Setting(default, hints[name], comment, f'{dataclass.__name__}: {group}'.rstrip(': ')))
+    for name, setting in known.items():
         try:
-            settings[name] = setting._replace(default=fit(setting.default, setting.hint))
+            known[name] = setting._replace(default=fit(setting.default, setting.hint))
         except TypeError: # no annotation, or one that says more than a type: the default's type it is
-            settings[name] = setting._replace(hint=type_of(setting.default))
-    return own, settings
+            kind = PLAIN if setting.default is None else type(setting.default)
+            if kind is tuple and setting.default:
+                kind = tuple[typing.Union[tuple(map(type, setting.default))], ...]
+            known[name] = setting._replace(hint=kind)
+    return own, known
+
+
+@functools.cache
+def scan_classes(source): # parsed once for all classes: inspect.getsource parses the whole file for each
+    """{class: scan of its body} of a script's source."""
+    return {node.name: scan(source, node.body) for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
 
 
 def scan_class(cls):
@@ -176,11 +257,6 @@ def scan_class(cls):
             return scan_classes(f.read()).get(cls.__name__, {})
     except (OSError, TypeError):
         return {}
-
-
-@functools.cache
-def scan_classes(source): # parsed once for all classes: inspect.getsource parses the whole file for each
-    return {node.name: scan(source, node.body) for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
 
 
 def scan(source, body=None):
@@ -216,33 +292,16 @@ def parts(hint):
     return list(typing.get_args(hint)) if typing.get_origin(hint) in (typing.Union, types.UnionType) else [hint]
 
 
-def is_literal(hint):
-    return typing.get_origin(hint) is typing.Literal
-
-
 def choices(hint):
     """The values that the Literals in a hint allow, as a list."""
-    return [choice for part in filter(is_literal, parts(hint)) for choice in typing.get_args(part)]
+    return [choice for part in parts(hint) if typing.get_origin(part) is typing.Literal
+            for choice in typing.get_args(part)]
 
 
 def options(hint):
     """The types that a hint allows, as a list; a choice counts as its type."""
-    return [part for part in parts(hint) if not is_literal(part)] + [type(choice) for choice in choices(hint)]
-
-
-def elements(hint):
-    """The type of the elements if hint is a tuple or a list, else None."""
-    if (typing.get_origin(hint) or hint) in (tuple, list):
-        return (typing.get_args(hint) or (PLAIN,))[0]
-
-
-def type_of(default):
-    """The hint for a setting without annotation."""
-    if default is None:
-        return PLAIN
-    if isinstance(default, (tuple, list)) and default:
-        return tuple[typing.Union[tuple(type(element) for element in default)], ...]
-    return type(default)
+    types = [part for part in parts(hint) if typing.get_origin(part) is not typing.Literal]
+    return types + [type(choice) for choice in choices(hint)]
 
 
 def fit(value, hint):
@@ -252,43 +311,37 @@ def fit(value, hint):
     64 bits for anything.
     """
     allowed = options(hint)
-    if isinstance(value, (tuple, list)):
-        for inner in filter(None, map(elements, allowed)):
-            return tuple(fit(element, inner) for element in value)
-    if isinstance(value, float):
-        value = float(value) # numpy's float64 is a float too, but not plain
-        if float not in allowed and int in allowed and value.is_integer():
-            value = int(value)
-    if type(value) is int and value.bit_length() <= 64 and int not in allowed and float in allowed:
+    inner = [(typing.get_args(part) or (PLAIN,))[0] for part in allowed
+             if (typing.get_origin(part) or part) in (tuple, list)]
+    if isinstance(value, (tuple, list)) and inner:
+        return tuple(fit(element, inner[0]) for element in value)
+    if isinstance(value, float): # numpy's float64 is one too, but not plain
+        value = int(value) if float not in allowed and int in allowed and value.is_integer() else float(value)
+    if value != value or type(value) is int and value.bit_length() > 64:
+        raise TypeError('no number that fits')
+    if type(value) is int and int not in allowed and float in allowed:
         value = float(value)
-    if type(value) not in allowed or value != value or type(value) is int and value.bit_length() > 64:
-        raise TypeError(f'{type(value).__name__} is not {hint}')
-    if value not in choices(hint) and any(type(value) is type(choice) for choice in choices(hint)):
-        raise TypeError(f'{value!r} is none of the choices')
+    same_kind = [choice for choice in choices(hint) if type(choice) is type(value)]
+    if type(value) not in allowed or same_kind and value not in same_kind:
+        raise TypeError(f'{type(value).__name__} is not {hint}, or none of the choices')
     return value
 
 
 def parse(text, hint):
     """The command line's text as hint wants it; raises TypeError."""
-    allowed, word = options(hint), text.strip()
-    if type(None) in allowed and text == 'None':
-        return None
-    if set(allowed) <= {str, type(None)}: # as it is: a run's name may be 2024
-        return fit(text, hint)
-    if bool in allowed and word in BOOLS and not (word in '01' and {int, float} & set(allowed)):
-        return BOOLS[word]
-    tuples = [inner for inner in map(elements, allowed) if inner]
-    if tuples and str not in allowed and not word:
-        return ()
-    if str in tuples and str not in allowed and word[0] not in '(["\'': # words without quotes
-        return tuple(text.split(','))
+    word = text.strip()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore') # Python warns of texts like '\d' and 1or
             value = ast.literal_eval(word)
+        several = (value,)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return fit(float(word) if float in allowed and word.lstrip('+-') == 'inf' else text, hint)
-    for candidate in value, (value,), text:
+        value = several = WORDS.get(word, text)
+    if isinstance(value, str) or set(options(hint)) <= {str}: # as it is: a run's name may be 2024
+        value = text
+    if not word or (str, ...) in map(typing.get_args, parts(hint)): # words without quotes
+        several = tuple(filter(None, word.split(',')))
+    for candidate in value, several, WORDS.get(word, text), text:
         try:
             return fit(candidate, hint)
         except TypeError:
@@ -296,15 +349,18 @@ def parse(text, hint):
     raise TypeError(f'{text!r} is not {hint}')
 
 
-def settings_of(script):
-    """Names of the settings of another script beside this file."""
-    with tokenize.open(os.path.join(os.path.dirname(os.path.abspath(__file__)), script)) as f:
-        return set(scan(f.read()))
+def outside(name, value, setting):
+    """What is wrong with a number, or one of several, outside of the interval at the end of a comment; ''."""
+    found = re.search(r'([\[(])(\S+), (\S+)([\])])$', setting.comment)
+    numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if type(v) in (int, float)]
+    bounds = [(BOUNDS[found[1]], float(found[2])), (BOUNDS[found[4]], float(found[3]))] if found else []
+    wrong = any(not inside(bound, v) for inside, bound in bounds for v in numbers)
+    return f'{name}={value!r} must lie in {found[0]}' if wrong else ''
 
 
 # arguments and files -------------------------------------------------------------------------------------------------
 
-def read_arguments(argv, folder, settings):
+def read_arguments(argv, folder, known):
     """Sort arguments into config files (paths), flags (values by name) and mistakes. folder: the script's."""
     def find(arg): # as data.tokens.find_path does
         places = (arg,) if arg.startswith(('./', '../')) else (arg, os.path.join(folder, arg))
@@ -314,80 +370,70 @@ def read_arguments(argv, folder, settings):
     while rest:
         arg = rest.pop(0)
         name, equals, text = arg.lstrip('-').partition('=')
+        unknown = f'unknown setting {"--" + name!r}{nearest(name, known, "--")}; --help lists all'
         if not arg.startswith('--'):
             if find(arg):
                 files.append(find(arg))
-            elif name in settings:
-                mistakes.append(f'{arg!r}: a setting takes two dashes and =, as in {example(name, settings[name])}')
+            elif name in known:
+                mistakes.append(f'{arg!r}: a setting takes two dashes and =, as in {example(name, known[name])}')
             else:
                 mistakes.append(f'no config file {arg!r} here or in {folder}; a setting is written --key=value')
-            continue
-        # In `--key value`, value must not count as a config file that is missing.
-        spaced = not equals and rest and not (rest[0].startswith('--') or rest[0].endswith('.py') or find(rest[0]))
-        text = rest.pop(0) if spaced else text
-        if name not in settings:
-            mistakes.append(f'unknown setting {"--" + name!r}{nearest(name, settings, "--")}; --help lists all')
-        elif spaced:
-            mistakes.append(f'--{name} {text!r}: write = instead of the space, --{name}={text}')
-        elif not equals and bool not in options(settings[name].hint):
-            mistakes.append(f'--{name} needs a value, as in {example(name, settings[name])}')
+        elif not equals and rest and not (rest[0].startswith('--') or rest[0].endswith('.py') or find(rest[0])):
+            value = rest.pop(0) # which must not count as a config file that is missing
+            spaced = f'--{name} {value!r}: write = instead of the space, --{name}={value}'
+            mistakes.append(spaced if name in known else unknown)
+        elif name not in known:
+            mistakes.append(unknown)
+        elif not equals and bool not in options(known[name].hint):
+            mistakes.append(f'--{name} needs a value, as in {example(name, known[name])}')
         else:
             try:
-                flags[name] = parse(text, settings[name].hint) if equals else True
+                flags[name] = parse(text, known[name].hint) if equals else True
             except TypeError:
-                mistakes.append(no_choice(name, text, settings[name]) or
-                                f'--{name}={text!r}: expected {type_name(settings[name])}, '
-                                f'as in {example(name, settings[name])}')
+                mistakes.append(misfit(name, text, known[name], '--'))
     return files, flags, mistakes
 
 
 def run_file(path, known, mistakes):
     """Execute a config file, which can read the values in known. Returns what it assigned; {} if it fails."""
-    stem = os.path.splitext(os.path.basename(path))[0]
-    module = types.ModuleType(stem)
-    assigned = vars(module)
+    place = os.path.abspath(path)
+    # a module where inspect and torch.compile look for it, under a name that hides no other
+    module = types.ModuleType(f'config:{os.path.splitext(os.path.basename(path))[0]}')
+    sys.modules[module.__name__], assigned = module, vars(module)
     # The known values join its builtins, so its globals are exactly what it assigned, equal to the default or not.
-    assigned.update({'__builtins__': {**vars(builtins), **known}, '__file__': os.path.abspath(path)})
+    assigned.update({'__builtins__': {**vars(builtins), **known}, '__file__': place})
     try:
         with open(path, 'rb') as f:
-            source = f.read()
-        exec(compile(source, os.path.abspath(path), 'exec'), assigned)
+            exec(compile(f.read(), place, 'exec'), assigned)
+        return assigned
     except Exception as e:
+        # a SyntaxError has run nothing yet
         frames = traceback.extract_tb(e.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == os.path.abspath(path)]
-        line = lines[-1] if lines else getattr(e, 'lineno', None) # a SyntaxError has run nothing yet
-        mistakes.append(f'{path}{f":{line}" if line else ""}: {type(e).__name__}: {getattr(e, "msg", None) or e}')
+        lines = [f.lineno for f in frames if f.filename == place] or [getattr(e, 'lineno', None)]
+        where = f'{path}:{lines[-1]}' if lines[-1] else path
+        mistakes.append(f'{where}: {type(e).__name__}: {getattr(e, "msg", None) or e}')
         return {}
-    # where inspect and torch.compile look for it, under a name that hides no other module
-    module.__name__ = f'config:{stem}'
-    sys.modules[module.__name__] = module
-    for value in assigned.values():
-        if isinstance(value, type) and value.__module__ == stem:
-            value.__module__ = module.__name__
-    return assigned
 
 
 def adopt_classes(path, assigned, adopt, mistakes):
     """Hand a file's classes to adopt, and put their names in the place of classes that are values of settings."""
-    names, refused = {}, set()
+    names = {}
     for cls in {value for value in assigned.values() if isinstance(value, type)}:
         try:
             names[cls] = adopt(cls) or cls
         except ValueError as e:
             mistakes.append(f'{path}: {e}')
-            refused.add(cls)
-    for name, value in list(assigned.items()):
-        values = value if isinstance(value, (tuple, list)) else [value]
-        classes = [v for v in values if isinstance(v, type)]
-        if classes and not (isinstance(value, type) and value.__name__ == name):
-            if refused.intersection(classes): # said already
-                del assigned[name]
-            else:
-                assigned[name] = tuple(names.get(v, v) if isinstance(v, type) else v for v in values) \
-                    if isinstance(value, (tuple, list)) else names.get(value, value)
+            names[cls] = cls.__name__ # so that nothing more is said of it
+
+    def name_of(value):
+        if isinstance(value, (tuple, list)):
+            return tuple(map(name_of, value))
+        return names[value] if isinstance(value, type) else value
+    assigned.update({name: name_of(value) for name, value in assigned.items()
+                     if not (isinstance(value, type) and value.__name__ == name)})
 
 
-def check_file(path, assigned, settings, foreign, mistakes):
+def check_file(path, assigned, known, foreign, mistakes):
     """The settings among what a file assigned, by name. Adds to mistakes."""
     if not assigned:
         return {}
@@ -396,68 +442,63 @@ def check_file(path, assigned, settings, foreign, mistakes):
     # what the file imports is no setting: only what it assigns
     lines = {node.id: f':{node.lineno}' for node in ast.walk(tree)
              if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    if any(name in foreign and name not in settings for name in assigned):
+    if any(name in foreign and name not in known for name in assigned):
         assigned = {name: assigned[name] for name in ('out_dir',) if name in assigned}
     values = {}
     for name, value in assigned.items():
         where = path + lines.get(name, '')
-        if name in settings:
+        if name in known:
             try:
-                values[name] = fit(value, settings[name].hint)
+                values[name] = fit(value, known[name].hint)
             except TypeError:
-                wrong = no_choice(name, value, settings[name])
+                wrong = misfit(name, value, known[name])
                 if isinstance(value, type):
                     wrong = f'{name} = {value.__name__} is a class that cannot be one: derive it from Mixer in model.py'
-                mistakes.append(f'{where}: {wrong}' if wrong else
-                                f'{where}: {name} = {value!r}: expected {type_name(settings[name])}, '
-                                f'as in {name} = {settings[name].default!r}')
+                mistakes.append(f'{where}: {wrong}')
         elif name in lines and not (name.startswith('_') or callable(value) or isinstance(value, types.ModuleType)):
-            mistakes.append(f'{where}: unknown setting {name!r}{nearest(name, settings)}; '
+            mistakes.append(f'{where}: unknown setting {name!r}{nearest(name, known)}; '
                             'a helper\'s name must start with an underscore')
     return values
 
 
 # words ---------------------------------------------------------------------------------------------------------------
 
-def nearest(name, settings, dashes=''):
-    match = difflib.get_close_matches(name, settings, 1)
+def nearest(name, known, dashes=''):
+    match = difflib.get_close_matches(name, known, 1)
     return f', did you mean {dashes}{match[0]}?' if match else ''
 
 
-def names_of_parts(hint):
-    names = [inspect.formatannotation(part) for part in parts(hint) if not is_literal(part)]
-    names = [name.replace('typing.', '').replace('NoneType', 'None') for name in names]
-    return [str(choice) for choice in choices(hint)] + names
+def type_name(hint):
+    """The choices and types of a hint: "cosine | linear", "int | None"."""
+    names = [inspect.formatannotation(part).replace('typing.', '').replace('NoneType', 'None')
+             for part in parts(hint) if typing.get_origin(part) is not typing.Literal]
+    return ' | '.join([str(choice) for choice in choices(hint)] + names)
 
 
-def type_name(setting):
-    """The choices and types of a setting: "cosine | linear", "int | None"."""
-    return ' | '.join(names_of_parts(setting.hint))
-
-
-def no_choice(name, value, setting):
-    """What to say of a value that is none of the setting's choices; '' if the setting has no choices."""
-    words = dict(bool='True, False', float='a float', int='an int')
-    names = ', '.join(words.get(part, part) for part in names_of_parts(setting.hint))
-    return f'{name}={value!r} is not one of {names}' if choices(setting.hint) else ''
+def misfit(name, value, setting, dashes=''):
+    """What to say of a value that does not fit its setting."""
+    if choices(setting.hint):
+        return f"{name}={value!r} is not one of {type_name(setting.hint).replace(' | ', ', ')}"
+    way = example(name, setting) if dashes else f'{name} = {setting.default!r}'
+    return f'{dashes}{name}={value!r}: expected {type_name(setting.hint)}, as in {way}'
 
 
 def example(name, setting):
     """--name=default, in a form that shells and parse() take where there is one."""
-    value = setting.default
-    if isinstance(value, tuple) and value:
-        value = ','.join(map(str, value))
-    return f'--{name}={value if str(value).isprintable() else repr(value)}'
+    value = str(setting.default)
+    if isinstance(setting.default, tuple) and setting.default:
+        value = ','.join(map(str, setting.default))
+    return f'--{name}={value if value.isprintable() else repr(value)}'
 
 
-def show_help(namespace, settings):
-    """Print the script's docstring, then the settings by group: default, comment, type."""
+def show_help(namespace, known):
+    """Print the script's docstring, then the settings by group: default, comment, type. Status 0."""
     width = max(60, min(shutil.get_terminal_size().columns, 120))
-    left = min(34, max((len(example(*item)) for item in settings.items()), default=0) + 4)
+    left = min(34, max((len(example(*item)) for item in known.items()), default=0) + 4)
     script, group = os.path.basename(namespace['__file__']), ''
     lines = [inspect.cleandoc(namespace.get('__doc__') or script), '',
              f'usage: python {script} [config.py ...] [--key=value ...]', '', 'settings, with their defaults:']
-    for name, setting in settings.items():
+    for name, setting in known.items():
         if setting.group != group:
             group = setting.group
             lines += ['', textwrap.fill(group, width)]
@@ -465,166 +506,12 @@ def show_help(namespace, settings):
         if len(head) > left - 2: # too long to stand beside its comment
             lines.append(head)
             head = ''
-        for text in textwrap.wrap(f'{setting.comment} ({type_name(setting)})'.strip(), width - left):
+        for text in textwrap.wrap(f'{setting.comment} ({type_name(setting.hint)})'.strip(), width - left):
             lines.append(head.ljust(left) + text)
             head = ''
-    say('\n'.join(lines))
-
-
-# settings that depend on each other or on a checkpoint --------------------------------------------------------------
-
-def check_ranges(config, ranges):
-    """Raise one ValueError for all settings outside of their range; None is in every range.
-
-    ranges: {interval: names separated by spaces}, as {'[1, inf)': 'batch_size eval_iters', '(0, 1]': 'top_p'}.
-    """
-    mistakes = []
-    for interval, names in ranges.items():
-        low, high = map(float, interval[1:-1].split(','))
-        open_low, open_high = interval[0] == '(', interval[-1] == ')'
-        words = [f"{'above' if open_low else 'at least'} {low:g}"] if low > -float('inf') else []
-        words += [f"{'below' if open_high else 'at most'} {high:g}"] if high < float('inf') else []
-        for name in names.split():
-            value = config[name]
-            if value is None:
-                continue
-            too_low = value <= low if open_low else value < low
-            too_high = value >= high if open_high else value > high
-            if too_low or too_high:
-                finite = ['finite'] if value == high == float('inf') else []
-                mistakes.append(f"{name}={value!r} must be {' and '.join(words + finite)}")
-    if mistakes:
-        raise ValueError('; '.join(mistakes))
-
-
-def take_settings(namespace, config, given, stored, but):
-    """Let a resumed run's settings hold where nothing else was asked for: changes config and namespace.
-
-    stored: the run's settings. but: names that are not taken. Returns {name: (the run's value, the value now)} of those
-    that were asked for and differ.
-    """
-    stored = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()
-              if name in config and name not in but}
-    kept = {name: value for name, value in stored.items() if name not in given}
-    config.update(kept)
-    namespace.update({name: value for name, value in kept.items() if name in namespace})
-    return {name: (stored[name], value) for name, value in given.items() if name in stored and stored[name] != value}
-
-
-def shorten_schedule(namespace, config, replaced):
-    """One flag, --max_iters, shortens a run: without others its schedule shrinks with it. Changes config and namespace.
-
-    replaced: what flags have replaced. Returns a line for each setting that was shortened.
-    """
-    share = config['max_iters'] / max(1, replaced.get('max_iters', config['max_iters']))
-    lines = []
-    for name in ('warmup_iters', 'lr_decay_iters', 'wsd_decay_iters') if 'lr_decay_iters' not in replaced else ():
-        old = config[name]
-        if share < 1 and old and name not in replaced:
-            namespace[name] = config[name] = round(share * old)
-            if config[name] != old and (name != 'wsd_decay_iters' or config['schedule'] == 'wsd'):
-                lines.append(f"{name}={config[name]}, shortened from {old} with max_iters")
-    return lines
-
-
-# what `auto` means on this machine ----------------------------------------------------------------------------------
-
-def yield_if_busy():
-    """Call before torch is imported: has waiting threads sleep instead of spin if other processes want this CPU.
-
-    Measured on 2 cores: beside one busy process training is 1.7 to 2.0 times as fast so, but alone 4 to 24% slower.
-    """
-    try:
-        others = []
-        for _ in range(5):
-            with open('/proc/loadavg', encoding='ascii') as f: # "0.12 0.20 0.15 3/417 9999": 3 run now, this one too
-                others.append(int(f.read().split()[3].split('/')[0]) - 1)
-            time.sleep(0.01)
-    except (OSError, ValueError, IndexError): # not Linux
-        return
-    if min(others) >= max(1, (os.cpu_count() or 1) / 4):
-        os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
-
-
-# Dense FLOP/s in bfloat16 (V100, T4: float16) with float32 accumulation, from NVIDIA's and AMD's datasheets (numbers
-# "with sparsity" halved; of an MI250X each half is a device). The first name that the card's name contains as whole
-# words counts.
-PEAK_FLOPS = {
-    'B200': 2250e12, 'H200 NVL': 835.5e12, 'H200': 989.4e12, 'GH200': 989.4e12, 'H100 PCIe': 756e12,
-    'H100 NVL': 835.5e12, 'H100': 989.4e12, 'A100': 312e12, 'A40': 149.7e12, 'A30': 165e12, 'A10G': 70e12,
-    'A10': 125e12, 'L40S': 362e12, 'L40': 181e12, 'L4': 121e12, 'T4': 65e12, 'V100': 125e12, 'RTX A6000': 154.8e12,
-    'RTX 3090': 71.2e12, 'RTX 4090': 165.2e12, 'RTX 5090': 209.5e12, 'MI250X': 191.5e12, 'MI300X': 1307.4e12,
-}
-
-
-def resolve(device, dtype):
-    """'auto' or a name for each -> (device, dtype's name). ValueError if this machine has no such device."""
-    import torch # here: prepare scripts do without it
-    if device == 'auto':
-        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    try:
-        kind = torch.device(device).type
-        torch.empty(1, device=device)
-        if kind == 'cuda' and torch.device(device).index is not None:
-            torch.cuda.set_device(device) # streams, graphs and measurements are the current device's
-    except (RuntimeError, AssertionError) as e: # what torch raises for a device that is not there
-        there = ['cpu', *(f'cuda:{i}' for i in range(torch.cuda.device_count()))]
-        there += ['mps'] if torch.backends.mps.is_available() else []
-        raise ValueError(f"device={device!r} is not there ({str(e).splitlines()[0]}): this machine has "
-                         f"{', '.join(there)}; use --device=auto") from None
-    if dtype == 'auto' and kind == 'cuda':
-        dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
-    elif dtype == 'auto':
-        # only where the processor multiplies it: elsewhere bfloat16 is emulated and slow
-        native = kind == 'cpu' and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
-        dtype = 'bfloat16' if native else 'float32'
-    return device, dtype
-
-
-def find_peak_flops(setting, device, dtype):
-    """-> (FLOP/s or None, where it came from).
-
-    setting: a number; 'measure': see measure_flops; 'auto': the table for a GPU in a 16-bit dtype, measured on a CPU.
-    """
-    import torch
-    if not isinstance(setting, str):
-        if not 0 < setting < float('inf'):
-            raise ValueError(f"peak_flops={setting!r} must be above 0, or auto or measure")
-        return float(setting), 'as set'
-    device = torch.device(device)
-    if setting == 'auto' and device.type == 'cuda':
-        name = torch.cuda.get_device_name(device)
-        words = ' ' + name.replace('-', ' ') + ' '
-        for card, flops in PEAK_FLOPS.items():
-            if f' {card} ' in words and ' Laptop ' not in words and dtype != torch.float32:
-                return flops, f'datasheet of {card}, dense'
-        return None, (f'n/a: no 16-bit figure for {name}; set --peak_flops=312e12 (its datasheet\'s) or '
-                      '--peak_flops=measure')
-    if setting == 'auto' and device.type != 'cpu':
-        return None, f'n/a: set --peak_flops=measure or a number for {device.type}'
-    n, flops = measure_flops(device, dtype)
-    return flops, f'measured: {n}x{n} matrix product in {str(dtype).removeprefix("torch.")}'
-
-
-def measure_flops(device, dtype):
-    """-> (n, FLOP/s): the best of a few n x n products as Linear layers make them, an honest ceiling on any machine.
-
-    On a CPU without bfloat16 a large product takes minutes: sizes grow only while one is quick.
-    """
-    import torch
-    largest = 2048 if device.type == 'cpu' else 8192
-    n, found = 256, []
-    while True:
-        x, w = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        times = []
-        for _ in range(5):
-            t0 = time.perf_counter()
-            torch.nn.functional.linear(x, w)[0, 0].item() # waits for the device
-            times.append(time.perf_counter() - t0)
-            if sum(times) > 0.5:
-                break
-        found.append((2 * n ** 3 / min(times), n))
-        if n >= largest or 8 * min(times) > 0.25:
-            flops, n = max(found)
-            return n, flops
-        n *= 2
+    encoding = sys.stdout.encoding or 'utf-8'
+    try: # a terminal may lack some of the characters
+        print('\n'.join(lines).encode(encoding, 'backslashreplace').decode(encoding), flush=True)
+    except BrokenPipeError: # nobody reads on, as with | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # or Python complains at its end
+    sys.exit(0)

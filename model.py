@@ -767,8 +767,8 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, name, override_args=None):
         """GPT-2's weights by name or from a folder, as nanoGPT has it: see data/checkpoints.py."""
-        from data.checkpoints import load_pretrained
-        return load_pretrained(name, override_args)
+        from data.checkpoints import load_model
+        return load_model(name, **(override_args or {}))[0].train()
 
     def configure_optimizers(self, *args, **options):
         return configure_optimizers(self, *args, **options)
@@ -1117,26 +1117,24 @@ def optimizer_groups(model):
 
 
 def configure_optimizers(model, weight_decay, learning_rate, betas, device_type, optimizer='adamw', momentum=0.95,
-                         nesterov=True, lrs={}, decays={}):
+                         hidden_lr=None):
     """
-    adamw (as nanoGPT has it) | muon (hidden matrices, AdamW for the rest) | sm3. lrs and decays: learning rates and
-    weight decays of single groups, by optimizer_groups' names. A group's lr_scale is its learning rate as a multiple of
+    adamw (as nanoGPT has it) | muon (hidden matrices, AdamW for the rest) | sm3. hidden_lr: the learning rate of the
+    matrices of Linear layers; None: learning_rate. A group's lr_scale is its learning rate as a multiple of
     learning_rate, for a schedule.
     """
     groups = []
     for name, named in optimizer_groups(model).items():
-        lr = lrs.get(name, learning_rate)
-        decay = decays.get(name, weight_decay) if name != 'rest' else 0.0
+        lr = hidden_lr if name == 'hidden' and hidden_lr is not None else learning_rate
         if named:
-            scale = lr / learning_rate if learning_rate else 1.0
-            groups.append(dict(params=[p for _, p in named], lr=lr, lr_scale=scale,
-                               weight_decay=decay, muon=name == 'hidden'))
+            groups.append(dict(params=[p for _, p in named], lr=lr, lr_scale=lr / (learning_rate or 1.0),
+                               weight_decay=weight_decay if name != 'rest' else 0.0, muon=name == 'hidden'))
     fused = device_type in ('cuda', 'cpu')
     if optimizer == 'muon':
         parts = {m.weight: m.parts for m in model.modules() if isinstance(m, Linear)}
-        return Muon(groups, learning_rate, betas, fused, momentum, nesterov, parts)
+        return Muon(groups, learning_rate, betas, fused, momentum, parts)
     if optimizer == 'sm3':
-        return SM3(groups, learning_rate, momentum, nesterov)
+        return SM3(groups, learning_rate, momentum)
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
 
@@ -1147,9 +1145,9 @@ class Muon(torch.optim.AdamW):
     2502.16982), so that both take the same learning rates. As torch.optim.Muon, but matrices of one shape are done at
     once, and the matrices stacked in one parameter alone; parts: {parameter: how many}, 1 if it is not there.
     """
-    def __init__(self, groups, lr, betas, fused, momentum, nesterov, parts):
+    def __init__(self, groups, lr, betas, fused, momentum, parts):
         super().__init__(groups, lr=lr, betas=betas, fused=fused)
-        self.momentum, self.nesterov, self.parts = momentum, nesterov, parts
+        self.momentum, self.parts = momentum, parts
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -1173,7 +1171,7 @@ class Muon(torch.optim.AdamW):
             buffer = self.state[p]['momentum_buffer']
             grad = p.grad if bad is None else p.grad.masked_fill_(bad > 0, 0.0)
             buffer.lerp_(grad, (1 - self.momentum) * alive)
-            update = grad.lerp(buffer, self.momentum) if self.nesterov else buffer
+            update = grad.lerp(buffer, self.momentum)
             p.mul_(1 - group['lr'] * group['weight_decay'] * alive)
             parts = self.parts.get(p, 1)
             for w, u in zip(p.chunk(parts), update.chunk(parts)):
@@ -1216,9 +1214,9 @@ class SM3(torch.optim.Optimizer):
     bounds each entry's own sum. Only the momentum is then as large as the weights: half of Adam's memory. The sums only
     grow, so learning rates are larger than Adam's, 0.1 say, and need no decay.
     """
-    def __init__(self, groups, lr, momentum=0.9, nesterov=False):
+    def __init__(self, groups, lr, momentum=0.9):
         super().__init__(groups, dict(lr=lr, weight_decay=0.0))
-        self.momentum, self.nesterov = momentum, nesterov
+        self.momentum = momentum
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -1246,9 +1244,7 @@ class SM3(torch.optim.Optimizer):
             largest = squares.amax(dim=others, keepdim=True) if others else squares
             state[f'sum_{d}'] = largest if bad is None else torch.where(bad > 0, state[f'sum_{d}'], largest)
         buffer = state['momentum_buffer'].lerp_(update, 1 - self.momentum)
-        if self.nesterov:
-            buffer = update.lerp(buffer, self.momentum)
-        moved = p.mul(1 - lr * weight_decay).add_(buffer, alpha=-lr)
+        moved = p.mul(1 - lr * weight_decay).add_(update.lerp(buffer, self.momentum), alpha=-lr) # Nesterov's
         p.copy_(moved if bad is None else torch.where(bad > 0, p, moved))
 
 

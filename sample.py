@@ -12,18 +12,20 @@ Generates text from a checkpoint. From any directory:
 import codecs
 import math
 import os
+import shlex
 import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-from configurator import yield_if_busy
+from configurator import configure, explain_errors, settings_of, yield_if_busy
 
+explain_errors()
 yield_if_busy()
 import torch
 
-from configurator import check_ranges, configure, exit_on_error, resolve, settings_of
-from data.checkpoints import GPT2_NAMES, find_weights, good_checkpoints, is_pretrained, load_model, load_pretrained
+from data.checkpoints import GPT2_TOKENIZER, load_model
+from data.machine import Machine
 from data.tokenizers import load_tokenizer, with_line_ends
 from data.tokens import dataset_folder, find_path, load_meta
 from model import GPTConfig, add_mixer, beam_search
@@ -39,16 +41,16 @@ dataset = '' # whose tokenizer a checkpoint of nanoGPT's needs; '': the one in d
 # (in start, stop and the prefixes, \n is a line end and \\n the two characters)
 start = '\n' # the prompt; FILE:path reads it from a file, - from standard input; of pictures: the number of a held-out
     # one, whose upper half is completed
-num_samples = 10
-max_new_tokens = 500 # in each sample or answer
-temperature = 0.8 # 0 takes the most likely token, below 1 is less random, above 1 more
-top_k: int | None = 200 # keep only the k most likely tokens; None: all
-top_p = 1.0 # keep only the most likely tokens that together have this probability
-min_p = 0.0 # keep only tokens with at least this fraction of the most likely one's probability
-repetition_penalty = 1.0 # above 1: tokens that are in the context already become less likely
-repetition_window: int | None = None # how many of the last tokens that looks at; None: block_size
-no_repeat_ngram = 0 # no n tokens in a row come twice within that window; 0: they may
-beams = 1 # above 1: the best text that a beam search finds, instead of drawing at random
+num_samples = 10 # [1, inf)
+max_new_tokens = 500 # in each sample or answer [1, inf)
+temperature = 0.8 # 0 takes the most likely token, below 1 is less random, above 1 more [0, inf)
+top_k: int | None = 200 # keep only the k most likely tokens; None: all [1, inf)
+top_p = 1.0 # keep only the most likely tokens that together have this probability (0, 1]
+min_p = 0.0 # keep only tokens with at least this fraction of the most likely one's probability [0, 1]
+repetition_penalty = 1.0 # above 1: tokens that are in the context already become less likely (0, inf)
+repetition_window: int | None = None # how many of the last tokens that looks at; None: block_size [1, inf)
+no_repeat_ngram = 0 # no n tokens in a row come twice within that window; 0: they may [0, inf)
+beams = 1 # above 1: the best text that a beam search finds, instead of drawing at random [1, inf)
 length_penalty = 1.0 # of a beam search: above 0 favours longer texts
 stop: tuple[str, ...] = () # strings that end a sample, separated by commas; they are not printed
 special = False # print special tokens such as <|endoftext|>, and go on after them
@@ -65,65 +67,31 @@ dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
 compile = False # torch.compile; whether it pays here is not measured
 # ---------------------------------------------------------------------------------------------------------------------
 # a config file of training gives its mixer and its out_dir
-config, *_ = configure(globals(), adopt=add_mixer, foreign=settings_of('train.py') | vars(GPTConfig()).keys())
-
-RANGES = {
-    '[0, inf)': 'temperature no_repeat_ngram',
-    '[1, inf)': 'top_k num_samples beams max_new_tokens repetition_window',
-    '(0, inf)': 'repetition_penalty',
-    '(0, 1]': 'top_p',
-    '[0, 1]': 'min_p',
-}
-GPT2_TOKENIZER = dict(tokenizer='tiktoken', encoding='gpt2')
+settings = configure(globals(), adopt=add_mixer, foreign={*settings_of('train.py'), *vars(GPTConfig())})
+explain_errors(settings.files)
 
 
 def load():
     """-> (model, tokenizer), and says where they are from."""
-    global dataset
-    ckpt = {}
-    if init_from != 'resume' and is_pretrained(init_from):
-        named = init_from in GPT2_NAMES
-        source = init_from if named else find_weights(init_from)
-        model, about = load_pretrained(source, dict(dropout=0.0)).eval(), "pretrained"
-        meta = {} if named else load_meta(source)
-    else:
-        source = find_run() if init_from == 'resume' else find_weights(init_from)
-        model, ckpt = load_trained(source)
-        meta = ckpt.get('meta') or meta_of_nanogpt(ckpt)
-        about = f"step {ckpt.get('iter_num', '?')}, best validation loss {float(ckpt.get('best_val_loss', 'nan')):.4f}"
+    source = init_from
+    if init_from == 'resume':
+        folder = find_path(out_dir)
+        wanted = folder / ('best.pt' if checkpoint == 'best' else 'ckpt.pt')
+        source = wanted if wanted.is_file() else folder / 'ckpt.pt'
+    model, stored = load_model(source, dropout=0.0)
+    about = "pretrained"
+    if 'iter_num' in stored:
+        about = f"step {stored['iter_num']}, best validation loss {float(stored.get('best_val_loss', 'nan')):.4f}"
     print(f"{source}: {about}", file=sys.stderr)
-    if not dataset:
-        dataset = str(ckpt.get('config', {}).get('dataset', ''))
+    # nanoGPT's checkpoints say nothing of the tokenizer, but their dataset may: a name in data/, never a path out of it
+    settings.update(dataset=dataset or Path(str(stored.get('config', {}).get('dataset', ''))).name)
+    meta = stored.get('meta') or load_meta(dataset_folder(dataset))
     tokenizer = load_tokenizer(meta if 'tokenizer' in meta else GPT2_TOKENIZER)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(f"the tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} ids, and the weights in "
                          f"{source} know {model.config.vocab_size}: they belong to another tokenizer"
                          f"{'' if 'tokenizer' in meta else '; name their dataset by --dataset=NAME'}")
     return model, tokenizer
-
-
-def find_run():
-    """The checkpoint that out_dir and checkpoint name."""
-    folder = find_path(out_dir)
-    latest, best = folder / 'ckpt.pt', folder / 'best.pt'
-    return best if checkpoint == 'best' and best.is_file() else latest
-
-
-def load_trained(path):
-    """-> (model, the checkpoint's dict). If the file is damaged, the ValueError names the good ones beside it."""
-    try:
-        return load_model(path)
-    except ValueError as e:
-        good = good_checkpoints(path.parent)
-        if not good or any(line.startswith(f'{path} (') for line in good): # it opens, and something else is wrong
-            raise
-        raise ValueError(f"{e}; good: {', '.join(good)}: take one with --init_from=PATH") from None
-
-
-def meta_of_nanogpt(ckpt):
-    """nanoGPT's checkpoints say nothing of the tokenizer, but their dataset may."""
-    named = Path(str(ckpt.get('config', {}).get('dataset', ''))).name # a name in data/, never a path out of it
-    return load_meta(dataset_folder(dataset or named))
 
 
 def read_prompt():
@@ -143,7 +111,7 @@ def generate_text(prompt, stops):
     The text after the prompt's ids, piece by piece as it is generated. Ends before the first of stops, and at
     <|endoftext|> unless special tokens are shown.
     """
-    ids = torch.tensor([prompt], device=device)
+    ids = torch.tensor([prompt], device=machine.device)
     options = dict(repetition_penalty=repetition_penalty, repetition_window=repetition_window,
                    no_repeat_ngram=no_repeat_ngram, vocab_size=tokenizer.vocab_size)
     if beams > 1:
@@ -184,7 +152,7 @@ def chat():
         print(f"({ways})")
     history = ''
     room = model.config.block_size - min(max_new_tokens, model.config.block_size // 2)
-    stops = [s for s in (*stop, user_prefix.strip()) if s]
+    stops = [s for s in (*map(with_line_ends, stop), user_prefix.strip()) if s]
     while True:
         try:
             line = input(user_prefix.lstrip('\n') if sys.stdin.isatty() else '')
@@ -224,7 +192,7 @@ def draw():
     if start.strip().isdecimal():
         picture = data.pictures.held_out(dataset_folder(dataset), tokenizer, int(start))
         prompt = picture[:1 + tokenizer.height // 2 * tokenizer.width].tolist()
-    idx = torch.tensor([prompt] * num_samples, device=device)
+    idx = torch.tensor([prompt] * num_samples, device=machine.device)
     n = tokenizer.height * tokenizer.width
     ids = model.generate(idx, 1 + n - len(prompt), temperature, top_k, top_p=top_p, min_p=min_p, generator=generator,
                          vocab_size=tokenizer.eot)[:, 1:] # without the id that begins another picture
@@ -246,42 +214,41 @@ def export_model():
     if tokenizer.eot is None:
         print("note     the tokenizer has no token that begins a document, which lm_eval wants")
     else:
-        print(f"evaluate lm_eval --model hf --model_args pretrained={export}{code.replace(' ', '')} --tasks hellaswag")
+        args = shlex.quote(f"pretrained={export}{code.replace(' ', '')}")
+        print(f"evaluate lm_eval --model hf --model_args {args} --tasks hellaswag")
 
 
-with torch.inference_mode(), exit_on_error(): # a few percent faster than no_grad where a token takes a millisecond
-    check_ranges(config, RANGES)
-    chosen_by_machine, (device, dtype) = dtype == 'auto', resolve(device, dtype)
-    text_before, stop = read_prompt(), [with_line_ends(s) for s in stop if s]
-    user_prefix, bot_prefix = with_line_ends(user_prefix), with_line_ends(bot_prefix)
-    model, tokenizer = load()
-    block_size = model.config.block_size
-    if repetition_window is not None and repetition_window > block_size:
-        raise ValueError(f"repetition_window={repetition_window} must be at most this model's block_size={block_size}")
-    if chosen_by_machine and export: # as they were trained
-        dtype = 'float32'
-    if chosen_by_machine and torch.device(device).type == 'cpu' and model.get_num_params() < 5e7:
-        dtype = 'float32' # as fast: only large weights are worth halving
-    model.to(device, getattr(torch, dtype))
+def main():
+    """Prints, draws, chats or exports."""
     if export:
-        export_model()
-        sys.exit(0)
-    if compile:
-        model.hidden = torch.compile(model.hidden, dynamic=True)
-    generator = torch.Generator(device).manual_seed(seed)
+        return export_model()
     if tokenizer.name == 'pictures':
-        draw()
-        sys.exit(0)
+        return draw()
     if interactive:
-        chat()
-        sys.exit(0)
+        return chat()
+    text_before = read_prompt()
     prompt = tokenizer.encode(text_before)
-    if not prompt:
-        if tokenizer.eot is None:
-            raise ValueError("the prompt is empty: give one with --start")
-        prompt = [tokenizer.eot]
+    if not prompt and tokenizer.eot is None:
+        raise ValueError("the prompt is empty: give one with --start")
     for _ in range(num_samples):
         show(text_before)
-        for text in generate_text(prompt, stop):
+        for text in generate_text(prompt or [tokenizer.eot], [with_line_ends(s) for s in stop if s]):
             show(text)
         show('\n---------------\n')
+
+
+with torch.inference_mode(): # a few percent faster than no_grad where a token takes a millisecond
+    machine = Machine(device, dtype)
+    user_prefix, bot_prefix = with_line_ends(user_prefix), with_line_ends(bot_prefix)
+    model, tokenizer = load()
+    if (repetition_window or 0) > model.config.block_size:
+        raise ValueError(f"repetition_window={repetition_window} must be at most this model's block_size="
+                         f"{model.config.block_size}")
+    small = machine.kind == 'cpu' and model.get_num_params() < 5e7 # only large weights are worth halving
+    if dtype == 'auto' and (small or export): # exported as they were trained
+        machine = Machine(device, 'float32')
+    model.to(machine.device, machine.torch_dtype)
+    if compile:
+        model.hidden = torch.compile(model.hidden, dynamic=True)
+    generator = torch.Generator(machine.device).manual_seed(seed)
+    main()

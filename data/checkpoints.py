@@ -4,21 +4,22 @@ Weights on disk: checkpoints, weights of another architecture, and GPT-2 in Hugg
 A checkpoint is a dict of tensors and plain values in torch's own zip format. Opening one executes nothing.
 """
 import errno
-import itertools
 import json
+import math
 import os
 import shutil
 import zipfile
 from contextlib import suppress
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 
-from data.tokens import find_path
-from model import GPT, MIXERS, GPTConfig, own_settings
+from data.tokens import find_path, load_meta
+from model import GPT, MIXERS, GPTConfig, optimizer_groups, own_settings
 
 GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
+GPT2_TOKENIZER = dict(tokenizer='tiktoken', encoding='gpt2')
 NANOGPT_FIELDS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
 
 
@@ -55,37 +56,18 @@ def load_checkpoint(path):
         raise OSError(f"there is no checkpoint {path}: train one first, or check the path")
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip() # reads everything against its CRC-32, which torch.load does not
-            if damaged:
+            if damaged := archive.testzip(): # reads everything against its CRC-32, which torch.load does not
                 raise ValueError(f"the checksum of its part {damaged} is wrong")
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
         for part in ('model', 'model_args'):
-            if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(part), dict):
-                raise ValueError(f"it holds no {part!r}")
+            if not isinstance(checkpoint[part], dict):
+                raise ValueError(f"its {part} is no dict")
     except Exception as e: # a damaged file can raise anything
-        reason = str(e).split('\n')[0]
-        raise ValueError(f"{path} is damaged or not a checkpoint ({reason}): use another one") from e
+        reason = f'it holds no {e}' if isinstance(e, KeyError) else str(e).split('\n')[0]
+        others = [str(p) for p in sorted(path.parent.glob('*.pt')) if p != path and zipfile.is_zipfile(p)]
+        raise ValueError(f"{path} is damaged or not a checkpoint ({reason}): use another one, here "
+                         f"{', '.join(others) or 'there is none'}") from e
     return checkpoint
-
-
-def load_latest(folder):
-    """The checkpoint that a run goes on from. If it is damaged, the ValueError names the good ones."""
-    latest, best = folder / 'ckpt.pt', folder / 'best.pt'
-    try:
-        return load_checkpoint(best if best.exists() and not latest.exists() else latest)
-    except ValueError as e:
-        good = good_checkpoints(folder)
-        way_out = f"good: {', '.join(good)}: copy one to ckpt.pt" if good else "there is no other"
-        raise ValueError(f"{e}; {way_out}") from None
-
-
-def good_checkpoints(folder):
-    """A line 'PATH (step N)' for each checkpoint in the folder that opens."""
-    lines = []
-    for path in sorted(Path(folder).glob('*.pt')):
-        with suppress(ValueError, OSError):
-            lines.append(f"{path} (step {load_checkpoint(path).get('iter_num', '?')})")
-    return lines
 
 
 def find_weights(name):
@@ -94,9 +76,20 @@ def find_weights(name):
     return next((p for p in (path / 'best.pt', path / 'ckpt.pt') if p.exists()), path)
 
 
-def is_pretrained(name):
-    """Whether init_from names GPT-2 or a folder in Hugging Face's layout."""
-    return name in GPT2_NAMES or (find_weights(name) / 'model.safetensors').is_file()
+def open_weights(name):
+    """
+    Trained weights as a checkpoint's dict, with what else is known of them: 'gpt2' to 'gpt2-xl' (downloaded once), a
+    folder in Hugging Face's layout, a run's folder, or a checkpoint.
+    """
+    path = download(name) if name in GPT2_NAMES else find_weights(name)
+    if path.is_dir():
+        return read_hugging_face(path) | dict(meta=GPT2_TOKENIZER if name in GPT2_NAMES else load_meta(path))
+    checkpoint = load_checkpoint(path)
+    # an EMA of the weights, as runs once had: it is what their losses are of. A tied head is the embedding
+    average = checkpoint.pop('average', None) or {}
+    if average:
+        checkpoint['model'].pop('lm_head.weight', None)
+    return checkpoint | dict(model=checkpoint['model'] | average)
 
 
 def stored_config(config):
@@ -104,17 +97,6 @@ def stored_config(config):
     # a field that is left at its default may be deleted some day without locking the checkpoint out
     return {f.name: getattr(config, f.name) for f in fields(config)
             if f.name in NANOGPT_FIELDS or getattr(config, f.name) != f.default}
-
-
-def stored_state(checkpoint, config):
-    """The fields of train.py's State, also from nanoGPT's checkpoints, and from those of before there was a State."""
-    if 'state' in checkpoint:
-        return checkpoint['state']
-    step, config = checkpoint['iter_num'], config | checkpoint.get('config', {})
-    samples = checkpoint.get('samples', step * config['gradient_accumulation_steps'] * config['batch_size'])
-    return dict(step=step, samples=samples, tokens=checkpoint.get('tokens', samples * config['block_size']),
-                seconds=checkpoint.get('seconds', 0.0), best_val_loss=float(checkpoint['best_val_loss']),
-                best_step=step, evals_since_best=checkpoint.get('stale', 0))
 
 
 def architecture(checkpoint):
@@ -131,21 +113,13 @@ def architecture(checkpoint):
 # From a checkpoint to a model
 
 def load_model(path, device='cpu', **changes):
-    """A checkpoint of train.py (or nanoGPT's) -> (model in evaluation mode, the checkpoint's dict)."""
-    checkpoint = load_checkpoint(path)
+    """The weights that open_weights finds at path -> (model in evaluation mode, the checkpoint's dict)."""
+    checkpoint = open_weights(path)
     try:
-        model, _ = build_model(architecture(checkpoint), evaluated_weights(checkpoint), **changes)
+        model, _ = build_model(architecture(checkpoint), checkpoint['model'], **changes)
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from None
     return model.to(device).eval(), checkpoint
-
-
-def evaluated_weights(checkpoint):
-    """The weights that are evaluated and sampled from: their EMA where there is one, and buffers as they are."""
-    if not checkpoint.get('average'):
-        return checkpoint['model']
-    # a tied head is the embedding, which has an average
-    return {k: v for k, v in checkpoint['model'].items() if k != 'lm_head.weight'} | checkpoint['average']
 
 
 def build_model(args, state, allow_changes=False, **changes):
@@ -243,13 +217,76 @@ def first_few(names, most=8):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The optimizer's state
+# Where a run is
+
+@dataclass(eq=False)
+class State:
+    """
+    What training changes: the network, the optimizer, float16's scaler, and how far the run is. A checkpoint stores and
+    restores it as a whole.
+    """
+    model: GPT
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    step: int = 0 # steps done
+    samples: int = 0 # sequences in them
+    tokens: int = 0
+    seconds: float = 0.0 # of training, without evaluations
+    best_val_loss: float = math.inf
+    best_step: int = 0 # of that loss
+    evals_since_best: int = 0
+    evaluated: int = -1 # the step that was last evaluated
+
+    def __post_init__(self):
+        self.first_step, self.first_samples = self.step, self.samples # of this process
+
+    def count(self, samples, length):
+        """A step is done."""
+        self.step, self.samples, self.tokens = self.step + 1, self.samples + samples, self.tokens + samples * length
+
+    def keep_score(self, loss):
+        """Of an evaluation's loss: whether it is the best so far, or that one again, as a resumed run repeats it."""
+        better = loss < self.best_val_loss or loss == self.best_val_loss and self.step == self.best_step
+        self.evaluated, self.evals_since_best = self.step, 0 if better else self.evals_since_best + 1
+        if better:
+            self.best_val_loss, self.best_step = loss, self.step
+        return better
+
+    def to_checkpoint(self, config, meta):
+        """The dict to save. Where fully_shard shares out the weights, all processes must call."""
+        weights, moments = full_state(self.model, self.optimizer)
+        counters = {f.name: getattr(self, f.name) for f in fields(self)[3:]}
+        return dict(format=3, model=weights, optimizer=moments, scaler=self.scaler.state_dict(), state=counters,
+                    model_args=stored_config(self.model.config), config=config, meta=meta,
+                    iter_num=self.step, best_val_loss=self.best_val_loss) # as nanoGPT's readers expect them
+
+    def restore(self, checkpoint, config):
+        """All but the weights, also of checkpoints of nanoGPT and of earlier versions."""
+        vars(self).update(stored_state(checkpoint, config))
+        self.first_step, self.first_samples = self.step, self.samples
+        self.scaler.load_state_dict(checkpoint.get('scaler') or self.scaler.state_dict())
+        load_optimizer(self.model, self.optimizer, checkpoint['optimizer'], architecture(checkpoint))
+
+
+def stored_state(checkpoint, config):
+    """The counters of State, also from nanoGPT's checkpoints, and from those of before there was a State."""
+    if 'state' in checkpoint:
+        return checkpoint['state']
+    step, config = checkpoint['iter_num'], config | checkpoint.get('config', {})
+    samples = checkpoint.get('samples', step * config['gradient_accumulation_steps'] * config['batch_size'])
+    return dict(step=step, samples=samples, tokens=checkpoint.get('tokens', samples * config['block_size']),
+                seconds=checkpoint.get('seconds', 0.0), best_val_loss=float(checkpoint['best_val_loss']),
+                best_step=step, evals_since_best=checkpoint.get('stale', 0))
+
+
+def is_sharded(model):
+    return hasattr(model.lm_head.weight, 'full_tensor')
+
 
 def full_state(model, optimizer):
-    """
-    The state dicts of a model that fully_shard has shared out and of its optimizer, as one process would have them, on
-    rank 0. All ranks must call.
-    """
+    """The state dicts of a model and its optimizer as one process would have them; of shared ones on rank 0 alone."""
+    if not is_sharded(model):
+        return model.state_dict(), optimizer.state_dict()
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights, moments = get_state_dict(model, optimizer, options=options)
@@ -260,26 +297,30 @@ def full_state(model, optimizer):
                                        for group in groups])
 
 
-def load_optimizer(model, optimizer, state):
-    """Loads an optimizer's plain state dict, also into one whose model fully_shard has shared out."""
-    groups = state['param_groups']
-    if [len(g['params']) for g in groups] != [len(g['params']) for g in optimizer.param_groups]:
-        # nanoGPT has two groups: the parameters' order is the same
-        indices = iter([i for g in groups for i in g['params']])
-        groups = [{k: v for k, v in group.items() if k != 'params'} |
-                  dict(params=list(itertools.islice(indices, len(group['params']))))
-                  for group in optimizer.param_groups]
-        state = state | dict(param_groups=groups)
-    params = [p for group in optimizer.param_groups for p in group['params']]
-    if not hasattr(params[0], 'full_tensor'):
-        optimizer.load_state_dict(state)
-        return
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+def load_optimizer(model, optimizer, stored, args):
+    """
+    Loads an optimizer's plain state dict, which was saved with a model of GPTConfig(**args). Moments follow their
+    parameters by name: shortened as these are, and none for one that was added. The groups' settings stay as they are.
+    """
+    with torch.device('meta'):
+        before = GPT(GPTConfig(**{f.name: args[f.name] for f in fields(GPTConfig) if f.name in args}))
+    # in the order of the groups. nanoGPT's two have the same order
+    names = [name for group in optimizer_groups(before).values() for name, _ in group]
+    indices = [i for group in stored['param_groups'] for i in group['params']]
+    moments = {name: stored['state'][i] for name, i in zip(names, indices) if i in stored['state']}
+    cuts = {name: tuple(map(slice, p.shape)) for name, p in model.named_parameters()}
+    moments = {name: {key: v[cuts[name]].contiguous() if v.dim() == len(cuts[name]) else v # AdamW's kernel reads them
+                      for key, v in state.items()} for name, state in moments.items() if name in cuts} # as they lie
     name_of = {id(p): name for name, p in model.named_parameters()}
-    names = [name_of[id(p)] for p in params]
-    state = dict(state={names[i]: s for i, s in state['state'].items()},
-                 param_groups=[group | dict(params=[names[i] for i in group['params']]) for group in groups])
-    set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
+    groups = [group | dict(params=[name_of[id(p)] for p in group['params']]) for group in optimizer.param_groups]
+    if is_sharded(model):
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+        set_optimizer_state_dict(model, optimizer, dict(state=moments, param_groups=groups),
+                                 options=StateDictOptions(full_state_dict=True))
+        return
+    index = {name: i for i, name in enumerate(name for group in groups for name in group['params'])}
+    groups = [group | dict(params=[index[name] for name in group['params']]) for group in groups]
+    optimizer.load_state_dict(dict(state={index[name]: state for name, state in moments.items()}, param_groups=groups))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -291,12 +332,8 @@ MLP_OF_ACTIVATION = dict(gelu_new='gelu_tanh', gelu_pytorch_tanh='gelu_tanh', ge
 ACTIVATION_OF_MLP = dict(gelu_tanh='gelu_new', gelu='gelu', relu2='relu2')
 
 
-def load_pretrained(name, override_args=None):
-    """
-    GPT-2's weights: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl' (downloaded once from Hugging Face), or a local
-    folder in Hugging Face's layout. override_args are changes as in build_model, and what they add is printed.
-    """
-    folder = download(name) if str(name) in GPT2_NAMES else Path(name)
+def read_hugging_face(folder):
+    """A folder in Hugging Face's layout as a checkpoint's dict. OSError or ValueError say what is wrong with it."""
     for file in ('config.json', 'model.safetensors'):
         if not (folder / file).is_file():
             raise OSError(f"{folder} has no {file}: expected {', '.join(GPT2_NAMES)} or a folder with config.json and "
@@ -307,14 +344,10 @@ def load_pretrained(name, override_args=None):
         state = load_file(folder / 'model.safetensors')
     except Exception as e: # whatever the parsers raise on a damaged file
         raise ValueError(f"{folder} is not readable as GPT-2 in Hugging Face's layout: {e}") from e
-    args = args_of_hugging_face(hf, folder)
     # names without the prefix are how the hub has them
     state = {k if k.startswith(('transformer.', 'lm_head.')) else 'transformer.' + k: v for k, v in state.items()}
     state = {k: v.t() if k.endswith(CONV1D) else v for k, v in state.items()}
-    model, added = build_model(args, state, **(override_args or {}))
-    for line in added:
-        print(f"added    {line}")
-    return model
+    return dict(model=state, model_args=args_of_hugging_face(hf, folder))
 
 
 def download(name):

@@ -1,54 +1,69 @@
-"""A run's folder: its checkpoints' names, metrics.jsonl, loss.png, config.json, and the lock against a second run."""
+"""A run: its folder, the lock against a second run, logs, words to the person, the signals that end it."""
+import atexit
 import json
 import math
 import os
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
+
+from data.checkpoints import load_checkpoint, save_checkpoint
+from data.tokens import find_path
 
 PROJECT = Path(__file__).resolve().parent.parent
 
 
-class RunFolder:
+class Run:
     """
-    A run's folder, which need not exist yet.
+    A run and its folder, which need not exist yet. Of several processes one speaks and writes; in the others nothing
+    that says or writes does anything.
 
-    latest, best    paths of the checkpoints: the latest, and the one of the lowest validation loss
-    metrics         path of metrics.jsonl, one JSON object a line
+    latest, best  paths of the checkpoints: the latest, and the one of the lowest validation loss
+    metrics       path of metrics.jsonl, one JSON object a line
+    stop          exit status with which the run is to end soon; 0: it is not
     """
-    def __init__(self, path):
+    def __init__(self, out_dir, speaks=True):
+        self.out_dir, self.speaks, self.locked = out_dir, speaks, None
+        self.move(find_path(out_dir))
+        self.stop, self.unwritten, self.silent, self.last_plot = 0, set(), False, time.perf_counter()
+        self.bar = tqdm(disable=True)
+        self.logs = {'metrics.jsonl': self.append}
+
+    def move(self, path):
         self.path = Path(path)
         self.latest, self.best, self.metrics = (self.path / name for name in ('ckpt.pt', 'best.pt', 'metrics.jsonl'))
-        self.locked = None
 
-    def snapshots(self):
-        """Paths of the checkpoints that snapshot_interval keeps."""
-        return sorted(self.path.glob('step-*.pt'))
+    # the folder
 
     def has_checkpoint(self):
         return self.latest.exists() or self.best.exists()
 
-    def refuse_if_no_place(self):
-        """ValueError if this cannot be a run's folder: a file, or one that holds code or data."""
+    def claim(self, allowed, restart=False, lock=True):
+        """
+        ValueError if the folder is no place for a run, or holds one. allowed: it may hold one. restart: it may hold one
+        that died before its first checkpoint. lock: keeps other runs out.
+        """
         own = "give the run a folder of its own, such as --out_dir=out-x"
+        if not self.out_dir.strip():
+            raise ValueError(f"out_dir={self.out_dir!r} names no folder: {own}")
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"out_dir={str(self.path)!r} is a file: {own}")
         if any(next(self.path.glob(pattern), None) for pattern in ('*.py', '*.bin', 'meta.json')):
             raise ValueError(f"out_dir={str(self.path)!r} holds code or data: {own}")
-
-    def refuse_if_taken(self, restart):
-        """ValueError if the folder holds a run. restart: unless the run died before its first checkpoint."""
-        taken = f"out_dir={str(self.path)!r} already holds a run"
-        if self.has_checkpoint():
-            raise ValueError(f"{taken}: go on with it by --init_from=resume, choose another --out_dir, or replace it "
-                             "by --overwrite=True")
-        begun = self.metrics.exists() and self.metrics.stat().st_size
-        if self.snapshots() or begun and not restart:
-            raise ValueError(f"{taken}, which left no ckpt.pt to go on with: choose another --out_dir, or replace it "
-                             "by --overwrite=True")
+        if lock and self.speaks:
+            self.lock()
+        begun = self.metrics.exists() and self.metrics.stat().st_size and not restart
+        if not allowed and (begun or self.has_checkpoint()):
+            raise ValueError(f"out_dir={str(self.path)!r} already holds a run: go on with it by --init_from=resume, choose "
+                             "another --out_dir, or replace it by --overwrite=True")
 
     def lock(self, setting='out_dir'):
         """
@@ -75,18 +90,50 @@ class RunFolder:
             os.close(self.locked)
         self.locked = None
 
-    def remove_run(self):
-        """Deletes a run's files, and nothing else that lies there."""
-        of_tensorboard = self.path.glob('events.out.tfevents.*')
-        for path in (self.latest, self.best, self.metrics, self.path / 'loss.png', *self.snapshots(), *of_tensorboard):
-            path.unlink(missing_ok=True)
-        for path in self.code():
-            shutil.rmtree(path)
+    def load(self):
+        """The checkpoint that the run goes on from."""
+        checkpoint = load_checkpoint(self.latest if self.latest.exists() else self.best)
+        if 'format' not in checkpoint: # nanoGPT's: it names the device of another machine, perhaps
+            for name in ('device', 'dtype', 'compile', 'backend'):
+                checkpoint['config'].pop(name, None)
+        return checkpoint
+
+    def begin(self, state, settings, resuming, **about):
+        """
+        Makes the folder, or rids it of what a new run replaces or a resumed one writes again; keeps the code and the
+        settings, with what else decides the numbers (about).
+        """
+        if not self.speaks:
+            return
+        config = settings.config
+        if config['dry_run']:
+            parent = next(path for path in self.path.parents if path.exists())
+            self.move(tempfile.mkdtemp(prefix='.dry_run-', dir=parent))
+            atexit.register(shutil.rmtree, self.path, ignore_errors=True)
+        self.path.mkdir(parents=True, exist_ok=True)
+        # another run may have begun since the first look
+        self.claim(resuming or config['overwrite'], config['init_from'] == 'auto')
+        if config['wandb_log']: # before anything is deleted: it may refuse
+            self.logs['wandb'] = begin_wandb(config, self.path)
+        if resuming: # it writes again what came after the checkpoint
+            kept = [line for line in self.read_metrics() if line['step'] < state.step or line['step'] == state.step
+                    and ('val_loss' not in line or state.evaluated == state.step)]
+            replace_file(self.metrics, ''.join(json.dumps(line) + '\n' for line in kept))
+        else:
+            for path in (self.latest, self.best, self.metrics, self.path / 'loss.png'):
+                path.unlink(missing_ok=True)
+            for path in self.code():
+                shutil.rmtree(path)
+        if changed := self.keep_code(settings.files, state.step):
+            self.say(f"note     the code has changed: {', '.join(changed)}; {self.code()[-2]} has what made the run so "
+                     "far")
+        about |= dict(python=sys.version.split()[0], torch=torch.__version__, git=git_commit())
+        replace_file(self.path / 'config.json', json.dumps(config | about, indent=1))
 
     def code(self):
         """The folders with the code that made the run, the latest last: code, and code-STEP after a change."""
         later = [p for p in self.path.glob('code-*') if p.name[5:].isdigit()]
-        first = [self.path / 'code'] if (self.path / 'code').is_dir() else []
+        first = [p for p in [self.path / 'code'] if p.is_dir()]
         return first + sorted(later, key=lambda p: int(p.name[5:]))
 
     def keep_code(self, files, step):
@@ -99,98 +146,198 @@ class RunFolder:
         if not kept or changed:
             folder = self.path / (f'code-{step}' if kept else 'code')
             folder.mkdir(exist_ok=True)
-            for name, text in (now | {'changes.diff': (git('diff', 'HEAD') or '').encode()}).items():
+            for name, text in (now | {'changes.diff': git('diff', 'HEAD')}).items():
                 (folder / name).write_bytes(text)
         return changed
 
+    def save(self, path, checkpoint):
+        """Writes a checkpoint. A full disk is no reason to stop: the old file is kept, and the next save tries again."""
+        if not self.speaks:
+            return
+        try:
+            save_checkpoint(path, checkpoint)
+            self.unwritten.discard(path)
+        except OSError as e:
+            self.unwritten.add(path)
+            self.say(f"warning: {e}; the old one is kept")
+
+    # logs
+
     def read_metrics(self):
-        """The lines of metrics.jsonl as dicts."""
+        """The lines of metrics.jsonl as dicts, without those that a crash has cut short or something else damaged."""
         lines = []
-        for line in open(self.metrics, encoding='utf-8') if self.metrics.exists() else ():
+        for line in self.metrics.read_bytes().splitlines() if self.metrics.exists() else ():
             try:
-                lines.append(json.loads(line))
-            except ValueError: # a line that a crash cut short
-                pass
+                values = json.loads(line)
+                lines += [values] if {'step', 'tokens'} <= values.keys() else []
+            except (ValueError, AttributeError):
+                pass # no JSON, or no object
         return lines
 
-    def forget_after(self, step, evaluates):
-        """Drops the metrics that a run resumed at step writes again: later steps; if it evaluates, that, too."""
-        kept = [line for line in self.read_metrics() if line['step'] < step or line['step'] == step
-                and not (evaluates and 'val_loss' in line)]
-        self.metrics.write_text(''.join(json.dumps(line) + '\n' for line in kept), encoding='utf-8')
+    def log(self, state, **values):
+        """Writes values of this step to all logs. One that cannot be written is warned of, and training goes on."""
+        values = dict(step=state.step, tokens=state.tokens, seconds=round(state.seconds, 3), **values)
+        for name, write in list(self.logs.items()) if self.speaks else ():
+            try:
+                write(values)
+            except Exception as e: # whatever a log raises
+                more = ''
+                if name != 'metrics.jsonl': # which can recover
+                    more = ' without it'
+                    del self.logs[name]
+                self.say(f"warning: {name} could not be written, training goes on{more}: {e}")
 
-    def log(self, **values):
+    def append(self, values):
         """Appends a line to metrics.jsonl."""
-        for name, value in values.items(): # JSON has no NaN
-            values[name] = None if isinstance(value, float) and not math.isfinite(value) else value
+        finite = {k: v for k, v in values.items() if not isinstance(v, float) or math.isfinite(v)} # JSON has no NaN
         with open(self.metrics, 'a', encoding='utf-8') as f:
-            f.write(json.dumps(values) + '\n')
+            f.write(json.dumps(dict.fromkeys(values) | finite) + '\n')
 
-    def write_config(self, config):
-        """config.json: every setting, and what else decides a run's numbers."""
-        about = dict(python=sys.version.split()[0], torch=torch.__version__, git=git_commit())
-        (self.path / 'config.json').write_text(json.dumps(config | about, indent=1), encoding='utf-8')
+    def plot(self, pause=0):
+        """Draws loss.png, if the last time was `pause` seconds ago: training and validation loss against tokens."""
+        if not self.speaks or time.perf_counter() - self.last_plot < pause:
+            return
+        self.last_plot = time.perf_counter()
+        try: # each takes a fifth of a second, the first one a second
+            draw_losses(self.read_metrics(), self.path / 'loss.png')
+        except ImportError:
+            self.say("no loss.png: pip install matplotlib draws it")
+        except Exception as e: # whatever matplotlib raises
+            self.say(f"warning: {self.path / 'loss.png'} could not be written, training goes on: {e}")
 
-    def plot(self):
-        """loss.png: training and validation loss against tokens."""
-        from matplotlib.figure import Figure # takes a while, so not at start-up
-        lines = self.read_metrics()
-        figure = Figure(figsize=(8, 5))
-        axes = figure.subplots()
-        curves = dict(loss=('training', dict(alpha=0.5, linewidth=0.8)), val_loss=('validation', dict(marker='.')))
-        for key, (label, style) in curves.items():
-            points = [line for line in lines if key in line]
-            axes.plot([line['tokens'] for line in points], [line[key] for line in points], label=label, **style)
-        best = min((line['val_loss'] for line in lines if line.get('val_loss') is not None), default=math.nan)
-        # the first points would rule the axis
-        seen = [(line['tokens'], line[key]) for line in lines for key in curves if line.get(key) is not None]
-        later = [loss for tokens, loss in seen if tokens > 0.05 * seen[-1][0]]
-        if later:
-            low, high = min(later), max(later)
-            axes.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
-        ratios = [(line[f'bits_per_{unit}'] / line['val_loss'], unit) for line in lines if 'val_loss' in line
-                  for unit in ('byte', 'dimension') if line.get(f'bits_per_{unit}')]
-        if ratios: # the same windows at each evaluation: one ratio
-            bits, unit = ratios[0]
-            other = axes.secondary_yaxis('right', functions=(lambda y: y * bits, lambda y: y / bits))
-            other.set_ylabel(f'bits per {unit} of the validation split')
-        axes.set(xlabel='tokens', ylabel='nats a token', title=f'{self.path.name}: best validation loss {best:.4f}')
-        axes.legend()
-        axes.grid(alpha=0.3)
-        figure.savefig(self.path / 'loss.png.tmp', format='png', dpi=120)
-        os.replace(self.path / 'loss.png.tmp', self.path / 'loss.png')
+    # words
+
+    def say(self, text):
+        """Prints a line above the progress bar, with \\ for what the terminal cannot encode."""
+        if not self.speaks:
+            return
+        encoding = sys.stdout.encoding or 'utf-8'
+        try:
+            tqdm.write(str(text).encode(encoding, 'backslashreplace').decode(encoding), file=sys.stdout)
+            sys.stdout.flush() # into a pipe or a file, too, when it happens
+        except (OSError, ValueError): # a pipe that nobody reads, a terminal that is gone, a full disk
+            self.warn_of_silence()
+
+    def warn_of_silence(self):
+        """One warning on stderr, if that is still there: the run goes on, and metrics.jsonl has its numbers."""
+        if not self.silent:
+            self.silent, self.bar.disable = True, True
+            try:
+                print("warning: the output cannot be written, the run goes on", file=sys.stderr, flush=True)
+            except (OSError, ValueError):
+                pass
+            sys.stdout = sys.stderr = open(os.devnull, 'w', encoding='utf-8')
+
+    def progress(self, total, done):
+        """Begins the progress bar, which needs a terminal."""
+        disabled = not self.speaks or not sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=done, unit='step', disable=disabled, dynamic_ncols=True)
+
+    def tick(self, steps=0, text=None):
+        """Moves the progress bar and changes the text behind it."""
+        try:
+            if text is not None:
+                self.bar.set_postfix_str(text)
+            self.bar.update(steps)
+        except OSError:
+            self.warn_of_silence()
+
+    # the end
+
+    def catch_signals(self):
+        """From here on Ctrl-C, kill, a lost terminal and a scheduler's warning let the run save what it has."""
+        def on_signal(number, frame):
+            self.stop = 128 + number
+            signal.signal(number, signal.SIG_DFL) # a second one ends it at once
+        for name in ('SIGINT', 'SIGTERM', 'SIGUSR1', 'SIGHUP'):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), on_signal)
+
+    def sum_up(self, state, files):
+        """Says what came of the run, and what to do next."""
+        self.say(f"done     {state.step:,} steps, {state.tokens:,} tokens in {duration(state.seconds)}; lowest validation "
+                 f"loss {state.best_val_loss:.4f} at step {state.best_step:,}")
+        if state.step == state.first_step:
+            self.say(f"note     the run was at step {state.step} already: to go on, --max_iters={2 * state.step or 1000}")
+        self.say(f"next     python sample.py {shlex.join([*files, f'--out_dir={self.out_dir}'])}")
+
+    def status(self, step):
+        """Says why the run ends before its last step -> its exit status."""
+        self.bar.close()
+        if self.stop > 128:
+            self.say(f"{signal.Signals(self.stop - 128).name}: step {step} is saved in {self.latest}; go on with "
+                     "--init_from=resume")
+        if self.latest in self.unwritten:
+            self.say(f"error: the state of step {step} is not on disk: free some space and resume from the checkpoint "
+                     "that is left")
+            return 1
+        return self.stop
+
+
+def begin_wandb(config, folder):
+    """-> a function that logs a step's values."""
+    import wandb
+    try:
+        wandb.init(project=config['wandb_project'], name=config['wandb_run_name'], config=config, dir=folder)
+    except wandb.Error as e:
+        raise ValueError(f"wandb_log=True: {str(e).rstrip('.')}; or WANDB_MODE=offline, or leave it out") from None
+    return lambda values: wandb.log(values, step=values['step'])
+
+
+def replace_file(path, text):
+    """Writes a file in one step: whatever happens, a whole one has this name, the old one or the new."""
+    temporary = Path(f'{path}.tmp')
+    temporary.write_text(text, encoding='utf-8')
+    os.replace(temporary, path)
+
+
+def draw_losses(lines, path):
+    """The losses in lines of metrics.jsonl as a picture."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg # whatever MPLBACKEND is
+    from matplotlib.figure import Figure # takes a while, so not at start-up
+    figure = Figure(figsize=(8, 5))
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    curves = dict(loss=('training', dict(alpha=0.5, linewidth=0.8)), val_loss=('validation', dict(marker='.')))
+    for key, (label, style) in curves.items():
+        points = [line for line in lines if key in line]
+        axes.plot([line['tokens'] for line in points], [line[key] for line in points], label=label, **style)
+    best = min((line['val_loss'] for line in lines if line.get('val_loss') is not None), default=math.nan)
+    seen = [(line['tokens'], line[key]) for line in lines for key in curves if line.get(key) is not None]
+    later = [loss for tokens, loss in seen if tokens > 0.05 * seen[-1][0]] # the first points would rule the axis
+    low, high = min(later, default=0.0), max(later, default=1.0)
+    axes.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
+    axes.set(xlabel='tokens', ylabel='nats a token', title=f'{path.parent.name}: best validation loss {best:.4f}')
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(f'{path}.tmp', format='png', dpi=120)
+    os.replace(f'{path}.tmp', path)
 
 
 def git(*args):
-    """What git prints about the project; None where there is no repository or no git."""
+    """What git prints about the project, as bytes; b'' where there is no repository or no git."""
     try:
-        return subprocess.run(['git', '-C', PROJECT, *args], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(['git', '-C', PROJECT, *args], capture_output=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return b''
 
 
 def git_commit():
     """The project's commit, with a + if files differ from it; None outside of git."""
-    commit = git('rev-parse', 'HEAD')
-    return commit and commit + ('+' if git('status', '--porcelain') else '')
+    commit = git('rev-parse', 'HEAD').decode()
+    return commit + ('+' if git('status', '--porcelain') else '') if commit else None
 
 
-def memory_of(device):
-    """Bytes that the GPU has, or this machine; None where the system does not say."""
-    if torch.device(device).type == 'cuda':
-        return torch.cuda.get_device_properties(device).total_memory
-    try:
-        return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-    except (AttributeError, ValueError): # Windows
-        return None
+def duration(seconds):
+    """As people say it: 38 s, 2.9 min, 5.1 hours, 12 days."""
+    for unit, size in ('days', 86400), ('hours', 3600), ('min', 60):
+        if seconds >= 1.5 * size:
+            return f'{seconds / size:.2g} {unit}' if seconds < 99 * size else f'{seconds / size:,.0f} {unit}'
+    return f'{seconds:.2g} s' if seconds < 10 else f'{seconds:.0f} s'
 
 
-def peak_memory(device):
-    """Bytes: of the GPU, or of the process; None where the system does not say."""
-    if torch.device(device).type == 'cuda':
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
-    except ImportError: # Windows
-        return None
+def table(words):
+    """Lines of columns, as many as a terminal is wide enough for beside a word of eight letters."""
+    width = max(map(len, words), default=0) + 2
+    n = max(1, (shutil.get_terminal_size().columns - 9) // width)
+    return [''.join(word.ljust(width) for word in words[i:i + n]).rstrip() for i in range(0, len(words), n)]

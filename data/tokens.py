@@ -261,6 +261,12 @@ class Split:
             raise DataError(f"unknown sampling {sampling!r}: it must be random or epoch")
         return self.read(shard, offset, block_size)
 
+    def count_targets(self, first_sample, batch_size, block_size, **order):
+        """How many targets batch would give: all tokens, but for those that masks take out."""
+        if not any(shard.mask for shard in self.shards):
+            return batch_size * block_size
+        return int((self.batch(first_sample, batch_size, block_size, **order)[1] >= 0).sum())
+
     def n_windows(self, stride):
         """How many windows of `stride` tokens (and a target for each) the split has: the samples of an epoch."""
         return int(((self.sizes - 1) // stride).sum())

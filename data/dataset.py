@@ -1,0 +1,101 @@
+"""A dataset as a run uses it: both splits, what their tokens mean, and whether they fit the weights."""
+import math
+from functools import cached_property
+
+from tqdm import tqdm
+
+from data.tokenizers import load_tokenizer, with_line_ends
+from data.tokens import DataError, Split, dataset_folder, load_meta
+
+TOKENIZER_KEYS = ('tokenizer', 'encoding', 'characters', 'json', 'palette') # of meta: what tells one from another
+
+
+class Dataset:
+    """
+    train, val  the Splits
+    meta        the folder's metadata; where it does not name the tokenizer, what the weights' checkpoint knows of it
+
+    checkpoint: of the weights that this is for, {} for new ones. DataError if there is no such dataset, or if the
+    weights were trained with another tokenizer, unless allow_changes.
+    """
+    def __init__(self, name, checkpoint, allow_changes=False):
+        self.name, folder = name, dataset_folder(name)
+        try:
+            self.meta = load_meta(folder)
+            self.train, self.val = Split(folder, 'train'), Split(folder, 'val')
+        except ValueError as e:
+            if name != 'openwebtext': # the default, which takes hours to prepare
+                raise
+            raise DataError(f"{e}; or begin small: python data/python_stdlib/prepare.py, then python train.py "
+                            "config/quick.py") from None
+        known = checkpoint.get('meta') or {}
+        if 'tokenizer' not in self.meta: # bare token files
+            self.meta |= known
+        for key in TOKENIZER_KEYS:
+            if 'tokenizer' in known and known.get(key) != self.meta.get(key) and not allow_changes:
+                what = (f"the {key} {self.meta.get(key)!r}, and the weights were trained with {known.get(key)!r}"
+                        if key != 'json' else "another tokenizer.json than the weights were trained with")
+                n = checkpoint['model_args']['vocab_size']
+                fits = ', or --allow_changes=True' if self.meta.get('vocab_size', 0) <= n else ''
+                raise DataError(f"dataset={name!r} has {what}: take another dataset{fits}")
+
+    def __str__(self):
+        what = self.meta.get('encoding') or self.meta.get('tokenizer', 'unknown tokens')
+        return f'{self.name}: {self.train.n_tokens:,} tokens to train on, {self.val.n_tokens:,} to validate; {what}'
+
+    @property
+    def vocab_size(self):
+        """Of a new model: a large vocabulary is padded, as multiples of 64 make faster matrix products."""
+        size = self.meta.get('vocab_size', 50257)
+        return size if size < 1024 else math.ceil(size / 64) * 64
+
+    def check(self, vocab_size, block_size, sampling):
+        """DataError unless the tokens fit a model. What is read in a moment is checked as a whole and at once."""
+        for split in (self.train, self.val):
+            split.vocab_size = vocab_size # of every batch
+            if split.n_tokens <= 1e8:
+                split.scan(vocab_size)
+        self.train.batch(0, 1, block_size, sampling) # long enough for a window?
+        next(self.val.fixed_batches(1, 1, block_size))
+
+    def scan(self, vocab_size, shown):
+        """Reads all tokens. DataError at the first that is not below vocab_size."""
+        for split in (self.train, self.val):
+            with tqdm(total=split.n_tokens, desc=f'scanning {split.split}', unit='token', unit_scale=True,
+                      disable=not shown) as progress:
+                split.scan(vocab_size, progress.update)
+
+    def fingerprints(self):
+        return [split.fingerprint() for split in (self.train, self.val)]
+
+    @cached_property
+    def tokenizer(self):
+        """None where the metadata name none; DataError where it cannot be had."""
+        return load_tokenizer(self.meta)
+
+    def prompt(self, text):
+        r"""Ids of a text in which \n is a line end. DataError if it cannot be read."""
+        if self.tokenizer is None:
+            raise DataError(f"sample_tokens needs a tokenizer to read and write with, and dataset={self.name!r} names "
+                            "none: --sample_tokens=0")
+        try:
+            ids = self.tokenizer.encode(with_line_ends(text))
+        except ValueError as e:
+            raise DataError(f"sample_prompt={text!r}: {e}; or --sample_tokens=0") from None
+        if not ids:
+            raise DataError("sample_prompt='' is empty: give a text to continue, or --sample_tokens=0")
+        return ids
+
+    def bits(self, loss, targets):
+        """
+        A mean loss over arrays of targets in bits per byte of text, or per dimension of pictures -> {name: bits}; {}
+        where the tokenizer is unknown or cannot be had.
+        """
+        try:
+            tokenizer = self.tokenizer
+        except DataError:
+            return {}
+        n_targets = n_bytes = 0
+        for y in targets if tokenizer else ():
+            n_targets, n_bytes = n_targets + (y >= 0).sum(), n_bytes + tokenizer.n_bytes(y)
+        return {f'bits_per_{tokenizer.unit}': float(loss * n_targets / n_bytes / math.log(2))} if n_bytes else {}

@@ -1,0 +1,341 @@
+"""
+The machine: device, dtype and speed, and the processes of a run. One process without a GPU is the trivial case.
+
+torchrun tells each process its number in environment variables. Those on GPUs take one each.
+"""
+import atexit
+import inspect
+import itertools
+import os
+import sys
+import time
+from contextlib import nullcontext
+from functools import cached_property
+
+import torch
+import torch._functorch.config
+import torch.distributed as dist
+
+from model import Block, keep_freed_memory
+
+# Dense FLOP/s in bfloat16 (V100, T4: float16) with float32 accumulation, from NVIDIA's and AMD's datasheets (numbers
+# "with sparsity" halved; of an MI250X each half is a device). The first name that the card's name contains as whole
+# words counts.
+PEAK_FLOPS = {
+    'B200': 2250e12, 'H200 NVL': 835.5e12, 'H200': 989.4e12, 'GH200': 989.4e12, 'H100 PCIe': 756e12,
+    'H100 NVL': 835.5e12, 'H100': 989.4e12, 'A100': 312e12, 'A40': 149.7e12, 'A30': 165e12, 'A10G': 70e12,
+    'A10': 125e12, 'L40S': 362e12, 'L40': 181e12, 'L4': 121e12, 'T4': 65e12, 'V100': 125e12, 'RTX A6000': 154.8e12,
+    'RTX 3090': 71.2e12, 'RTX 4090': 165.2e12, 'RTX 5090': 209.5e12, 'MI250X': 191.5e12, 'MI300X': 1307.4e12,
+}
+
+
+def process_number():
+    """This process's number among those that torchrun has started; 0 for the only one."""
+    return int(os.environ.get('RANK', 0))
+
+
+class Machine:
+    """
+    What a script computes with. ValueError if there is no such device.
+
+    device, kind  such as 'cuda:1', and 'cuda', 'cpu' or 'mps' of it
+    dtype         name of the dtype of matrix products; autocast is the context in which they have it
+    scaler        float16's GradScaler; for other dtypes it does nothing
+    rank, world   number of this process, and of all of them
+    sharded       whether the processes share out the weights (fully_shard) instead of holding a copy each
+    compiled      whether torch.compile is on: wrap() decides
+    bad_steps     a tensor: steps in a row whose gradient was not finite
+    """
+    def __init__(self, device='auto', dtype='auto', peak_flops='auto', parallel='ddp', deterministic=False):
+        self.rank, self.world = process_number(), int(os.environ.get('WORLD_SIZE', 1))
+        if self.world > 1 and device in ('auto', 'cuda') and torch.cuda.is_available():
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+        self.device, self.dtype = resolve(device, dtype)
+        self.kind, self.torch_dtype = torch.device(self.device).type, getattr(torch, self.dtype)
+        self.sharded, self.compiled, self.peak_flops = parallel == 'fsdp' and self.world > 1, False, peak_flops
+        whole = self.dtype == 'float32'
+        self.autocast = nullcontext() if whole else torch.autocast(self.kind, self.torch_dtype)
+        self.scaler = torch.amp.GradScaler(self.kind, enabled=self.dtype == 'float16')
+        if deterministic: # before the first matrix product
+            os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+            torch.use_deterministic_algorithms(True)
+        torch.set_float32_matmul_precision('high') # TF32 where float32 remains on a GPU
+        self.bad_steps = torch.zeros((), device=self.device)
+        self.votes, self.next_vote, self.voted_at = 0, 1, time.perf_counter()
+        self.lap_began, self.tokens, self.flops = time.perf_counter(), 0, 0.0
+
+    def __str__(self):
+        how = 'compiled' if self.compiled else 'eager'
+        processes = f"{self.world} process{'es' if self.world > 1 else ''}{', sharded' if self.sharded else ''}"
+        flops, source = self.peak
+        ceiling = f'{flops / 1e12:.4g} TFLOP/s ({source})' if flops else source
+        return f'{self.device}, {self.dtype}, {how}, {processes}; peak {ceiling}'
+
+    # a step
+
+    def wrap(self, model, compile='auto', backend='auto', lengths=1):
+        """
+        model on this device -> (what trains and evaluates: compiled, sharded, exchanging gradients; lines to show).
+        lengths: how many sequence lengths it will see.
+        """
+        self.model, notes = model, []
+        if self.kind == 'cpu':
+            keep_freed_memory()
+        if self.world > 1:
+            self.connect(backend)
+        if self.sharded:
+            self.mesh = shard(model, self.kind, self.torch_dtype, self.world)
+        if compile == 'auto':
+            compile = self.kind == 'cuda' and self.can_compile(notes)
+        self.compiled = compile
+        if model.config.recompute == 'cheap' and not compile:
+            notes.append("note     recompute='cheap' is for torch.compile, which is off: it changes nothing")
+        if compile:
+            torch._dynamo.config.recompile_limit = 2 * lengths + 8 # for training and for evaluations
+            torch._functorch.config.ban_recompute_materialized_backward = model.config.recompute != 'cheap'
+            # each length once: symbolic lengths are compiled three times as often
+            model = torch.compile(model, dynamic=False)
+        if self.world > 1 and not self.sharded:
+            # buffers are constants here, and gradients need no copy beside the one that travels
+            DDP = torch.nn.parallel.DistributedDataParallel
+            names = inspect.signature(DDP).parameters
+            constant = 'forward_sync_buffers' if 'forward_sync_buffers' in names else 'broadcast_buffers' # before 2.13
+            gpus = [self.device] if self.kind == 'cuda' else None
+            model = DDP(model, device_ids=gpus, gradient_as_bucket_view=True, **{constant: False})
+        self.wrapped = model
+        return model, notes
+
+    def can_compile(self, notes):
+        """Whether torch.compile works here, which takes a compiler, triton, and a Python that it knows."""
+        try:
+            return torch.compile(lambda x: x + 1)(torch.ones(1, device=self.device)).item() == 2
+        except Exception as e: # whatever they raise
+            notes.append(f"not compiling, since torch.compile fails here: {str(e).strip().splitlines()[0]}")
+            return False
+
+    def seed(self, seed, step):
+        """Makes the masks of dropout a function of seed, step and process, so that a resumed run draws the same."""
+        torch.manual_seed(((seed * 1_000_003 + step) * 4096 + self.rank) % 2 ** 63)
+
+    def exchange_gradients(self, yes):
+        """Whether the next backward pass exchanges gradients with the other processes."""
+        if self.sharded:
+            self.model.set_requires_gradient_sync(yes)
+        self.wrapped.require_backward_grad_sync = yes # DDP's; nobody else reads it
+
+    def clip_gradients(self, limit):
+        """Clips the norm of all gradients together, 0: not -> the norm before, a tensor."""
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit or float('inf'))
+        return norm.full_tensor() if self.sharded else norm
+
+    def step(self, optimizer, norm):
+        """The optimizer's step. Where the norm is not finite it changes nothing, decided without waiting for a GPU."""
+        bad = ~torch.isfinite(norm)
+        self.bad_steps = (self.bad_steps + 1) * bad
+        if self.kind == 'mps' and bad: # its optimizer cannot decide that; without gradients it changes nothing
+            optimizer.zero_grad(set_to_none=True)
+        elif self.kind != 'mps' and not self.scaler.is_enabled():
+            optimizer.grad_scale, optimizer.found_inf = None, self.everywhere(bad.float())
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+    def everywhere(self, tensor):
+        """A tensor that is equal in all processes, as sharded weights take it."""
+        if not self.sharded:
+            return tensor
+        from torch.distributed.tensor import DTensor, Replicate # takes a second to import
+        return DTensor.from_local(tensor, self.mesh, [Replicate()])
+
+    # processes
+
+    def connect(self, backend):
+        if backend == 'gloo' and self.kind == 'cuda' and self.sharded:
+            raise ValueError("backend='gloo' cannot gather the weights that parallel='fsdp' shares out over GPUs: use "
+                             "--backend=nccl")
+        # torchrun keeps its store when it restarts lost processes: the prefix hides the addresses of the dead ones
+        store, _, _ = next(dist.rendezvous('env://'))
+        store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
+        name = backend if backend != 'auto' else 'nccl' if self.kind == 'cuda' else 'gloo'
+        dist.init_process_group(name, rank=self.rank, world_size=self.world, store=store)
+
+    def deal(self, items):
+        """Deals out items: yields (an item, whether it counts), equally often in each process as sharding needs."""
+        items = iter(items)
+        while hand := list(itertools.islice(items, self.world)):
+            yield hand[min(self.rank, len(hand) - 1)], self.rank < len(hand)
+
+    def reduce(self, numbers, how='SUM'):
+        """Numbers, or a tensor -> their sum, or another ReduceOp, over all processes: a list, or a number."""
+        total = numbers if torch.is_tensor(numbers) else torch.tensor(numbers, dtype=torch.float64)
+        if self.world > 1:
+            total = total.to(self.device)
+            dist.all_reduce(total, getattr(dist.ReduceOp, how))
+        return total.tolist()
+
+    def agree(self, number):
+        """
+        The largest number that a process has, in all of them at the same call. As asking waits for the slowest, they
+        ask once a second, or at each call if these take longer.
+        """
+        self.votes += 1
+        if self.world == 1:
+            return number
+        if self.votes < self.next_vote:
+            return 0
+        now = time.perf_counter()
+        largest, pause = self.reduce([number, (now - self.voted_at) / self.votes], 'MAX')
+        self.votes, self.next_vote, self.voted_at = 0, max(1, int(1 / pause)), now
+        return int(largest)
+
+    def exit(self, status):
+        """Ends the process. One of several skips Python's teardown: a gloo thread may abort in it (pytorch 190489)."""
+        if self.world > 1:
+            dist.destroy_process_group()
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        sys.exit(status)
+
+    # memory and speed
+
+    def put(self, *arrays):
+        """numpy arrays as tensors on the device."""
+        tensors = map(torch.from_numpy, arrays)
+        if self.kind == 'cuda':
+            return [tensor.pin_memory().to(self.device, non_blocking=True) for tensor in tensors]
+        return [tensor.to(self.device) for tensor in tensors]
+
+    def budget(self, n_params, bytes_a_parameter, activations):
+        """-> lines about the memory that training will take, in all processes together or, not sharded, in each."""
+        fixed = bytes_a_parameter * n_params / (self.world if self.sharded else 1)
+        lines = [f"memory   about {(fixed + activations) / 1e9:.3g} GB: {fixed / 1e9:.3g} of weights, gradients and "
+                 f"optimizer, {activations / 1e9:.3g} of activations"]
+        if fixed + activations > (self.memory or float('inf')):
+            lines.append(f"warning: {self.device} has {self.memory / 1e9:.3g} GB: if it does not fit, a lower batch_size "
+                         "and as many more gradient_accumulation_steps take the same steps")
+        return lines
+
+    def count(self, tokens, flops):
+        """Counts work that all processes have done together since the last lap."""
+        self.tokens, self.flops = self.tokens + tokens, self.flops + flops
+
+    def lap(self):
+        """-> (seconds since the last call, tokens a second, MFU or None where the peak is not known)."""
+        now = time.perf_counter()
+        seconds, (peak, _) = now - self.lap_began, self.peak
+        speed, mfu = self.tokens / seconds, self.flops / seconds / (peak * self.world) if peak else None
+        self.lap_began, self.tokens, self.flops = now, 0, 0.0
+        return seconds, speed, mfu
+
+    @cached_property
+    def peak(self):
+        """(FLOP/s that MFU is a share of, or None; where the number comes from)"""
+        return find_peak_flops(self.peak_flops, self.device, self.torch_dtype)
+
+    @property
+    def memory(self):
+        """Bytes that the GPU has, or this machine; None where the system does not say."""
+        if self.kind == 'cuda':
+            return torch.cuda.get_device_properties(self.device).total_memory
+        try:
+            return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+        except (AttributeError, ValueError): # Windows
+            return None
+
+    @property
+    def peak_memory(self):
+        """Bytes: of the GPU, or of the process; None where the system does not say."""
+        if self.kind == 'cuda':
+            return torch.cuda.max_memory_allocated(self.device)
+        try:
+            import resource
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+        except ImportError: # Windows
+            return None
+
+
+def shard(model, kind, dtype, world):
+    """Shares out the weights of a GPT over the processes -> the mesh of their devices."""
+    from torch.distributed.device_mesh import init_device_mesh # these take a second to import
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    mesh = init_device_mesh(kind, (world,))
+    # what has nothing but matrices travels in the dtype of their products, half of the bytes; the rest in float32
+    policy = MixedPrecisionPolicy(dtype, torch.float32)
+    for block in [m for m in model.modules() if isinstance(m, Block)]:
+        for part in filter(None, (block.attn, block.mlp)):
+            if all(isinstance(m, torch.nn.Linear) for m in part.modules() if m._parameters):
+                fully_shard(part, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    register_fsdp_forward_method(model, 'hidden') # which generation calls
+    return mesh
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What `auto` means on this machine
+
+def resolve(device, dtype):
+    """'auto' or a name for each -> (device, dtype's name). ValueError if this machine has no such device."""
+    if device == 'auto':
+        device = (torch.accelerator.current_accelerator(check_available=True) or torch.device('cpu')).type
+    try:
+        kind = torch.device(device).type
+        torch.empty(1, device=device)
+        if kind == 'cuda' and torch.device(device).index is not None:
+            torch.cuda.set_device(device) # streams, graphs and measurements are the current device's
+    except (RuntimeError, AssertionError) as e: # what torch raises for a device that is not there
+        raise ValueError(f"device={device!r} is not there ({str(e).splitlines()[0]}): use --device=auto") from None
+    if dtype == 'auto' and kind == 'cuda':
+        dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
+    elif dtype == 'auto':
+        # only where the processor multiplies it: elsewhere bfloat16 is emulated and slow
+        native = kind == 'cpu' and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+        dtype = 'bfloat16' if native else 'float32'
+    return device, dtype
+
+
+def find_peak_flops(setting, device, dtype):
+    """-> (FLOP/s or None, where it came from).
+
+    setting: a number; 'measure': see measure_flops; 'auto': the table for a GPU in a 16-bit dtype, measured on a CPU.
+    """
+    if not isinstance(setting, str):
+        return float(setting), 'as set'
+    device = torch.device(device)
+    if setting == 'auto' and device.type == 'cuda':
+        name = torch.cuda.get_device_name(device)
+        words = ' ' + name.replace('-', ' ') + ' '
+        for card, flops in PEAK_FLOPS.items():
+            if f' {card} ' in words and ' Laptop ' not in words and dtype != torch.float32:
+                return flops, f'datasheet of {card}, dense'
+        return None, (f'n/a: no 16-bit figure for {name}; set --peak_flops=312e12 (its datasheet\'s) or '
+                      '--peak_flops=measure')
+    if setting == 'auto' and device.type != 'cpu':
+        return None, f'n/a: set --peak_flops=measure or a number for {device.type}'
+    n, flops = measure_flops(device, dtype)
+    return flops, f'measured: {n}x{n} matrix product in {str(dtype).removeprefix("torch.")}'
+
+
+def measure_flops(device, dtype):
+    """-> (n, FLOP/s): the best of a few n x n products as Linear layers make them, an honest ceiling on any machine.
+
+    On a CPU without bfloat16 a large product takes minutes: sizes grow only while one is quick.
+    """
+    largest = 2048 if device.type == 'cpu' else 8192
+    n, found = 256, []
+    while True:
+        x, w = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        times = []
+        for _ in range(5):
+            t0 = time.perf_counter()
+            torch.nn.functional.linear(x, w)[0, 0].item() # waits for the device
+            times.append(time.perf_counter() - t0)
+            if sum(times) > 0.5:
+                break
+        found.append((2 * n ** 3 / min(times), n))
+        if n >= largest or 8 * min(times) > 0.25:
+            flops, n = max(found)
+            return n, flops
+        n *= 2
