@@ -1,5 +1,6 @@
 """
-The way out: a folder from which transformers' AutoModelForCausalLM and AutoTokenizer give the same logits and ids.
+Hugging Face's layout, in and out: GPT-2's weights are read from a folder, and a model goes out as one from which
+transformers' AutoModelForCausalLM and AutoTokenizer give the same logits and ids.
 
 What GPT-2's class can express goes out as GPT-2. Everything else takes its code along: model.py, data/modeling_gpt.py
 and the files of its mixers, which transformers executes with trust_remote_code=True.
@@ -10,16 +11,84 @@ import json
 import re
 import tempfile
 from base64 import b64encode
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 
-from data.checkpoints import save_pretrained, stored_config
+from data.checkpoints import GPT2_NAMES, stored_config
 from data.tokenizers import EOT, CharTokenizer, JsonTokenizer, TiktokenTokenizer, import_tokenizers
-from model import BUILT_IN, MIXERS
+from data.tokens import load_meta
+from model import BUILT_IN, MIXERS, GPTConfig
 
 PROJECT = Path(__file__).resolve().parent.parent
+GPT2_TOKENIZER = dict(tokenizer='tiktoken', encoding='gpt2')
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In: a folder with config.json and model.safetensors
+
+# GPT-2's Conv1D holds a Linear's matrix transposed
+CONV1D = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')
+MLP_OF_ACTIVATION = dict(gelu_new='gelu_tanh', gelu_pytorch_tanh='gelu_tanh', gelu='gelu', relu2='relu2')
+ACTIVATION_OF_MLP = dict(gelu_tanh='gelu_new', gelu='gelu', relu2='relu2')
+
+
+def open_hugging_face(name):
+    """
+    GPT-2 by name (downloaded once), or a folder in Hugging Face's layout, as a checkpoint's dict. OSError or ValueError
+    say what is wrong with it.
+    """
+    folder = download(name) if name in GPT2_NAMES else Path(name)
+    for file in ('config.json', 'model.safetensors'):
+        if not (folder / file).is_file():
+            raise OSError(f"{folder} has no {file}: expected {', '.join(GPT2_NAMES)} or a folder with config.json and "
+                          "model.safetensors")
+    try:
+        from safetensors.torch import load_file # here: only those who load it need it
+        hf = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+        state = load_file(folder / 'model.safetensors')
+    except Exception as e: # whatever the parsers raise on a damaged file
+        raise ValueError(f"{folder} is not readable as GPT-2 in Hugging Face's layout: {e}") from e
+    # names without the prefix are how the hub has them
+    state = {k if k.startswith(('transformer.', 'lm_head.')) else 'transformer.' + k: v for k, v in state.items()}
+    state = {k: v.t() if k.endswith(CONV1D) else v for k, v in state.items()}
+    meta = GPT2_TOKENIZER if name in GPT2_NAMES else load_meta(folder)
+    return dict(model=state, model_args=args_of_hugging_face(hf, folder), meta=meta)
+
+
+def download(name):
+    """The folder of OpenAI's weights in Hugging Face's cache."""
+    from huggingface_hub import hf_hub_download
+    try:
+        paths = [hf_hub_download(f'openai-community/{name}', file) for file in ('config.json', 'model.safetensors')]
+    except Exception as e:
+        raise OSError(f"{name} could not be downloaded from Hugging Face ({type(e).__name__}): check the network, or "
+                      "give a local folder that has its config.json and model.safetensors") from e
+    return Path(paths[0]).parent
+
+
+def args_of_hugging_face(hf, folder):
+    """GPTConfig's fields for the config.json of a GPT-2; ValueError for what this GPT cannot compute."""
+    if hf.get('model_type') != 'gpt2':
+        raise ValueError(f"{folder}/config.json has model_type {hf.get('model_type')!r}, and only 'gpt2' can be loaded")
+    activation = hf.get('activation_function', 'gelu_new')
+    if activation not in MLP_OF_ACTIVATION:
+        raise ValueError(f"{folder}/config.json has activation_function {activation!r}: one of "
+                         f"{', '.join(MLP_OF_ACTIVATION)} is needed")
+    only = dict(layer_norm_epsilon=1e-5, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
+    for field, value in only.items():
+        if hf.get(field, value) != value:
+            raise ValueError(f"{folder}/config.json has {field}={hf[field]}, and this GPT only has {value}")
+    C = hf['n_embd']
+    return dict(n_layer=hf['n_layer'], n_head=hf['n_head'], n_embd=C, block_size=hf['n_positions'],
+                vocab_size=hf['vocab_size'], mlp=MLP_OF_ACTIVATION[activation],
+                mlp_ratio=(hf.get('n_inner') or 4 * C) / C, tie_weights=hf.get('tie_word_embeddings', True),
+                dropout=hf.get('resid_pdrop', 0.1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Out
 
 def export(model, tokenizer, folder):
     """Writes the folder -> (whether it needs its own code, the largest deviation of the logits; None: not checked)."""
@@ -156,3 +225,41 @@ def check(model, folder):
         raise ValueError(f"what transformers reads from {folder} differs from the model, its logits by {deviation:.3g}:"
                          " that is a mistake in this project or in the mixer's file")
     return deviation
+
+
+def save_pretrained(model, folder, meta=None):
+    """
+    Writes config.json and model.safetensors as transformers' GPT2LMHeadModel has them, which gives the same logits.
+    meta, a dataset's or checkpoint's, goes to meta.json: sample.py takes its tokenizer.
+    """
+    from safetensors.torch import save_file
+    c = model.config
+    # the fields that GPT-2's class has a place for
+    plain = GPTConfig(c.block_size, c.vocab_size, c.n_layer, c.n_head, c.n_embd, c.dropout, c.recompute, c.bias,
+                      c.tie_weights, mlp=c.mlp, mlp_ratio=c.mlp_ratio if c.mlp != 'none' else 4.0,
+                      pos_emb=c.pos_emb if c.pos_emb == 'none' else 'learned', narrow_residual=c.narrow_residual)
+    beyond = [f"{f.name}={getattr(c, f.name)!r}" for f in fields(c) if getattr(c, f.name) != getattr(plain, f.name)]
+    if c.mlp not in ACTIVATION_OF_MLP:
+        beyond.append(f"mlp={c.mlp!r}")
+    if beyond:
+        raise ValueError(f"Hugging Face's GPT-2 class cannot express {', '.join(beyond)}")
+    state = {k: v.detach().cpu() for k, v in model.state_dict().items() if k != 'lm_head.weight' or not c.tie_weights}
+    if c.pos_emb == 'none': # a position table of zeros
+        state['transformer.wpe.weight'] = torch.zeros(c.block_size, c.n_embd)
+    if not c.bias:
+        state |= {k.removesuffix('weight') + 'bias': v.new_zeros(v.size(0)) for k, v in state.items()
+                  if k.endswith('weight') and '.h.' in k or k == 'transformer.ln_f.weight'}
+    state = {k: (v.t() if k.endswith(CONV1D) else v).contiguous() for k, v in state.items()}
+    special = None if c.vocab_size <= 50256 else 50256 # another tokenizer's special tokens are not known here
+    config = dict(architectures=['GPT2LMHeadModel'], model_type='gpt2', vocab_size=c.vocab_size,
+                  n_positions=c.block_size, n_ctx=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
+                  layer_norm_epsilon=1e-5, n_inner=round(c.mlp_ratio * c.n_embd),
+                  activation_function=ACTIVATION_OF_MLP[c.mlp], resid_pdrop=c.dropout, embd_pdrop=c.dropout,
+                  attn_pdrop=c.dropout, tie_word_embeddings=c.tie_weights, bos_token_id=special, eos_token_id=special,
+                  torch_dtype=str(model.lm_head.weight.dtype).removeprefix('torch.'))
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(state, folder / 'model.safetensors', metadata={'format': 'pt'})
+    for name, content in {'config.json': config, 'meta.json': meta}.items():
+        if content:
+            (folder / name).write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')

@@ -28,7 +28,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -38,16 +37,16 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch._functorch.config
 import torch.nn.functional as F
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
-from configurator import configure, exit_on_error, fail, find_peak_flops, resolve
+from configurator import configure, explain_errors, fail
 from data.checkpoints import NANOGPT_FIELDS, load_weights, stored_config
-from data.run import git_commit, peak_memory
+from data.machine import Machine
+from data.run import git_commit
 from data.tokens import Split, dataset_folder, load_meta, prefetch
-from model import Cache, GPT, GPTConfig, LinearCrossEntropy, MIXERS, cost, keep_freed_memory
+from model import Cache, GPT, GPTConfig, LinearCrossEntropy, MIXERS, cost
 from compare import configured
 
 for file in sorted((PROJECT / 'config/mixers').glob('*.py')):
@@ -61,7 +60,7 @@ peer: str | None = None # a checkout of nanoGPT, measured in turn with this proj
 peer_compile = True # the peer's torch.compile in training, which is its default; False is faster for some models
 device = 'auto' # auto | cpu | cuda | cuda:1 | mps
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto' # auto: what train.py and sample.py choose
-compile: bool | Literal['auto', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs'] = 'auto' # the same
+compile: bool | Literal['auto'] = 'auto' # the same
 batch_size = 0 # sequences in a micro-batch; 0: the preset's
 gradient_accumulation_steps = 0 # micro-batches in a training step; 0: 40 of GPT-2 on a GPU as it is trained, else 1
 dataset = '' # a folder in data/, or any folder given with a slash; '': synthetic tokens
@@ -99,28 +98,12 @@ report = dict(about={}, errors={}, tables={}) # the JSON file
 # Inside a worker process: a job is a dict of plain values, and its result the columns of a table
 
 def work(job):
-    """Makes the choices that train.py makes, then does the job."""
+    """Does the job on the machine that train.py would choose."""
     job = SimpleNamespace(**job)
-    kind = torch.device(job.device).type
-    job.on_gpu = kind == 'cuda'
-    job.dtype = resolve(job.device, job.dtype)[1]
-    if job.peer and kind == 'cpu':
-        job.dtype = 'float32' # nanoGPT has no autocast there
-    job.amp = torch.autocast(kind, getattr(torch, job.dtype)) if job.dtype != 'float32' else nullcontext()
-    if job.compile == 'auto':
-        job.compile = job.on_gpu and can_compile(job.device)
-    torch.set_float32_matmul_precision('high')
-    torch._functorch.config.ban_recompute_materialized_backward = job.config.get('recompute') != 'cheap'
-    if not job.peer and kind == 'cpu':
-        keep_freed_memory()
-    return {'how': job.dtype + (', compiled' if job.compile else '')} | WORK[job.kind](job)
-
-
-def can_compile(device):
-    try:
-        return torch.compile(lambda x: x + 1)(torch.ones(1, device=device)).item() == 2
-    except Exception: # no compiler, no triton, or too new a Python
-        return False
+    on_cpu = torch.device(job.device).type == 'cpu'
+    machine = Machine(job.device, 'float32' if job.peer and on_cpu else job.dtype) # nanoGPT has no autocast there
+    result = WORK[job.kind](job, machine)
+    return {'how': machine.dtype + (', compiled' if machine.compiled else '')} | result
 
 
 def build(job, source):
@@ -140,53 +123,50 @@ def on_meta(config):
         return GPT(GPTConfig(**config))
 
 
-def make_step(job):
+def make_step(job, machine):
     """-> step(i, micro_batches), which trains as train.py's i-th step does, and returns the loss."""
-    model, kind = build(job, job.peer), torch.device(job.device).type
+    model = build(job, job.peer)
     if job.init: # the peer's weights
         load_weights(model, build(job, job.init).state_dict())
-    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), kind)
-    scaler = torch.amp.GradScaler(kind, enabled=job.dtype == 'float16')
-    forward = model
-    if job.compile:
-        forward = torch.compile(model, dynamic=False, mode=job.compile if isinstance(job.compile, str) else None)
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), machine.kind)
+    if job.peer:
+        forward, machine.compiled = torch.compile(model) if job.compile else model, bool(job.compile)
+    else:
+        forward, _ = machine.wrap(model, job.compile)
     model.train()
 
     def step(i, micro_batches):
         if not job.peer:
-            torch.manual_seed((1337 * 1_000_003 + i) * 4096)
+            machine.seed(1337, i)
         for group in optimizer.param_groups:
             group['lr'] = 1e-3 * min(1.0, (i + 1) / 100) * group.get('lr_scale', 1.0)
         loss_sum = 0.0
         for x, y in micro_batches:
-            with job.amp:
+            with machine.autocast:
                 loss = forward(x, y)[1] / len(micro_batches)
-            scaler.scale(loss).backward()
+            machine.scaler.scale(loss).backward()
             loss_sum += loss.detach()
-        scaler.unscale_(optimizer)
+        machine.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        if not job.peer and not scaler.is_enabled(): # a step that is not finite is skipped
-            optimizer.grad_scale, optimizer.found_inf = None, (~torch.isfinite(norm)).float()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        if job.peer:
+            machine.scaler.step(optimizer)
+            machine.scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+        else: # a step that is not finite is skipped
+            machine.step(optimizer, norm)
         return loss_sum
 
     return step
 
 
-def load_batches(job):
+def load_batches(job, machine):
     """Yields (i, the micro-batches of step i), fetched ahead by a thread as in train.py."""
     split, n = Split(job.data, 'train'), job.accumulation
-
-    def to_device(array):
-        tensor = torch.from_numpy(array)
-        return tensor.pin_memory().to(job.device, non_blocking=True) if job.on_gpu else tensor.to(job.device)
 
     def load(i):
         samples = [k * job.batch_size for k in range(i * n, i * n + n)]
         pairs = [split.batch(first, job.batch_size, job.config['block_size']) for first in samples]
-        return i, [[to_device(array) for array in pair] for pair in pairs]
+        return i, [machine.put(*pair) for pair in pairs]
     return prefetch(load, 0)
 
 
@@ -200,22 +180,22 @@ def seconds(function):
     return time.perf_counter() - t0
 
 
-def work_train(job):
+def work_train(job, machine):
     """Training steps of at_once between two looks at the clock: train.py does not wait for a GPU in every step."""
-    step, batches, losses = make_step(job), load_batches(job), []
+    step, batches, losses = make_step(job, machine), load_batches(job, machine), []
 
     def take_steps():
         for i, micro_batches in itertools.islice(batches, job.at_once):
             losses.append(step(i, micro_batches))
     for _ in range(2): # compilation, first allocations, the optimizer's state
         seconds(take_steps)
-    if job.on_gpu:
+    if machine.kind == 'cuda':
         torch.cuda.reset_peak_memory_stats()
     times = [seconds(take_steps) / job.at_once for _ in range(job.steps)]
-    memory = peak_memory(job.device)
+    memory = machine.peak_memory
     batches.close()
-    model, dtype = on_meta(job.config), getattr(torch, job.dtype)
-    flops, peak = cost(model)[0], find_peak_flops('auto', job.device, dtype)[0]
+    model, peak = on_meta(job.config), machine.peak[0]
+    flops = cost(model)[0]
     speed = job.accumulation * job.batch_size * job.config['block_size'] / median(times)
     losses = torch.stack(losses).tolist()
     return {'M parameters': model.get_num_params(False) / 1e6, 'MFLOP/token': flops / 1e6, 'tokens/s': speed,
@@ -224,16 +204,16 @@ def work_train(job):
 
 
 @torch.inference_mode()
-def work_sample(job):
+def work_sample(job, machine):
     """Tokens/s of the prompt and of decoding, and which share that is of what the machine can do."""
-    bare, dtype = on_meta(job.config), getattr(torch, job.dtype)
+    bare, peak = on_meta(job.config), machine.peak[0]
     weights = torch.ones(READ // 2 ** 14, 2 ** 14, device=job.device)
     bandwidth = weights.nbytes / min(seconds(lambda: weights @ weights[0]) for _ in range(5))
     del weights
-    peak = find_peak_flops('auto', job.device, dtype)[0]
     model = build(job, job.peer).eval()
     if not job.peer:
-        model.to(dtype)
+        model.to(machine.torch_dtype)
+        machine.compiled = bool(job.compile)
         if job.compile:
             model.hidden = torch.compile(model.hidden, dynamic=True)
 
@@ -243,7 +223,7 @@ def work_sample(job):
             yield from model.stream(idx, job.new_tokens, **options)
             return
         for _ in range(job.new_tokens):
-            with job.amp:
+            with machine.autocast:
                 idx = model.generate(idx, 1, **options)
             yield idx
 
@@ -251,7 +231,7 @@ def work_sample(job):
     for _ in range(2): # the first time warms up
         tokens, n = generate(idx), 0
         prompt = idx.numel() / seconds(lambda: next(tokens))
-        if job.on_gpu:
+        if machine.kind == 'cuda':
             next(tokens) # captures a CUDA graph
         def decode():
             nonlocal n
@@ -261,16 +241,16 @@ def work_sample(job):
         decoding = seconds(decode)
     # forward, and logits of the last position only
     flops = cost(bare, job.context)[0] / 3 - 2 * bare.config.n_embd * bare.config.vocab_size
-    n_bytes = bare.get_num_params(False) * (4 if job.peer else dtype.itemsize) # autocast keeps float32 weights
+    n_bytes = bare.get_num_params(False) * (4 if job.peer else machine.torch_dtype.itemsize) # autocast keeps float32 weights
     return {'prompt tokens/s': prompt, 'of matmul peak': prompt * flops / peak if peak else None,
             'decode tokens/s': n * job.batch_size / decoding, 'of bandwidth': n / decoding * n_bytes / bandwidth}
 
 
-def work_state(job):
+def work_state(job, machine):
     """Decoding far into a sequence, and what is kept of it."""
     model, cache = build(job, None).eval(), Cache()
     idx = torch.randint(job.config['vocab_size'], (job.batch_size, job.context), device=job.device)
-    with torch.inference_mode(), job.amp:
+    with torch.inference_mode(), machine.autocast:
         for part in idx.split(1024, dim=1):
             model.hidden(part, cache)
         kept, token = cache.n_bytes(), idx[:, -1:]
@@ -278,7 +258,7 @@ def work_state(job):
     return {'decode tokens/s': job.batch_size / median(times), 'bytes of state': kept / job.batch_size, 'times': times}
 
 
-def work_head(job):
+def work_head(job, machine):
     """Forward and backward of the head alone: x (N, C) to the mean cross-entropy."""
     C, V, N = job.config['n_embd'], job.config['vocab_size'], job.batch_size * job.config['block_size']
     x = torch.randn(N, C, device=job.device, requires_grad=True)
@@ -291,17 +271,17 @@ def work_head(job):
         if job.way == 'torch':
             return F.linear_cross_entropy(x, weight, y, options=torch.nn.LinearCrossEntropyOptions())
         return F.cross_entropy(F.linear(x, weight), y)
-    fast_loss = torch.compile(loss, dynamic=False) if job.compile else loss
+    fast_loss = torch.compile(loss, dynamic=False) if job.compile is True else loss
 
     def step():
         x.grad = weight.grad = None
-        with job.amp:
+        with machine.autocast:
             losses.append(fast_loss(x, weight))
         losses[-1].backward()
 
-    losses, before = [], peak_memory(job.device)
+    losses, before = [], machine.peak_memory
     times = [seconds(step) for _ in range(job.steps + 1)][1:]
-    return {'ms': median(times) * 1e3, 'GB above the start': (peak_memory(job.device) - before) / 1e9,
+    return {'ms': median(times) * 1e3, 'GB above the start': (machine.peak_memory - before) / 1e9,
             'loss': losses[-1].item(), 'times': times}
 
 
@@ -312,8 +292,7 @@ WORK = dict(train=work_train, sample=work_sample, state=work_state, head=work_he
 
 def both(kind, config, batch, theirs=True, **more):
     """{'ours': a function that does this job in a worker, 'peer': the same for the peer, if there is one}"""
-    as_trained = device != 'cpu' and config.vocab_size > 50000 and kind == 'train' and \
-        compile not in ('reduce-overhead', 'max-autotune') # CUDA graphs overwrite gradients, as train.py says
+    as_trained = device != 'cpu' and config.vocab_size > 50000 and kind == 'train'
     n = gradient_accumulation_steps or (40 if as_trained else 1)
     job = dict(kind=kind, config=stored_config(config), batch_size=batch, accumulation=n,
                data=write_data(config.vocab_size, dataset), device=device, dtype=dtype, compile=compile, peer=None,
@@ -600,7 +579,7 @@ def choose(argv, commands, namespace):
     name = argv[0] if argv else ''
     if name not in commands and not {'-h', '--help'} & set(argv):
         fail(f"the first argument must be a command, not {name!r}: {', '.join(commands)}; --help explains them")
-    return name, configure(namespace, GPTConfig, argv[1:] if name in commands else argv)[1]
+    return name, configure(namespace, GPTConfig, argv[1:] if name in commands else argv).given
 
 
 def main(argv):
@@ -609,13 +588,13 @@ def main(argv):
         print('\n' + json.dumps(work(json.loads(argv[1]))))
         return
     name, given = choose(argv, COMMANDS, globals())
-    with exit_on_error():
-        device = resolve(device, 'float32')[0]
-        if peer and not (Path(peer) / 'model.py').is_file():
-            raise ValueError(f"peer={peer!r} has no model.py: give the folder of a checkout of nanoGPT")
-        begin(name, device, out)
-        COMMANDS[name]()
-        end()
+    explain_errors()
+    device = Machine(device).device
+    if peer and not (Path(peer) / 'model.py').is_file():
+        raise ValueError(f"peer={peer!r} has no model.py: give the folder of a checkout of nanoGPT")
+    begin(name, device, out)
+    COMMANDS[name]()
+    end()
 
 
 if __name__ == '__main__':

@@ -37,25 +37,26 @@ import torch
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
-from configurator import check_ranges, configure, exit_on_error, fail, settings_of, shorten_schedule
-from data.run import RunFolder, git_commit
+from configurator import configure, explain_errors, fail, settings_of
+from data.dataset import Dataset
+from data.run import Run, git_commit
 from data.tokenizers import load_tokenizer
 from data.tokens import Split, dataset_folder, find_path, load_meta
 from model import GPT, GPTConfig, add_mixer, cost, find_leak
 
 # ---------------------------------------------------------------------------------------------------------------------
 arms = '' # the other arms, with commas in between
-seeds = 5 # of the verdict
-lrs = (1.0,) # factors of the config's learning rates that each arm tries, as in 0.5,1,2
-lr_seeds = 1 # seeds of that search
+seeds = 5 # of the verdict [1, inf)
+lrs = (1.0,) # factors of the config's learning rates that each arm tries, as in 0.5,1,2 (0, inf)
+lr_seeds = 1 # seeds of that search [1, inf)
 equal: Literal['steps', 'params', 'flops', 'seconds'] = 'steps' # params: by the width of the MLP (or of gMLP's gate);
     # flops and seconds: by the number of steps
 scale = () # widths (n_embd) at which all is done again: does the gain close as models grow?
 aa = False # one more arm, which is the first with other seeds: nothing should come out
 out = 'out-compare' # folder
-eval_tokens = 65536 # tokens in each evaluation
-evaluations = 5 # of a run
-jobs = 1 # runs at once; on several GPUs one each
+eval_tokens = 65536 # tokens in each evaluation [1, inf)
+evaluations = 5 # of a run [1, inf)
+jobs = 1 # runs at once; on several GPUs one each [1, inf)
 cluster: Literal['', 'slurm', 'local'] = '' # hand the runs to this by submitit
 allow_leak = False # train arms that are not causal, too
 keep = False # keep the runs' checkpoints
@@ -63,7 +64,7 @@ json = False # print the results as JSON
 # ---------------------------------------------------------------------------------------------------------------------
 OWN = settings_of('tests/compare.py')
 SEARCH_SEED, AA_SEED = 10_000, 20_000 # the first seeds of the search and of the A/A arm
-RATES = ('learning_rate', 'hidden_lr', 'embedding_lr', 'other_lr', 'min_lr') # a factor is one of all of these
+RATES = ('learning_rate', 'hidden_lr', 'min_lr') # a factor is one of all of these
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Statistics, on lists of numbers
@@ -156,10 +157,7 @@ class Arm:
 
 def configured(*files):
     """What train.py would make of these config files and flags, whose mixers are then known."""
-    namespace = {'__file__': str(PROJECT / 'train.py'), '__name__': 'train', 'Literal': Literal}
-    source = (PROJECT / 'train.py').read_text(encoding='utf-8')
-    exec(source[source.index('# files and evaluation'):source.index('config, given, replaced, files =')], namespace)
-    return configure(namespace, GPTConfig, [str(f) for f in files], adopt=add_mixer)
+    return configure(settings_of('train.py'), GPTConfig, [str(f) for f in files], adopt=add_mixer)
 
 
 def split_arms(text):
@@ -199,17 +197,16 @@ def make_arm(name, common, params=None):
             raise ValueError(f"the arm {name!r} has {part!r}: give a config file (x.py) or a setting (qk_norm=True)")
         argv.append(part if part.endswith('.py') else '--' + part.lstrip('-'))
     argv = [str(find_path(arg)) if arg.endswith('.py') else arg for arg in argv]
-    config, _, replaced, _ = configured(*argv)
-    shorten_schedule({}, config, replaced)
-    size = Split(dataset_folder(config['dataset']), 'train').vocab_size or 50257
-    model = {f.name: config[f.name] for f in fields(GPTConfig)}
-    model['vocab_size'] = size if size < 1024 else math.ceil(size / 64) * 64 # as train.py has it
+    settings = configured(*argv)
+    settings.shorten('max_iters', 'lr_decay_iters', 'warmup_iters', 'wsd_decay_iters')
+    config = settings.config
+    model = {f.name: config[f.name] for f in fields(GPTConfig)} | dict(vocab_size=Dataset(config['dataset'], {}).vocab_size)
     short = '+'.join(Path(part).stem if part.endswith('.py') else part for part in name.split('+'))
-    with exit_on_error([arg for arg in argv if arg.endswith('.py')]):
-        arm = count(Arm(short or 'as it is', argv, config, model, steps=config['max_iters']))
-        if params:
-            fit_params(arm, params)
-        arm.leak = leak_of(arm) # now: the next arm's file may have a mixer of the same name
+    explain_errors(settings.files)
+    arm = count(Arm(short or 'as it is', argv, config, model, steps=config['max_iters']))
+    if params:
+        fit_params(arm, params)
+    arm.leak = leak_of(arm) # now: the next arm's file may have a mixer of the same name
     return arm
 
 
@@ -271,7 +268,7 @@ class Cell:
             wsd_decay_iters=round(share * config['wsd_decay_iters']),
             eval_tokens=tokens, eval_interval=max(1, math.ceil(self.steps / n)),
             log_interval=max(1, self.steps // 100), always_save_checkpoint=False, patience=0, allow_leak=allow_leak,
-            checkpoint_interval=max(100, math.ceil(self.steps / 4)), wandb_log=False, tensorboard_log=False,
+            checkpoint_interval=max(100, math.ceil(self.steps / 4)), wandb_log=False,
             **{name: self.factor * config[name] for name in RATES if config[name] is not None})
         what = dumps([config | self.settings | dict(out_dir=''), CODE, fingerprint(self.arm)], default=str)
         self.folder = Path(out) / 'runs' / hashlib.sha256(what.encode()).hexdigest()[:16]
@@ -322,7 +319,7 @@ def execute(command, folder, env=None):
     """Runs a cell's command and writes its result.json, whatever came of it. Also what a cluster's node does."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    t0, run = time.time(), RunFolder(folder)
+    t0, run = time.time(), Run(folder)
     try:
         run.lock()
     except ValueError: # this run is still at work: its comparison was killed, and it was not
@@ -351,7 +348,7 @@ PROCESSES, STOPPING = set(), threading.Event()
 
 def read_run(folder, status):
     """A run's curve and figures. loss is None for one that failed, and failed says how."""
-    lines = RunFolder(folder).read_metrics()
+    lines = Run(folder).read_metrics()
     evaluated = [line for line in lines if line.get('val_loss') is not None]
     logged = [line for line in lines if 'tokens_per_s' in line]
     text = (folder / 'log.txt').read_text(encoding='utf-8', errors='replace').strip()
@@ -701,12 +698,11 @@ def gains_by_size(by_width):
     return lines, results
 
 
-def check(config):
-    check_ranges(config, {'[1, inf)': 'seeds lr_seeds eval_tokens evaluations jobs'})
+def check():
     if not out.strip():
         raise ValueError("out='' is no folder: choose one, such as --out=out-compare")
-    if not lrs or min(lrs) <= 0 or len(set(lrs)) < len(lrs):
-        raise ValueError(f"lrs={lrs} must be different factors above 0, as in 0.5,1,2")
+    if not lrs or len(set(lrs)) < len(lrs):
+        raise ValueError(f"lrs={lrs} must be different factors, as in 0.5,1,2")
     if cluster:
         try:
             import submitit # noqa: F401
@@ -718,7 +714,7 @@ def check(config):
 def claimed(folder, common):
     """The folder of one comparison: its arms and seeds may grow, what they have in common may not change."""
     folder.mkdir(parents=True, exist_ok=True)
-    run, path = RunFolder(folder), folder / 'common.json'
+    run, path = Run(folder), folder / 'common.json'
     run.lock('out')
     try:
         if path.exists() and (before := loads(path.read_text(encoding='utf-8'))) != common:
@@ -737,38 +733,38 @@ def main(argv):
     common = [arg for arg in argv if arg not in own]
     if not any(arg.endswith('.py') for arg in common):
         fail("give a config file, as in python tests/compare.py config/shakespeare_small.py --arms=qk_norm=True")
-    config = configure(globals(), argv=own).config
+    configure(globals(), argv=own)
     signal.signal(signal.SIGTERM, signal.default_int_handler) # as Ctrl-C: its runs end with it
-    with exit_on_error():
-        check(config)
-        at_width = {}
-        for width in scale or (None,):
-            more = []
-            if width:
-                first = configured(*common).config
-                more = [f'--n_embd={width}', f"--n_head={max(1, round(first['n_head'] * width / first['n_embd']))}"]
-            at_width[width] = make_arms(common + more, split_arms(arms))
-        UNIT = unit_of([arm for everyone in at_width.values() for arm in everyone])
-        with claimed(Path(out), common):
-            everything = [(width, compare(everyone)) for width, everyone in at_width.items()]
-            lines, slopes = gains_by_size(everything) if scale else ([], [])
-            about = dict(command=argv, commit=git_commit(), torch=torch.__version__, equal=equal, seeds=seeds)
-            results = dict(about=about, by_size=slopes, tables=[dict(n_embd=w, rows=rows) for w, rows in everything])
-            folder, text = Path(out), []
-            (folder / 'compare.json').write_text(dumps(results, indent=1), encoding='utf-8')
-            for width, rows in everything:
-                place = folder / f'n_embd-{width}' if width else folder
-                place.mkdir(exist_ok=True)
-                try:
-                    draw(rows, place)
-                except ImportError:
-                    report('no pictures: pip install matplotlib')
-                text += [f'n_embd={width}'] * bool(width) + [table(rows), '']
-            text = '\n'.join(text + lines)
-            (folder / 'table.md').write_text(text + '\n', encoding='utf-8')
-            print(dumps(results) if json else text)
-            if all(row.get('loss') is None for _, rows in everything for row in rows):
-                sys.exit(1) # no run came to its end
+    explain_errors()
+    check()
+    at_width = {}
+    for width in scale or (None,):
+        more = []
+        if width:
+            first = configured(*common).config
+            more = [f'--n_embd={width}', f"--n_head={max(1, round(first['n_head'] * width / first['n_embd']))}"]
+        at_width[width] = make_arms(common + more, split_arms(arms))
+    UNIT = unit_of([arm for everyone in at_width.values() for arm in everyone])
+    with claimed(Path(out), common):
+        everything = [(width, compare(everyone)) for width, everyone in at_width.items()]
+        lines, slopes = gains_by_size(everything) if scale else ([], [])
+        about = dict(command=argv, commit=git_commit(), torch=torch.__version__, equal=equal, seeds=seeds)
+        results = dict(about=about, by_size=slopes, tables=[dict(n_embd=w, rows=rows) for w, rows in everything])
+        folder, text = Path(out), []
+        (folder / 'compare.json').write_text(dumps(results, indent=1), encoding='utf-8')
+        for width, rows in everything:
+            place = folder / f'n_embd-{width}' if width else folder
+            place.mkdir(exist_ok=True)
+            try:
+                draw(rows, place)
+            except ImportError:
+                report('no pictures: pip install matplotlib')
+            text += [f'n_embd={width}'] * bool(width) + [table(rows), '']
+        text = '\n'.join(text + lines)
+        (folder / 'table.md').write_text(text + '\n', encoding='utf-8')
+        print(dumps(results) if json else text)
+        if all(row.get('loss') is None for _, rows in everything for row in rows):
+            sys.exit(1) # no run came to its end
 
 
 if __name__ == '__main__':

@@ -19,8 +19,9 @@ from typing import Literal
 import torch
 
 from bench import PROJECT, SMALL_RUN, begin, choose, end, in_turn, run_train, show, write_data
-from configurator import exit_on_error, resolve
-from data.checkpoints import NANOGPT_FIELDS, find_weights, load_model
+from configurator import explain_errors
+from data.checkpoints import NANOGPT_FIELDS, load_model
+from data.machine import Machine
 from data.tokens import Split, dataset_folder, load_meta
 from model import GPTConfig, beam_search
 
@@ -192,7 +193,7 @@ def generate(model, idx, beams=None, **options):
 
 def repetition():
     """What each way to control repetition does to greedy text and, beside it, to drawn text."""
-    model, checkpoint = load_model(find_weights(run), device)
+    model, checkpoint = load_model(run, device)
     T = model.config.block_size
     split = Split(dataset_folder(checkpoint['config']['dataset']), 'val')
     x, _ = next(iter(split.fixed_batches(prompts, prompts, T)))
@@ -218,11 +219,11 @@ COMMANDS = dict(recipe=recipe, arithmetic=arithmetic, repetition=repetition)
 def main(argv):
     global given, device
     name, given = choose(argv, COMMANDS, globals())
-    with exit_on_error():
-        device = resolve(device, 'float32')[0]
-        begin(name, device, out)
-        COMMANDS[name]()
-        end()
+    explain_errors()
+    device = Machine(device).device
+    begin(name, device, out)
+    COMMANDS[name]()
+    end()
 
 
 if __name__ == '__main__':
