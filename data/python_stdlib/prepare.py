@@ -49,4 +49,4 @@ with exit_on_error():
             writer.write(split, tokenizer.encode(text, allow_special=False) + [tokenizer.eot])
             if max_bytes and writer.n_bytes >= max_bytes:
                 break
-    summarize(writer, 'python train.py config/quick.py')
+    summarize(writer, 'config/quick.py', out)
