@@ -352,9 +352,9 @@ class Split:
         return self.n_tokens
 
     def fingerprint(self):
-        """A hash of the shards' names, types and contents, their masks' too. The files are read once: see hash_file."""
-        parts = [[os.path.basename(shard.path), shard.dtype.name, hash_file(shard.path), shard.mask and
-                  hash_file(shard.mask)] for shard in self.shards]
+        """A hash of the shards' names, types and whole contents, and of their masks. Each file is read once."""
+        parts = [[os.path.basename(shard.path), shard.dtype.name, kept_hash(shard.path),
+                  shard.mask and kept_hash(shard.mask)] for shard in self.shards]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def sum_windows(self, counts, length):
@@ -388,9 +388,18 @@ HASHES = '.hashes.json' # beside the files
 
 
 def hash_file(path):
+    """A hash of a whole file."""
+    digest, buffer = hashlib.blake2b(digest_size=16), bytearray(1 << 20)
+    with open(path, 'rb', buffering=0) as file:
+        while n := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:n])
+    return digest.hexdigest()
+
+
+def kept_hash(path):
     """
-    A hash of a whole file. The folder keeps it, with the file's size and times, so that large files are read once. Where
-    the folder cannot be written it is computed each time.
+    The hash of a file of a dataset, whose folder keeps it beside the file's size and times, so that the file is read
+    once. Where the folder cannot be written it is computed each time.
     """
     path = Path(path)
     kept, about = path.with_name(HASHES), path.stat()
@@ -400,19 +409,16 @@ def hash_file(path):
         known = dict(json.loads(kept.read_text(encoding='utf-8')))
     if str(known.get(path.name)).startswith(key):
         return known[path.name].removeprefix(key)
-    digest, buffer = hashlib.blake2b(digest_size=16), bytearray(1 << 20)
-    with open(path, 'rb', buffering=0) as file:
-        while n := file.readinto(buffer):
-            digest.update(memoryview(buffer)[:n])
+    digest = hash_file(path)
     # a file as young as the clock's step may change once more and keep its time
     if time.time_ns() - max(about.st_mtime_ns, about.st_ctime_ns) > 2e9:
         new = path.with_name(f'{HASHES}.{os.getpid()}.tmp')
         with suppress(OSError):
-            new.write_text(json.dumps(known | {path.name: key + digest.hexdigest()}), encoding='utf-8')
+            new.write_text(json.dumps(known | {path.name: key + digest}), encoding='utf-8')
             os.replace(new, kept)
         with suppress(OSError):
             new.unlink()
-    return digest.hexdigest()
+    return digest
 
 
 def check_ids(shard, offset, tokens, vocab_size):
