@@ -24,7 +24,7 @@ import torch
 
 from configurator import check_ranges, configure, exit_on_error, resolve, settings_of
 from data.checkpoints import GPT2_NAMES, find_weights, good_checkpoints, is_pretrained, load_model, load_pretrained
-from data.tokenizers import load_tokenizer, with_line_ends
+from data.tokenizers import GPT2, load_tokenizer, read_argument, read_text, tokenizer_of, with_line_ends
 from data.tokens import dataset_folder, find_path, load_meta
 from model import GPTConfig, add_mixer, beam_search
 
@@ -74,7 +74,6 @@ RANGES = {
     '(0, 1]': 'top_p',
     '[0, 1]': 'min_p',
 }
-GPT2_TOKENIZER = dict(tokenizer='tiktoken', encoding='gpt2')
 
 
 def load():
@@ -85,20 +84,26 @@ def load():
         named = init_from in GPT2_NAMES
         source = init_from if named else find_weights(init_from)
         model, about = load_pretrained(source, dict(dropout=0.0)).eval(), "pretrained"
-        meta = {} if named else load_meta(source)
+        meta = GPT2 if named else tokenizer_of(source)
     else:
         source = find_run() if init_from == 'resume' else find_weights(init_from)
         model, ckpt = load_trained(source)
         meta = ckpt.get('meta') or meta_of_nanogpt(ckpt)
         about = f"step {ckpt.get('iter_num', '?')}, best validation loss {float(ckpt.get('best_val_loss', 'nan')):.4f}"
     print(f"{source}: {about}", file=sys.stderr)
+    if 'tokenizer' not in meta and dataset:
+        meta = tokenizer_of(dataset_folder(dataset))
     if not dataset:
         dataset = str(ckpt.get('config', {}).get('dataset', ''))
-    tokenizer = load_tokenizer(meta if 'tokenizer' in meta else GPT2_TOKENIZER)
+    if 'tokenizer' not in meta and ckpt and 'format' not in ckpt and model.config.vocab_size in (50257, 50304):
+        meta = GPT2 # as nanoGPT takes its checkpoints
+    tokenizer = load_tokenizer(meta)
+    if tokenizer is None:
+        raise ValueError(f"the tokenizer of {source} is not known: name a dataset that has it by --dataset=NAME")
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(f"the tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} ids, and the weights in "
-                         f"{source} know {model.config.vocab_size}: they belong to another tokenizer"
-                         f"{'' if 'tokenizer' in meta else '; name their dataset by --dataset=NAME'}")
+                         f"{source} know {model.config.vocab_size}: they belong to another tokenizer, name their "
+                         "dataset by --dataset=NAME")
     return model, tokenizer
 
 
@@ -129,13 +134,10 @@ def meta_of_nanogpt(ckpt):
 def read_prompt():
     """The text that --start gives or names."""
     if start == '-':
-        return sys.stdin.read()
-    if not start.startswith('FILE:'):
-        return with_line_ends(start)
-    try:
-        return Path(os.path.expanduser(start[5:])).read_text(encoding='utf-8')
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{start[5:]} is not UTF-8 at byte {e.start}: save it as UTF-8") from None
+        return read_text(sys.stdin.buffer, 'standard input')
+    if start.startswith('FILE:'):
+        return read_text(os.path.expanduser(start[5:]))
+    return with_line_ends(read_argument(start, 'start'))
 
 
 def generate_text(prompt, stops):

@@ -35,11 +35,11 @@ with exit_on_error(): # a missing package, or Ctrl-C while torch is imported
     import torch.distributed as dist
     from tqdm import tqdm
 
-from data.checkpoints import (architecture, build_model, evaluated_weights, find_weights, full_state, is_pretrained,
+from data.checkpoints import (GPT2_NAMES, architecture, build_model, evaluated_weights, find_weights, full_state, is_pretrained,
                               load_checkpoint, load_latest, load_optimizer, load_pretrained, save_checkpoint,
                               stored_config, stored_state)
 from data.run import RunFolder, memory_of, peak_memory
-from data.tokenizers import load_tokenizer, with_line_ends
+from data.tokenizers import GPT2, difference, load_tokenizer, tokenizer_of, with_line_ends
 from data.tokens import Split, dataset_folder, find_path, load_meta, prefetch
 from model import (BUILT_IN, GPT, MIXERS, Block, GPTConfig, add_mixer, clip_adaptively, cost, find_leak,
                    first_nonfinite, keep_freed_memory, optimizer_groups)
@@ -203,17 +203,15 @@ def open_data():
             raise
         raise ValueError(f"{e}; or begin small: python data/python_stdlib/prepare.py, then python train.py "
                          "config/quick.py") from None
-    known = (checkpoint or {}).get('meta') or (dict(tokenizer='tiktoken', encoding='gpt2') if pretrained else {})
+    known = (checkpoint or {}).get('meta') or {}
+    if pretrained:
+        known = GPT2 if init_from in GPT2_NAMES else tokenizer_of(find_weights(init_from))
     fits = meta.get('vocab_size', 0) <= (checkpoint or {}).get('model_args', {}).get('vocab_size', 50257)
-    for key in ('tokenizer', 'encoding', 'characters', 'json'):
-        if not allow_changes and 'tokenizer' in known and 'tokenizer' in meta and known.get(key) != meta.get(key):
-            what = (f"the {key} {meta.get(key)!r}, and the weights were trained with {known.get(key)!r}"
-                    if key != 'json' else "another tokenizer.json than the weights were trained with")
-            raise ValueError(f"dataset={dataset!r} has {what}: take another dataset"
-                             f"{', or --allow_changes=True' if fits else ''}")
-    if 'tokenizer' not in meta: # bare token files: the checkpoint knows, or they are GPT-2's as nanoGPT takes them
-        is_gpt2 = given.get('vocab_size', 50257) >= 50257
-        meta |= known or (dict(tokenizer='tiktoken', encoding='gpt2') if is_gpt2 else {})
+    if not allow_changes and (what := difference(meta, known)):
+        raise ValueError(f"dataset={dataset!r} has {what}: take another dataset"
+                         f"{', or --allow_changes=True' if fits else ''}")
+    if 'tokenizer' not in meta: # bare token files: are they of the tokenizer that the weights know, or of GPT-2's?
+        meta |= tokenizer_of(folder, known if 'tokenizer' in known else None)
     return meta, splits
 
 
