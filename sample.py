@@ -24,10 +24,10 @@ explain_errors()
 yield_if_busy()
 import torch
 
-from data.checkpoints import GPT2_TOKENIZER, load_model
+from data.checkpoints import load_model
 from data.machine import Machine
-from data.tokenizers import load_tokenizer, with_line_ends
-from data.tokens import dataset_folder, find_path, load_meta
+from data.tokenizers import GPT2, load_tokenizer, read_argument, read_text, tokenizer_of, with_line_ends
+from data.tokens import dataset_folder, find_path
 from model import GPTConfig, add_mixer, beam_search
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,25 +85,26 @@ def load():
     print(f"{source}: {about}", file=sys.stderr)
     # nanoGPT's checkpoints say nothing of the tokenizer, but their dataset may: a name in data/, never a path out of it
     settings.update(dataset=dataset or Path(str(stored.get('config', {}).get('dataset', ''))).name)
-    meta = stored.get('meta') or load_meta(dataset_folder(dataset))
-    tokenizer = load_tokenizer(meta if 'tokenizer' in meta else GPT2_TOKENIZER)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(f"the tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} ids, and the weights in "
-                         f"{source} know {model.config.vocab_size}: they belong to another tokenizer"
-                         f"{'' if 'tokenizer' in meta else '; name their dataset by --dataset=NAME'}")
+    meta = stored.get('meta') or {}
+    if 'tokenizer' not in meta and dataset:
+        meta = tokenizer_of(dataset_folder(dataset))
+    if 'tokenizer' not in meta and 'format' not in stored and model.config.vocab_size in (50257, 50304):
+        meta = GPT2 # as nanoGPT takes its checkpoints
+    tokenizer = load_tokenizer(meta)
+    if tokenizer is None or tokenizer.vocab_size > model.config.vocab_size:
+        what = f"the tokenizer {tokenizer.name!r} has {tokenizer.vocab_size}" if tokenizer else "their tokenizer is not known"
+        raise ValueError(f"{source} has weights for {model.config.vocab_size} ids, and {what}: name their dataset by "
+                         "--dataset=NAME")
     return model, tokenizer
 
 
 def read_prompt():
     """The text that --start gives or names."""
     if start == '-':
-        return sys.stdin.read()
-    if not start.startswith('FILE:'):
-        return with_line_ends(start)
-    try:
-        return Path(os.path.expanduser(start[5:])).read_text(encoding='utf-8')
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{start[5:]} is not UTF-8 at byte {e.start}: save it as UTF-8") from None
+        return read_text(sys.stdin.buffer, 'standard input')
+    if start.startswith('FILE:'):
+        return read_text(os.path.expanduser(start[5:]))
+    return with_line_ends(read_argument(start, 'start'))
 
 
 def generate_text(prompt, stops):

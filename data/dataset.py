@@ -4,10 +4,8 @@ from functools import cached_property
 
 from tqdm import tqdm
 
-from data.tokenizers import load_tokenizer, with_line_ends
+from data.tokenizers import difference, load_tokenizer, tokenizer_of, with_line_ends
 from data.tokens import DataError, Split, dataset_folder, load_meta
-
-TOKENIZER_KEYS = ('tokenizer', 'encoding', 'characters', 'json', 'palette') # of meta: what tells one from another
 
 
 class Dataset:
@@ -29,15 +27,12 @@ class Dataset:
             raise DataError(f"{e}; or begin small: python data/python_stdlib/prepare.py, then python train.py "
                             "config/quick.py") from None
         known = checkpoint.get('meta') or {}
+        if (what := difference(self.meta, known)) and not allow_changes:
+            fits = self.meta.get('vocab_size', 0) <= checkpoint['model_args']['vocab_size']
+            raise DataError(f"dataset={name!r} has {what}: take another dataset"
+                            f"{', or --allow_changes=True' if fits else ''}")
         if 'tokenizer' not in self.meta: # bare token files
-            self.meta |= known
-        for key in TOKENIZER_KEYS:
-            if 'tokenizer' in known and known.get(key) != self.meta.get(key) and not allow_changes:
-                what = (f"the {key} {self.meta.get(key)!r}, and the weights were trained with {known.get(key)!r}"
-                        if key != 'json' else "another tokenizer.json than the weights were trained with")
-                n = checkpoint['model_args']['vocab_size']
-                fits = ', or --allow_changes=True' if self.meta.get('vocab_size', 0) <= n else ''
-                raise DataError(f"dataset={name!r} has {what}: take another dataset{fits}")
+            self.meta |= tokenizer_of(folder, known if 'tokenizer' in known else None)
 
     def __str__(self):
         what = self.meta.get('encoding') or self.meta.get('tokenizer', 'unknown tokens')

@@ -17,12 +17,11 @@ from pathlib import Path
 import torch
 
 from data.checkpoints import GPT2_NAMES, stored_config
-from data.tokenizers import EOT, CharTokenizer, JsonTokenizer, TiktokenTokenizer, import_tokenizers
-from data.tokens import load_meta
+from data.tokenizers import (EOT, GPT2, CharTokenizer, JsonTokenizer, TiktokenTokenizer, import_tokenizers,
+                             tokenizer_of)
 from model import BUILT_IN, MIXERS, GPTConfig
 
 PROJECT = Path(__file__).resolve().parent.parent
-GPT2_TOKENIZER = dict(tokenizer='tiktoken', encoding='gpt2')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -53,7 +52,7 @@ def open_hugging_face(name):
     # names without the prefix are how the hub has them
     state = {k if k.startswith(('transformer.', 'lm_head.')) else 'transformer.' + k: v for k, v in state.items()}
     state = {k: v.t() if k.endswith(CONV1D) else v for k, v in state.items()}
-    meta = GPT2_TOKENIZER if name in GPT2_NAMES else load_meta(folder)
+    meta = GPT2 if name in GPT2_NAMES else tokenizer_of(folder)
     return dict(model=state, model_args=args_of_hugging_face(hf, folder), meta=meta)
 
 

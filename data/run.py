@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from data.checkpoints import load_checkpoint, save_checkpoint
 from data.tokens import find_path
+from data.writer import lock_folder
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -70,20 +71,9 @@ class Run:
         Keeps other runs out of the folder until this process ends, however it ends. ValueError, with the setting that
         named the folder, if one is in it.
         """
-        try:
-            import fcntl
-        except ImportError: # Windows
-            return
-        if self.locked is not None or not self.path.is_dir():
-            return
-        self.locked = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another run is at work in {setting}={str(self.path)!r}: wait for its end, stop it, or "
-                             f"choose another --{setting}") from None
-        except OSError: # a file system without locks
-            pass
+        if self.locked is None:
+            self.locked = lock_folder(self.path, f"another run is at work in {setting}={str(self.path)!r}: wait for its "
+                                                 f"end, stop it, or choose another --{setting}")
 
     def unlock(self):
         if self.locked is not None:

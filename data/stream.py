@@ -5,7 +5,7 @@ from itertools import islice
 
 from tqdm import tqdm
 
-from data.tokenizers import check_round_trip
+from data.tokenizers import check_round_trip, gives_back
 from data.tokens import DataError, prefetch
 from data.writer import Writer
 
@@ -41,9 +41,9 @@ def check_disk(folder, needed, bytes_per_token):
 
 
 def texts_of(documents, field):
-    """Yields the text of each document."""
+    """Yields the text of each document; None for one that has none."""
     for document in documents:
-        if not isinstance(document.get(field), str):
+        if not isinstance(document.get(field, 0), str | None):
             raise KeyError(f"have no text in a field {field!r}, but {', '.join(map(repr, document))}: name it with "
                            "--field=NAME")
         yield document[field]
@@ -51,8 +51,8 @@ def texts_of(documents, field):
 
 def read_batches(stream, field, n_documents):
     """
-    Yields (texts, state of the stream after them). A thread reads ahead. n_documents is the number of documents before,
-    for the message that says where reading stopped.
+    Yields (texts, state of the stream after them). A thread reads ahead. n_documents is the number of documents read
+    before, for the message that says where reading stopped.
     """
     all_texts = texts_of(stream, field)
 
@@ -85,23 +85,27 @@ def write_shards(folder, stream, job, tokenizer, field, expected_tokens, max_tok
     """
     val_every = round(1 / val_fraction)
     with Writer(folder, tokenizer, SHARD_TOKENS, job) as out:
-        n_documents, total = 0, sum(out.tokens.values())
+        n_documents, n_empty, n_changed, total = 0, 0, 0, sum(out.tokens.values())
         if out.state:
             n_documents = out.state['documents']
+            n_empty, n_changed = out.state.get('empty', 0), out.state.get('changed', 0)
             stream.load_state_dict(out.state['stream'])
             print(f"going on after {n_documents:,} documents and {total:,} tokens")
         wanted = max_tokens or expected_tokens
         if wanted:
             check_disk(folder, max(0, wanted - total) * out.dtype.itemsize, out.dtype.itemsize)
         bar = tqdm(total=wanted or None, initial=total, unit='tok', unit_scale=True, disable=None)
-        with bar, closing(read_batches(stream, field, n_documents)) as batches:
+        with bar, closing(read_batches(stream, field, n_documents + n_empty)) as batches:
             for n_batches, (texts, state) in enumerate(batches, 1):
-                ids, before = {'train': [], 'val': []}, total
+                ids, before, n_read = {'train': [], 'val': []}, total, len(texts)
+                # halves of characters, which JSON can have, become ? as everywhere
+                texts = [text.encode('utf-8', 'replace').decode() for text in texts if text is not None]
+                n_empty += n_read - len(texts)
                 documents = tokenizer.encode_batch(texts, n_threads)
-                if n_documents == 0:
-                    for text, document in zip(texts, documents):
-                        check_round_trip(tokenizer, text.encode('utf-8', 'replace').decode(), document)
-                for document in documents:
+                for text, document in zip(texts, documents):
+                    if n_documents < BATCH: # of the first, none may change; of later ones hours of work may hang on it
+                        check_round_trip(tokenizer, text, document)
+                    n_changed += not gives_back(tokenizer, text, document)
                     document.append(tokenizer.eot)
                     ids['val' if n_documents % val_every == 0 else 'train'].extend(document)
                     n_documents += 1
@@ -114,6 +118,10 @@ def write_shards(folder, stream, job, tokenizer, field, expected_tokens, max_tok
                 if max_tokens and total >= max_tokens:
                     break
                 if n_batches % SAVE_EVERY == 0:
-                    out.save({'documents': n_documents, 'stream': state})
+                    out.save(dict(documents=n_documents, empty=n_empty, changed=n_changed, stream=state))
     print(f"{n_documents:,} documents")
+    if n_empty:
+        print(f"skipped: {n_empty:,} documents without text, whose {field!r} is null")
+    if n_changed:
+        print(f"warning: the tokenizer has changed the text of {n_changed:,} documents")
     return out

@@ -7,16 +7,68 @@ Plain values describe a tokenizer. They lie in a dataset's meta.json and in chec
     | {"tokenizer": "tokenizers", "json": "..."}, what Hugging Face's library of that name has in its tokenizer.json
     | {"tokenizer": "pictures", "height": 8, "width": 8, "palette": [[0], [255]]}: see data/pictures.py
 """
+import codecs
+import io
 import json
+import os
 import re
+from contextlib import nullcontext
+from difflib import SequenceMatcher
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
-from data.tokens import DataError
+from data.tokens import DataError, Split, load_meta, split_files
 
 EOT = '<|endoftext|>'
 NOT_TEXT = '\ufffd'.encode() # bytes of an id that stands for nothing
+
+
+def text_pieces(source, name=None, n_bytes=1 << 22, progress=None, lines=False):
+    """
+    Yields the text in a path or binary file, n_bytes or a line at a time: the one door for text. It is UTF-8, a byte
+    order mark is no part of it, and line ends stay as they are. DataError for anything else, with its place; name says
+    in what. progress is called with the number of bytes of each piece.
+    """
+    opened = nullcontext(source) if hasattr(source, 'read') else open(source, 'rb')
+    name, position, begun = name or source, 0, False
+    decoder = codecs.getincrementaldecoder('utf-8')()
+    with opened as file:
+        while True:
+            data = file.readline() if lines else file.read(n_bytes)
+            if not position and is_utf16(data):
+                raise DataError(f"{name} looks like UTF-16 or UTF-32, of which many bytes are 0: save it as UTF-8")
+            start = position - len(decoder.getstate()[0]) # less the bytes of a character that the last piece has cut
+            try:
+                text = decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                raise DataError(f"{name} is not UTF-8 at byte {start + error.start}: save it as UTF-8, or leave it "
+                                "out") from None
+            position += len(data)
+            yield text if begun else text.removeprefix('\ufeff')
+            begun = begun or bool(text)
+            if progress:
+                progress(len(data))
+            if not data:
+                return
+
+
+def read_text(source, name=None):
+    """The whole text in a path or binary file: see text_pieces."""
+    return ''.join(text_pieces(source, name))
+
+
+def read_argument(text, name):
+    """The text of an argument of a command, whose bytes are treated as those of a file."""
+    return read_text(io.BytesIO(os.fsencode(text)), name)
+
+
+def is_utf16(data):
+    """Whether these first bytes are UTF-16 or UTF-32: marked so, or the zeros of Latin letters or spaces show it."""
+    zeros = np.bincount(np.flatnonzero(np.frombuffer(data, np.uint8) == 0) % 2, minlength=2) # at even and odd places
+    on_one_side = zeros.max() > max(1, len(data) / 50, 20 * zeros.min())
+    return data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or on_one_side or 2 * zeros.sum() > len(data)
 
 
 def with_line_ends(text):
@@ -221,13 +273,30 @@ class JsonTokenizer(Tokenizer):
 
     @classmethod
     def open(cls, path):
+        text = read_text(path)
         try:
-            with open(path, encoding='utf-8') as file:
-                return cls(file.read())
-        except UnicodeDecodeError:
-            raise DataError(f"{path} is not UTF-8: take another tokenizer.json") from None
+            return cls(text)
         except DataError as error:
             raise DataError(f"{path}: {error}") from None
+
+    @classmethod
+    def of_folder(cls, folder):
+        """That of a folder in Hugging Face's layout: its tokenizer.json, or GPT-2's older pair of files. None: neither."""
+        folder = Path(folder)
+        if (folder / 'tokenizer.json').is_file():
+            return cls.open(folder / 'tokenizer.json')
+        pair = [folder / 'vocab.json', folder / 'merges.txt']
+        if not all(path.is_file() for path in pair):
+            return None
+        library = import_tokenizers()
+        try:
+            fast = library.Tokenizer(library.models.BPE.from_file(*map(str, pair)))
+        except Exception as error: # the library raises nothing more special
+            raise DataError(f"{pair[0]} or {pair[1].name} is damaged ({error}): get them again") from None
+        fast.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        fast.decoder = library.decoders.ByteLevel()
+        fast.add_special_tokens([end for end in cls.ENDS if fast.token_to_id(end) is not None])
+        return cls(fast.to_str())
 
     @classmethod
     def train(cls, texts, vocab_size):
@@ -256,8 +325,10 @@ class JsonTokenizer(Tokenizer):
     def encode_batch(self, texts, n_threads=1): # its threads are the library's own business: RAYON_NUM_THREADS
         # a lone surrogate, as from a bad argv, becomes '?'
         texts = [text.encode('utf-8', 'replace').decode() for text in texts]
-        # fast: without each token's place in the text, which takes a third of the time
-        return [encoded.ids for encoded in self.fast.encode_batch_fast(texts, add_special_tokens=False)]
+        try: # fast: without each token's place in the text, which takes a third of the time
+            return [encoded.ids for encoded in self.fast.encode_batch_fast(texts, add_special_tokens=False)]
+        except Exception as error: # the library raises nothing more special, as for a character that it lacks
+            raise DataError(f"this tokenizer.json cannot write the text ({error}): take another one") from None
 
     @cached_property
     def token_bytes(self):
@@ -269,8 +340,10 @@ class JsonTokenizer(Tokenizer):
                 tokens.append(NOT_TEXT)
             elif i in added:
                 tokens.append(token.encode())
-            elif self.byte_level:
+            elif self.byte_level and byte_of.keys() >= set(token):
                 tokens.append(bytes(byte_of[c] for c in token))
+            elif self.byte_level: # a token with other characters stands for itself
+                tokens.append(token.encode())
             elif byte := re.fullmatch('<0x([0-9A-F]{2})>', token):
                 tokens.append(bytes.fromhex(byte[1]))
             else:
@@ -301,10 +374,29 @@ def load_tokenizer(meta):
                     "pictures")
 
 
+def gives_back(tokenizer, text, ids):
+    """Whether the ids of a text stand for it, and not for it without its capitals or with a space before it."""
+    return b''.join(map(tokenizer.token_bytes.__getitem__, ids)) == text.encode('utf-8', 'replace')
+
+
 def check_round_trip(tokenizer, text, ids):
-    """DataError if the ids of a text do not give it back, such as without its capitals or with a space before it."""
-    if tokenizer.decode_bytes(ids, special=True).decode('utf-8', 'replace') != text:
-        raise DataError(f"the tokenizer {tokenizer.name!r} does not give back the text that it encodes: take another")
+    """DataError, with the place, if the ids of a text do not give it back."""
+    if not gives_back(tokenizer, text, ids):
+        other = tokenizer.decode(ids, special=True)
+        at = next((i for i, (a, b) in enumerate(zip(text, other)) if a != b), min(len(text), len(other)))
+        raise DataError(f"the tokenizer {tokenizer.name!r} does not give back the text that it encodes: "
+                        f"{text[at:at + 20]!r} becomes {other[at:at + 20]!r}; take another, or change the text")
+
+
+TRIES = ('The CAT  sat. ', ' a\tb\r\n', 'e\u0301', '\u00e9\u00a0\u2126', '\ufb01\uff21\u200b', '\u3000\ufeff\x00\x7f')
+
+
+def warn_of_changes(tokenizer):
+    """Says at once that a tokenizer.json changes some texts, which may stand far behind the first ones."""
+    changed = [text for text in TRIES if not gives_back(tokenizer, text, tokenizer.encode_ordinary(text))]
+    if changed:
+        print(f"warning: the tokenizer {tokenizer.name!r} changes some texts, such as "
+              f"{', '.join(map(ascii, changed))}")
 
 
 def choose_tokenizer(name):
@@ -312,3 +404,66 @@ def choose_tokenizer(name):
     if name == 'bytes':
         return ByteTokenizer()
     return JsonTokenizer.open(name) if name.endswith('.json') else TiktokenTokenizer(name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whose tokenizer is it?
+
+GPT2 = dict(tokenizer='tiktoken', encoding='gpt2')
+OF_TOKENIZERS = ('tokenizer', 'encoding', 'characters', 'eot', 'json', 'height', 'width', 'palette')
+
+
+def tokenizer_of(folder, known=None):
+    """
+    The tokenizer of a folder, as metadata; {}: not known. The folder is a dataset's, or one of weights in Hugging Face's
+    layout. Its own files go first. Token files that say nothing are of the tokenizer `known`, that of the weights they
+    are for, or without it of GPT-2's, as nanoGPT takes them, if their ids look like it.
+    """
+    meta = load_meta(folder)
+    if 'tokenizer' in meta:
+        return {key: meta[key] for key in (*OF_TOKENIZERS, 'vocab_size') if key in meta}
+    own = JsonTokenizer.of_folder(folder)
+    if own:
+        return own.meta()
+    if not split_files(Path(folder))['train']:
+        return {}
+    try:
+        tokenizer = load_tokenizer(known or GPT2)
+    except DataError: # it cannot be had here: what the weights say has to do, and a guess has not
+        return known or {}
+    looks_right = tokenizer and meta.get('vocab_size', 1 << 32) >= tokenizer.vocab_size and wrote(tokenizer, folder)
+    return (known or GPT2) if looks_right else {}
+
+
+def wrote(tokenizer, folder):
+    """Whether the ids in a folder look like this tokenizer's: of the text that they stand for, it makes them again."""
+    split = Split(folder, 'train')
+    n = min(1024, int(split.sizes[0]) - 1)
+    ids = split.read(np.array([0]), np.array([0]), n)[0][0].tolist()
+    if max(ids) >= tokenizer.vocab_size or tokenizer.name == 'pictures':
+        return max(ids) < tokenizer.vocab_size
+    text = tokenizer.decode(ids, special=True)
+    if tokenizer.eot is not None:
+        text = text.replace(tokenizer.special[tokenizer.eot], EOT)
+    try:
+        again = tokenizer.encode(text)
+    except DataError: # parts of characters
+        return False
+    return SequenceMatcher(None, ids, again, autojunk=False).ratio() > 0.98 # others reach 0.96
+
+
+def difference(meta, known):
+    """What a dataset's tokenizer has unlike the one that the weights know, in words; '': nothing, or one is unknown."""
+    changed = [key for key in OF_TOKENIZERS if meta.get(key) != known.get(key)]
+    if not changed or 'tokenizer' not in meta or 'tokenizer' not in known:
+        return ''
+    if {meta['tokenizer'], known['tokenizer']} <= {'tiktoken', 'tokenizers'}: # one vocabulary may be written in two ways
+        one, other = load_tokenizer(meta), load_tokenizer(known)
+        if (one.token_bytes, one.eot) == (other.token_bytes, other.eot):
+            return ''
+    if changed[0] == 'json':
+        return "another tokenizer.json than the weights were trained with"
+    if changed[0] == 'eot':
+        has, lacks = ('the dataset', 'the weights') if meta.get('eot') else ('the weights', 'the dataset')
+        return f"another eot, the token that ends a document: {has} has it, and {lacks} lack it"
+    return f"the {changed[0]} {meta.get(changed[0])!r}, and the weights were trained with {known.get(changed[0])!r}"

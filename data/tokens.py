@@ -23,7 +23,9 @@ import pickletools
 import queue
 import re
 import threading
+import time
 import weakref
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,7 +78,7 @@ def load_meta(folder):
         path = folder / 'meta.pkl'
         return load_meta_pickle(path) if path.is_file() else {}
     try:
-        meta = json.loads(path.read_text(encoding='utf-8'))
+        meta = json.loads(path.read_text(encoding='utf-8-sig')) # editors may put a byte order mark before it
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON ({error}): prepare the dataset again; {how_to_prepare(folder)}") from None
     if not isinstance(meta, dict):
@@ -175,6 +177,19 @@ def open_shard(path, dtype):
     return Shard(str(path), dtype, start, n_tokens, str(mask) if mask.is_file() else None)
 
 
+def check_width(shard):
+    """DataError if the numbers in a file are wider than those it is read as: every other one is a high half then."""
+    tokens = map_tokens(shard)[:1 << 16]
+    low, high = tokens[0::2], tokens[1::2]
+    if len(high) < 16 or low.max() == 0 or high.max() > low.max() // 256: # high halves are 0, or few for large ids
+        return
+    bits = 8 * shard.dtype.itemsize * (2 if tokens[2::4].max() else 4)
+    way_out = ('say so in meta.json, as {"dtype": "uint32"}' if bits == 32 else
+               'write them as uint16, or as uint32 with a meta.json that says {"dtype": "uint32"}')
+    raise DataError(f"{shard.path}: every other token is {'0' if high.max() == 0 else 'below 256'}, so these look like "
+                    f"numbers of {bits} bits, and they would be read as {shard.dtype.name}: {way_out}")
+
+
 def map_tokens(shard, windows=False):
     """
     The tokens of a shard as a memory map, made anew for each batch. Every page that is read through a map counts as
@@ -194,6 +209,33 @@ def map_tokens(shard, windows=False):
 # ---------------------------------------------------------------------------------------------------------------------
 # Splits and their batches
 
+def split_files(folder):
+    """{split: sorted names of its token files}. DataError for a file that would be in both, or twice in one."""
+    there = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith('.'))
+    names = {split: [name for name in there if re.fullmatch(rf'(.+_)?{split}(_.+)?\.bin', name)]
+             for split in ('train', 'val')}
+    first = {} # resolved path -> the name under which it came first
+    for name in names['train'] + names['val']:
+        other = first.setdefault(os.path.realpath(folder / name), name)
+        if name in names['train'] and name in names['val']:
+            raise DataError(f"{folder}: {name} has the name of both splits: rename it, so that it is of train or of val")
+        if other != name:
+            raise DataError(f"{folder}: {other} and {name} are the same file: remove one of them")
+    return names
+
+
+def odd_masks(splits):
+    """A line for each oddity of the masks beside the shards of splits: one that is missing, one that nothing reads."""
+    shards = [shard for split in splits for shard in split.shards]
+    masked = [shard.mask for shard in shards if shard.mask]
+    bare = [os.path.basename(shard.path) for shard in shards if masked and not shard.mask]
+    more = f" and {len(bare) - 4} more" if len(bare) > 4 else ""
+    lines = [f"{', '.join(bare[:4])}{more}: no mask, so every token is a target, unlike in {masked[0]}"] if bare else []
+    folders = dict.fromkeys(split.folder for split in splits)
+    unused = [path for folder in folders for path in sorted(folder.glob('*.mask')) if str(path) not in masked]
+    return lines + [f"{path} is not read: there is no {path.stem}.bin" for path in unused]
+
+
 class Split:
     """
     One split ('train' or 'val') of a dataset folder.
@@ -212,16 +254,20 @@ class Split:
             raise DataError(f"there is no dataset folder {folder}; {how_to_prepare(folder)}")
         self.meta = load_meta(folder)
         self.vocab_size = vocab_size or self.meta.get('vocab_size')
-        pattern = re.compile(rf'(.+_)?{split}(_.+)?\.bin')
-        names = sorted(entry.name for entry in os.scandir(folder) if pattern.fullmatch(entry.name))
+        names = split_files(folder)[split]
         if not names:
             raise DataError(f"there is no {split}.bin (and no {split}_*.bin) in {folder}; {how_to_prepare(folder)}")
         if f'{split}.bin' in names and len(names) > 1:
             other = next(name for name in names if name != f'{split}.bin')
             raise DataError(f"{folder} holds both {split}.bin and {other}: one of them is left from another "
                             "preparation, remove it")
-        dtype = np.dtype('<u4' if self.meta.get('dtype') == 'uint32' else '<u2')
+        wide = (self.vocab_size or 0) > 65536 # more ids than 16 bits have
+        dtype = np.dtype('<u4' if self.meta.get('dtype', 'uint32' if wide else 'uint16') == 'uint32' else '<u2')
         self.shards = [open_shard(folder / name, dtype) for name in names]
+        if split not in self.meta.get('tokens', {}): # else their number shows the width, as a header does
+            for shard in self.shards:
+                if not shard.start:
+                    check_width(shard)
         self.sizes = np.array([shard.n_tokens for shard in self.shards], dtype=np.int64)
         self.n_tokens = int(self.sizes.sum())
         promised = self.meta.get('tokens', {}).get(split, self.n_tokens)
@@ -312,23 +358,19 @@ class Split:
         return self.n_tokens
 
     def fingerprint(self):
-        """A hash of the names, the sizes and the ends of the shards. It tells datasets apart without reading them."""
-        digest = hashlib.sha256()
-        for shard in self.shards:
-            digest.update(f'{os.path.basename(shard.path)} {shard.n_tokens} '.encode())
-            tokens = map_tokens(shard)
-            digest.update(tokens[:4096].tobytes() + tokens[-4096:].tobytes())
-            if shard.mask:
-                digest.update(np.fromfile(shard.mask, np.uint8, 4096).tobytes())
-        return digest.hexdigest()[:16]
+        """A hash of the shards' names, types and whole contents, and of their masks. Each file is read once."""
+        parts = [[os.path.basename(shard.path), shard.dtype.name, kept_hash(shard.path),
+                  shard.mask and kept_hash(shard.mask)] for shard in self.shards]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def sum_windows(self, counts, length):
         """The sum of counts, the windows in each shard. DataError if there are none: every shard is too short."""
         total = int(counts.sum())
         if total == 0:
             longest = int(self.sizes.max())
+            shorter = f"set block_size below {longest}, or " if longest > 1 else ""
             raise DataError(f"{self.folder}: the longest token file of {self.split} has {longest} tokens, but a window "
-                            f"and its targets take {length + 1}: set block_size below {longest}, or prepare more data")
+                            f"and its targets take {length + 1}: {shorter}prepare more data")
         return total
 
     def read(self, shards, offsets, block_size, pad=False):
@@ -346,6 +388,43 @@ class Split:
             if shard in masks:
                 y[row, :n][masks[shard][offset + 1:offset + n + 1] == 0] = -1
         return x, y
+
+
+HASHES = '.hashes.json' # beside the files
+
+
+def hash_file(path):
+    """A hash of a whole file."""
+    digest, buffer = hashlib.blake2b(digest_size=16), bytearray(1 << 20)
+    with open(path, 'rb', buffering=0) as file:
+        while n := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:n])
+    return digest.hexdigest()
+
+
+def kept_hash(path):
+    """
+    The hash of a file of a dataset, whose folder keeps it beside the file's size and times, so that the file is read
+    once. Where the folder cannot be written it is computed each time.
+    """
+    path = Path(path)
+    kept, about = path.with_name(HASHES), path.stat()
+    key = f'{about.st_size} {about.st_mtime_ns} {about.st_ctime_ns} '
+    known = {}
+    with suppress(OSError, ValueError, TypeError): # none yet, or damaged
+        known = dict(json.loads(kept.read_text(encoding='utf-8')))
+    if str(known.get(path.name)).startswith(key):
+        return known[path.name].removeprefix(key)
+    digest = hash_file(path)
+    # a file as young as the clock's step may change once more and keep its time
+    if time.time_ns() - max(about.st_mtime_ns, about.st_ctime_ns) > 2e9:
+        new = path.with_name(f'{HASHES}.{os.getpid()}.tmp')
+        with suppress(OSError):
+            new.write_text(json.dumps(known | {path.name: key + digest}), encoding='utf-8')
+            os.replace(new, kept)
+        with suppress(OSError):
+            new.unlink()
+    return digest
 
 
 def check_ids(shard, offset, tokens, vocab_size):

@@ -3,11 +3,36 @@ import hashlib
 import json
 import os
 import re
+import runpy
+import shlex
 from pathlib import Path
 
 import numpy as np
 
-from data.tokens import DataError
+from data.tokens import PROJECT, DataError
+
+
+def lock_folder(folder, message):
+    """
+    Keeps others who ask for it out of a folder until this process ends, however it ends, or os.close(what is returned).
+    DataError, with the message, if somebody is in it. None: there is no folder yet, or the system has no locks.
+    """
+    try:
+        import fcntl
+    except ImportError: # Windows
+        return None
+    if not os.path.isdir(folder):
+        return None
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise DataError(message) from None
+    except OSError: # a file system without locks
+        os.close(lock)
+        return None
+    return lock
 
 
 class Writer:
@@ -40,14 +65,21 @@ class Writer:
         self.progress = self.folder / 'progress.json.tmp'
         self.files = {} # split -> the open file
         self.masks = {} # split -> list of arrays
+        self.lock = None
 
     def __enter__(self):
         self.refuse_if_no_place()
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self.job is not None and self.progress.is_file():
-            self.resume()
-        else:
-            self.remove_temporary()
+        self.lock = lock_folder(self.folder, f"another preparation is at work in {self.folder}: wait for its end, stop "
+                                             "it, or give this one a folder of its own with --out")
+        try:
+            if self.job is not None and self.progress.is_file():
+                self.resume()
+            else:
+                self.remove_temporary()
+        except BaseException: # no __exit__ follows
+            self.unlock()
+            raise
         return self
 
     def __exit__(self, kind, error, traceback):
@@ -59,6 +91,12 @@ class Writer:
                 file.close()
             if self.job is None:
                 self.remove_temporary()
+            self.unlock()
+
+    def unlock(self):
+        if self.lock is not None:
+            os.close(self.lock)
+        self.lock = None
 
     def refuse_if_no_place(self):
         """DataError if this cannot be a dataset's folder: a file, a run's folder, the one that holds all datasets."""
@@ -175,13 +213,28 @@ def write_json(path, value):
     os.replace(new, path)
 
 
-def summarize(out, command):
-    """Prints what a prepare script ends with: the numbers of a finished Writer, and the command to run next."""
+def summarize(out, config, dataset, **settings):
+    """Prints what a prepare script ends with: the numbers of a finished Writer, and the command that trains on it."""
     print(f"train has {out.tokens['train']:,} tokens, val has {out.tokens['val']:,}")
     print(f"vocab_size {out.tokenizer.vocab_size:,} ({out.tokenizer.name}), "
           f"{out.n_bytes / sum(out.tokens.values()):.2f} bytes per token")
     print(f"written to {out.folder}")
-    print(f"next: {command}")
+    if min(out.tokens.values()) < 2:
+        print("next: give more text or another val_fraction: a split of one token has nothing to predict")
+        return
+    flags = ''.join(f' --{name}={shlex.quote(str(value))}' for name, value in dict(dataset=dataset, **settings).items())
+    print(f"next: python train.py {config}{flags}")
+
+
+def settings_for_text(out):
+    """Settings without which config/text.py would refuse a text: a window that fits, a prompt that can be written."""
+    settings, n, tokenizer = {}, min(out.tokens.values()), out.tokenizer
+    if n <= runpy.run_path(str(PROJECT / 'config/text.py'))['block_size']:
+        settings['block_size'] = n - 1
+    if tokenizer.name == 'char' and '\n' not in tokenizer.characters:
+        first = next(filter(str.isalnum, tokenizer.characters), tokenizer.characters[0])
+        settings['sample_prompt'] = first.replace('\\', r'\\')
+    return settings
 
 
 def fraction(key):

@@ -296,6 +296,120 @@ def test_files_that_metadata_does_not_know(tmp_path):
         Split(tmp_path, 'train')
 
 
+@pytest.mark.parametrize('written, meta, words', [
+    ('<u4', {}, r'0, so these look like numbers of 32 bits, .*read as uint16: .*"dtype": "uint32"'),
+    ('<u8', {}, 'numbers of 64 bits, .*write them as uint16'),
+    ('<i8', dict(dtype='uint32'), 'numbers of 64 bits, .*read as uint32'),
+    ('<i4', dict(dtype='uint16', vocab_size=900), 'numbers of 32 bits'),
+    ('<u4', dict(vocab_size=50257), 'numbers of 32 bits')], ids=str)
+def test_wider_numbers_than_they_are_read_as(tmp_path, written, meta, words):
+    """Read as 16 bits every other id would be a 0."""
+    (tmp_path / 'meta.json').write_text(json.dumps(meta), encoding='utf-8')
+    ids = np.random.default_rng(0).integers(900, size=3000)
+    with pytest.raises(DataError, match=words) as error:
+        Split(raw(tmp_path, ids=ids, dtype=written), 'train')
+    message(error)
+    assert Split(raw(tmp_path, ids=ids, dtype='<u4' if meta.get('dtype') == 'uint32' else '<u2'), 'train')
+    for even in np.zeros(3000), np.arange(3000) % 2 * 9: # every token 0; the last place, in which no width shows
+        Split(raw(tmp_path, ids=even, dtype='<u4' if meta.get('dtype') == 'uint32' else '<u2'), 'train')
+
+
+def test_large_vocabularies_have_32_bits(tmp_path):
+    """Also where nothing says so: ids above 65,535 fit in no 16 bits."""
+    ids = np.random.default_rng(0).integers(100_000, size=3000)
+    with pytest.raises(DataError, match='every other token is below 256, .* 32 bits'):
+        Split(raw(tmp_path, ids=ids, dtype='<u4'), 'train')
+    assert Split(tmp_path, 'train', vocab_size=100_000).batch(0, 9, 99)[0].max() > 65535
+    for name, content in ('meta.pkl', pickle.dumps(dict(vocab_size=100_000))), ('meta.json', b'{"vocab_size": 1e5}'):
+        (tmp_path / name).write_bytes(content.replace(b'1e5', b'100000'))
+        split = Split(tmp_path, 'train')
+        assert split.n_tokens == 3000 and split.read(np.array([0]), np.array([0]), 2999)[0][0].tolist() == list(ids[:-1])
+    with pytest.raises(DataError, match='vocab_size is 100000'): # 16 bits after all
+        Split(raw(tmp_path, ids=ids % 50000), 'train').scan(100_000)
+
+
+def test_names_and_links_that_would_mix_the_splits(tmp_path):
+    raw(tmp_path, 'train'), raw(tmp_path, 'val')
+    (tmp_path / '.ipynb_checkpoints').mkdir()
+    (tmp_path / '._train.bin').write_bytes(b'what a Mac leaves beside a file')
+    assert Split(tmp_path, 'train').n_tokens == 100
+    for name in 'train_val.bin', 'x_val_train_1.bin':
+        raw(tmp_path, name.removesuffix('.bin'))
+        for split in 'train', 'val':
+            with pytest.raises(DataError, match=f'{name} has the name of both splits: rename it'):
+                Split(tmp_path, split)
+        (tmp_path / name).unlink()
+    (tmp_path / 'val.bin').unlink()
+    (tmp_path / 'val.bin').symlink_to(tmp_path / 'train.bin')
+    for split in 'train', 'val':
+        with pytest.raises(DataError, match='train.bin and val.bin are the same file'):
+            Split(tmp_path, split)
+
+
+def test_fingerprint_of_whole_files(tmp_path, monkeypatch):
+    """Any byte of tokens or masks, in the middle too; and each file is read once, if its folder can keep the hash."""
+    with Writer(tmp_path, ByteTokenizer()) as out:
+        out.write('train', np.arange(30000) % 256, np.arange(30000) % 3 > 0), out.write('val', [1, 2])
+    opened = []
+
+    def fingerprint():
+        opened.clear()
+        return Split(tmp_path, 'train').fingerprint()
+
+    def spy(path, mode='r', *more, **options):
+        opened.append(os.path.basename(path)) if mode == 'rb' else None
+        return open(path, mode, *more, **options)
+
+    monkeypatch.setattr(T, 'open', spy, raising=False)
+    seen = [fingerprint()]
+    for name in 'train.bin', 'train.mask':
+        for _ in range(2): # one change just after the other, with the same size
+            with open(tmp_path / name, 'r+b') as file:
+                file.seek(15000)
+                byte = file.read(1)[0]
+                file.seek(15000)
+                file.write(bytes([byte ^ 1]))
+            seen.append(fingerprint())
+    assert seen == [seen[0], seen[1], seen[0], seen[3], seen[0]] and len(set(seen)) == 3
+    now = time.time_ns
+    monkeypatch.setattr(T.time, 'time_ns', lambda: now() + 10 ** 10)
+    assert fingerprint() == seen[0] and sorted(opened) == ['train.bin', 'train.mask']
+    assert fingerprint() == seen[0] and opened == []
+    np.array([7], '<u2').tofile(tmp_path / 'val.bin')
+    assert fingerprint() == seen[0] and opened == [] # another file of the folder
+    (tmp_path / T.HASHES).write_text('[3]')
+    assert fingerprint() == seen[0] and len(opened) == 2 # damaged
+    (tmp_path / 'train.mask').unlink()
+    assert fingerprint() not in seen
+    assert sorted(content(tmp_path)) == [T.HASHES, 'meta.json', 'train.bin', 'val.bin']
+
+
+def test_fingerprint_in_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    asked, now = [], time.time_ns
+
+    def refuse(*paths):
+        asked.append(paths)
+        raise PermissionError(13, 'Permission denied')
+
+    split = Split(raw(tmp_path), 'train')
+    monkeypatch.setattr(os, 'replace', refuse)
+    monkeypatch.setattr(T.time, 'time_ns', lambda: now() + 10 ** 10)
+    assert split.fingerprint() == split.fingerprint() and sorted(content(tmp_path)) == ['train.bin']
+    assert len(asked) == 2
+
+
+def test_odd_masks_are_told(tmp_path):
+    for name in 'train_0', 'train_1', 'val_0':
+        raw(tmp_path, name)
+    splits = [Split(tmp_path, split) for split in ('train', 'val')]
+    assert T.odd_masks(splits) == []
+    (tmp_path / 'train_0.mask').write_bytes(bytes(100))
+    (tmp_path / 'val.mask').write_bytes(bytes(100))
+    one, two = T.odd_masks([Split(tmp_path, split) for split in ('train', 'val')])
+    assert one.startswith('train_1.bin, val_0.bin: no mask, so every token is a target, unlike in ')
+    assert two == f'{tmp_path}/val.mask is not read: there is no val.bin'
+
+
 def test_missing_data(tmp_path, monkeypatch):
     monkeypatch.setattr(T, 'PROJECT', tmp_path)
     (tmp_path / 'data' / 'poems').mkdir(parents=True)

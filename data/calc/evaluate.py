@@ -13,11 +13,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-from configurator import configure, exit_on_error, resolve
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from configurator import check_ranges, configure, exit_on_error, resolve
 from data.tokenizers import load_tokenizer
-from data.tokens import DataError, Split, dataset_folder, map_tokens
+from data.tokens import DataError, Split, dataset_folder, find_path, map_tokens
 
 out_dir = 'out-calc' # folder of the run
 checkpoint = 'ckpt.pt' # file in out_dir: ckpt.pt is the latest, best.pt has the lowest validation loss
@@ -107,10 +106,11 @@ def load_generator(path, device):
 
 
 if __name__ == '__main__':
-    configure(globals())
+    config = configure(globals()).config
     with exit_on_error():
+        check_ranges(config, {'[1, inf)': 'batch_size', '[0, inf)': 'max_problems'})
         problems = read_problems(dataset_folder(dataset))[:max_problems or None]
-        generate_answers = load_generator(ROOT / out_dir / checkpoint, device)
+        generate_answers = load_generator(find_path(out_dir) / checkpoint, device)
         with tqdm(total=len(problems), unit='problem', disable=None) as bar:
             counts = accuracy(generate_answers, problems, batch_size, bar.update)
         print(table(counts))

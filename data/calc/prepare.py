@@ -125,4 +125,4 @@ with exit_on_error():
             writer.write(split, tokenizer.encode(''.join(lines[split])))
     print(f"{len(lines['train']):,} problems to train on, {len(lines['val']):,} held out, "
           f"such as {lines['val'][0].strip()}")
-    summarize(writer, 'python train.py config/train_calc.py')
+    summarize(writer, 'config/train_calc.py', out)

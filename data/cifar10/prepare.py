@@ -63,6 +63,8 @@ with exit_on_error():
     palette = MiniBatchKMeans(n, n_init=3, random_state=0).fit(pixels[some].astype(float)).cluster_centers_
     tokenizer = PictureTokenizer(*pictures.shape[1:3], palette.round(1).tolist())
     writer = write_pictures(dataset_folder(out), tokenizer, pictures, val_fraction)
-    summarize(writer, 'python train.py config/cifar10.py' if out == 'cifar10' else
-              f'python train.py config/digits.py --dataset={out} '
-              f'--block_size={1 + tokenizer.height * tokenizer.width} --out_dir=out-{Path(out).name}')
+    if out == 'cifar10':
+        summarize(writer, 'config/cifar10.py', out)
+    else:
+        summarize(writer, 'config/digits.py', out, block_size=1 + tokenizer.height * tokenizer.width,
+                  out_dir=f'out-{Path(out).name}')

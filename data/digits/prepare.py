@@ -35,4 +35,4 @@ with exit_on_error():
     pictures = pictures[np.random.default_rng(seed).permutation(len(pictures))]
     tokenizer = PictureTokenizer(8, 8, [[i * 255 / 16] for i in range(17)])
     writer = write_pictures(dataset_folder(out), tokenizer, pictures, val_fraction)
-    summarize(writer, f"python train.py config/digits.py{'' if out == 'digits' else f' --dataset={out}'}")
+    summarize(writer, 'config/digits.py', out)

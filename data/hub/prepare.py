@@ -15,9 +15,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import configure, exit_on_error
 from data.stream import open_stream, texts_of, write_shards
-from data.tokenizers import JsonTokenizer, choose_tokenizer
+from data.tokenizers import JsonTokenizer, choose_tokenizer, warn_of_changes
 from data.tokens import DataError, dataset_folder
-from data.writer import summarize
+from data.writer import settings_for_text, summarize
 
 source = '' # name on the hub, as USER/NAME; json or parquet: local files, see data_files
 subset = '' # which part, for a dataset that has several
@@ -43,6 +43,7 @@ def train_tokenizer():
     val_every = round(1 / val_fraction)
     texts = islice(texts_of(open_stream(source, subset, revision, data_files), field), bpe_documents)
     try:
+        texts = (text for text in texts if text is not None)
         return JsonTokenizer.train((text for i, text in enumerate(texts) if i % val_every), vocab_size)
     except KeyError as error:
         raise DataError(f"the documents {error.args[0]}") from None
@@ -54,6 +55,7 @@ with exit_on_error():
     if not 0 < val_fraction <= 0.5:
         raise DataError(f"val_fraction is {val_fraction}, but must be above 0 and at most 0.5")
     codec = train_tokenizer() if tokenizer == 'bpe' else choose_tokenizer(tokenizer)
+    warn_of_changes(codec)
     if codec.eot is None:
         raise DataError(f"tokenizer={tokenizer} has no token that ends a document: take another")
     # what decides what is written: another vocabulary must not go on with these files
@@ -65,4 +67,4 @@ with exit_on_error():
     expected = EXPECTED.get((source, subset), 0) if tokenizer == 'gpt2' else 0
     writer = write_shards(dataset_folder(out), open_stream(source, subset, revision, data_files), job, codec, field,
                           expected, max_tokens, val_fraction, n_threads)
-    summarize(writer, f'python train.py config/text.py --dataset={out} --out_dir=out-{Path(out).name}')
+    summarize(writer, 'config/text.py', out, **settings_for_text(writer), out_dir=f'out-{Path(out).name}')

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import configure, exit_on_error
-from data.tokenizers import ByteTokenizer
+from data.tokenizers import ByteTokenizer, read_text
 from data.tokens import DataError, dataset_folder
 from data.writer import Writer, fraction, summarize
 
@@ -45,8 +45,8 @@ with exit_on_error():
         for path in tqdm(files, unit='file', disable=None):
             name = path.relative_to(root).as_posix()
             split = 'val' if fraction(name) < val_fraction else 'train'
-            text = path.read_text(encoding='utf-8', errors='replace')
+            text = read_text(path).replace('\r\n', '\n') # as on every machine
             writer.write(split, tokenizer.encode(text, allow_special=False) + [tokenizer.eot])
             if max_bytes and writer.n_bytes >= max_bytes:
                 break
-    summarize(writer, 'python train.py config/quick.py')
+    summarize(writer, 'config/quick.py', out)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from configurator import configure, exit_on_error, resolve, settings_of
+from configurator import check_ranges, configure, exit_on_error, resolve, settings_of
 from data.checkpoints import find_weights, load_model
 from data.tokens import DataError, Split, dataset_folder
 from model import Cache, GPTConfig, add_mixer
@@ -53,13 +53,15 @@ def state_bytes(model, T):
 
 
 if __name__ == '__main__':
-    configure(globals(), adopt=add_mixer, foreign=settings_of('train.py') | vars(GPTConfig()).keys())
+    config, *_ = configure(globals(), adopt=add_mixer, foreign=settings_of('train.py') | vars(GPTConfig()).keys())
     with exit_on_error():
+        check_ranges(config, {'[1, inf)': 'batch_size'})
         split = Split(dataset_folder(dataset), 'val')
         if 'recall' not in split.meta:
             raise DataError(f"{dataset} is not a recall dataset: run python data/recall/prepare.py")
         device, _ = resolve(device, 'float32')
         model, _ = load_model(find_weights(out_dir), device)
+        split.vocab_size = model.config.vocab_size # an id beyond it is an error in a line
         about = split.meta['recall']
         T = about['length']
         if model.bounded and T > model.config.block_size:

@@ -113,4 +113,4 @@ with exit_on_error():
             writer.write(split, rows.ravel(), mask.ravel())
     for i in range(min(len(sizes), val_examples)):
         print(f"{sizes[i]:>4}: {tokenizer.decode(rows[i])}")
-    summarize(writer, f'python train.py config/recall.py --block_size={length}')
+    summarize(writer, 'config/recall.py', out, block_size=length)

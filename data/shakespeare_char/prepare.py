@@ -25,4 +25,4 @@ with exit_on_error():
     with Writer(dataset_folder(out), tokenizer) as writer:
         writer.write('train', tokenizer.encode(text[:cut]))
         writer.write('val', tokenizer.encode(text[cut:]))
-    summarize(writer, 'python train.py config/train_shakespeare_char.py')
+    summarize(writer, 'config/train_shakespeare_char.py', out)

@@ -4,6 +4,7 @@ import os
 import urllib.request
 from pathlib import Path
 
+from data.tokenizers import read_text
 from data.tokens import DataError
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
@@ -23,10 +24,7 @@ def tiny_shakespeare(input_file=''):
         if hashlib.sha256(data).hexdigest() != SHA256:
             raise DataError(f"{URL} sent {len(data)} bytes that are not the expected text: try again, or get it in "
                             "another way and give --input_file=PATH")
-        new = path.with_name('input.txt.tmp')
+        new = path.with_name(f'input.txt.{os.getpid()}.tmp') # another may be downloading it, too
         new.write_bytes(data)
         os.replace(new, path)
-    try:
-        return path.read_text(encoding='utf-8')
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 at byte {error.start}: save it as UTF-8") from None
+    return read_text(path)

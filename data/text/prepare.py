@@ -1,55 +1,67 @@
 """
-Your own text: files or folders of plain text, or of jsonl with the text in one field.
+Your own text: files or folders of plain text, or of JSON (a line each, or an array) with the text in one field.
 
     python data/text/prepare.py --input=book.txt
     python data/text/prepare.py --input=notes/,more.jsonl --tokenizer=gpt2 --out=notes
     python data/text/prepare.py --input=book.txt --tokenizer=bpe --vocab_size=4096      a vocabulary of its own
     python train.py config/text.py --dataset=notes --out_dir=out-notes
 
-A document is a file or a line of jsonl, and <|endoftext|> within them begins another one. If there are several
+A document is a file or a line of jsonl (whose null is none), and <|endoftext|> within them begins another one. If there are several
 documents, <|endoftext|> ends each of them in the output. Of many documents, whole ones are held out for validation. Of
-few, the end of each file is. The text is read twice, in pieces, so it may be larger than memory. Line ends stay as they
-are.
+few, the end of each file is. A text that comes twice is read once. All is read twice, in pieces, so it may be larger
+than memory. Line ends stay as they are.
 """
 import codecs
 import json
 import os
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import configure, exit_on_error
-from data.tokenizers import EOT, CharTokenizer, JsonTokenizer, check_round_trip, choose_tokenizer
-from data.tokens import DataError, dataset_folder
-from data.writer import Writer, fraction, summarize
+from data.tokenizers import (EOT, CharTokenizer, JsonTokenizer, check_round_trip, choose_tokenizer, text_pieces,
+                             warn_of_changes)
+from data.tokens import DataError, dataset_folder, hash_file
+from data.writer import Writer, fraction, settings_for_text, summarize
 
 input = '' # files and folders, separated by commas
 tokenizer = 'bytes' # bytes: UTF-8; char: an id for each character in the text; bpe: byte-level BPE trained on the text;
     # one of tiktoken: gpt2, o200k_base...; or the path of a tokenizer.json
 vocab_size = 4096 # ids of bpe
 val_fraction = 0.1 # fraction of the text to hold out
-field = 'text' # the field of a line of jsonl that holds the text
+field = 'text' # the field of JSON that holds the text
 suffixes = '.txt,.md,.jsonl' # which files to take from folders
 out = 'text' # dataset to write: a name in data/, or a folder
 configure(globals())
 
 CHUNK = 1 << 22 # bytes to read at once
+JSON = ('.jsonl', '.ndjson', '.json')
+without_text = set() # places of documents whose text is null
+
+
+def split_names(text):
+    """Paths that commas separate. One that has commas itself is known by being there."""
+    parts, names = text.split(','), []
+    while parts:
+        n = next((n for n in range(len(parts), 1, -1) if os.path.exists(os.path.expanduser(','.join(parts[:n])))), 1)
+        names.append(','.join(parts[:n]))
+        parts = parts[n:]
+    return names
 
 
 def find_files(names, suffixes):
-    """
-    -> (paths of the named files, and of those in named folders in the order of their names; what was skipped there).
-    """
-    files, skipped = [], []
+    """-> (paths of the named files, and of those in named folders in the order of their names; {why: left-out paths})."""
+    files, left_out = [], {}
     for name in filter(None, names):
         path = Path(os.path.expanduser(name))
         if path.is_dir():
-            there = sorted(p for p in path.rglob('*') if p.is_file())
+            there = walk(path, left_out)
             found = [p for p in there if p.suffix.lower() in suffixes]
-            skipped += [p for p in there if p.suffix.lower() not in suffixes]
+            left_out.setdefault('for their suffixes', []).extend(p for p in there if p.suffix.lower() not in suffixes)
             if not found:
                 raise DataError(f"no {' '.join(sorted(suffixes))} files in {path}: name others with --suffixes=.a,.b")
             files += found
@@ -59,35 +71,52 @@ def find_files(names, suffixes):
             raise DataError(f"there is no file or folder {path}: give one with --input=PATH")
     if not files:
         raise DataError("which text? give files or folders with --input=PATH,PATH")
-    return files, skipped
+    return each_once(files, left_out), left_out
 
 
-def bad_utf8(path, offset):
-    return DataError(f"{path} is not UTF-8 at byte {offset}: save it as UTF-8, or leave it out")
+def walk(root, left_out):
+    """The sorted files of a folder and of those in it, linked ones too, but for hidden ones such as checkpoints."""
+    files, hidden, dead, visited = [], [], [], set()
+    for folder, folders, names in os.walk(root, onerror=refuse, followlinks=True):
+        if os.path.realpath(folder) in visited: # links may go in circles
+            folders.clear()
+            continue
+        visited.add(os.path.realpath(folder))
+        hidden += [Path(folder, name) for name in folders + names if name.startswith('.')]
+        folders[:] = sorted(name for name in folders if not name.startswith('.'))
+        paths = [Path(folder, name) for name in names if not name.startswith('.')]
+        files += filter(Path.is_file, paths)
+        dead += [path for path in paths if not path.is_file()]
+    left_out.setdefault('hidden', []).extend(sorted(hidden))
+    left_out.setdefault('no files', []).extend(sorted(dead))
+    return sorted(files)
+
+
+def refuse(error):
+    raise error
+
+
+def each_once(files, left_out):
+    """The files without those that hold the text of one before: what is held out of it would train by the other."""
+    sizes = Counter(path.stat().st_size for path in dict.fromkeys(files))
+    first = {} # what a file holds -> the path that has it first
+    for path in files:
+        size = path.stat().st_size
+        other = first.setdefault(hash_file(path) if sizes[size] > 1 and size else path.resolve(), path)
+        if other is not path:
+            left_out.setdefault('the same text as another', []).append(path)
+    return list(first.values())
 
 
 def read_plain(path, progress):
     """Yields (piece of text, whether a document ends after it)."""
-    decoder = codecs.getincrementaldecoder('utf-8')()
-    position, buffer, final = 0, '', False
-    with open(path, 'rb') as file:
-        while not final:
-            data = file.read(CHUNK)
-            final = not data
-            pending = len(decoder.getstate()[0]) # bytes of a character that the chunk before has cut
-            try:
-                buffer += decoder.decode(data, final)
-            except UnicodeDecodeError as error:
-                raise bad_utf8(path, position - pending + error.start) from None
-            if position == 0:
-                buffer = buffer.removeprefix('\ufeff')
-            position += len(data)
-            progress(len(data))
-            *documents, buffer = buffer.split(EOT)
-            yield from ((document, True) for document in documents)
-            cut = place_to_cut(buffer)
-            yield buffer[:cut], False
-            buffer = buffer[cut:]
+    buffer = ''
+    for piece in text_pieces(path, None, CHUNK, progress):
+        *documents, buffer = (buffer + piece).split(EOT)
+        yield from ((document, True) for document in documents)
+        cut = place_to_cut(buffer)
+        yield buffer[:cut], False
+        buffer = buffer[cut:]
     yield buffer, True
 
 
@@ -103,24 +132,34 @@ def place_to_cut(text):
     return max(0, len(text) - len(EOT)) if len(text) > 4 * CHUNK else 0
 
 
-def read_jsonl(path, progress):
-    """Yields (piece of text, whether a document ends after it)."""
-    position = 0
+def read_json(path, progress):
+    """Yields (piece of text, whether a document ends after it) of the field of each value."""
+    for place, value in json_values(path, progress):
+        if not isinstance(value, dict) or not isinstance(value.get(field, 0), str | None):
+            raise DataError(f"{place} has no text in a field {field!r}: name it with --field=NAME")
+        if value[field] is None:
+            without_text.add(place)
+        else:
+            yield from ((document, True) for document in value[field].split(EOT))
+
+
+def json_values(path, progress):
+    """Yields (its place, value) of jsonl, a line at a time, or of one array, which has to fit into memory."""
+    def parse(text, place):
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{place} is not JSON ({error}): correct it, or leave it out") from None
+
     with open(path, 'rb') as file:
-        for number, line in enumerate(file, 1):
-            try:
-                if line.strip():
-                    text = json.loads(line.decode('utf-8'))[field]
-                    yield from ((document, True) for document in text.split(EOT))
-            except UnicodeDecodeError as error:
-                raise bad_utf8(path, position + error.start) from None
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{path}, line {number} is not JSON ({error}): correct it, or leave it out") from None
-            except (KeyError, TypeError, AttributeError):
-                raise DataError(f"{path}, line {number} has no text in a field {field!r}: "
-                                "name it with --field=NAME") from None
-            position += len(line)
-            progress(len(line))
+        is_array = file.read(1 << 12).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b'[')
+    pieces = text_pieces(path, None, CHUNK, progress, lines=not is_array)
+    if is_array:
+        for i, value in enumerate(parse(''.join(pieces), path), 1):
+            yield f'{path}, item {i}', value
+    for number, line in enumerate(pieces, 1):
+        if line.strip():
+            yield f'{path}, line {number}', parse(line, f'{path}, line {number}')
 
 
 def read(files, label):
@@ -129,7 +168,7 @@ def read(files, label):
     total = sum(path.stat().st_size for path in files)
     with tqdm(total=total, unit='B', unit_scale=True, desc=label, disable=None) as bar:
         for path in files:
-            for text, ends in (read_jsonl if path.suffix.lower() == '.jsonl' else read_plain)(path, bar.update):
+            for text, ends in (read_json if path.suffix.lower() in JSON else read_plain)(path, bar.update):
                 text = text.encode('utf-8', 'replace').decode() # jsonl can have halves of characters
                 begun = begun or bool(text)
                 if text or begun and ends:
@@ -159,7 +198,9 @@ with exit_on_error():
     if not 0 < val_fraction < 1:
         raise DataError(f"val_fraction is {val_fraction}, but must be between 0 and 1")
     codec = choose_tokenizer(tokenizer) if tokenizer not in ('char', 'bpe') else None
-    files, skipped = find_files(input.split(','), set(suffixes.lower().split(',')))
+    if codec:
+        warn_of_changes(codec)
+    files, left_out = find_files(split_names(input), set(suffixes.lower().split(',')))
 
     lengths, n_documents, characters = dict.fromkeys(files, 0), 0, set() # lengths in characters
     for path, text, ends in read(files, 'reading'):
@@ -185,8 +226,7 @@ with exit_on_error():
         for parts, ends in read_parts('writing'):
             for split, part in parts.items():
                 ids = codec.encode(part)
-                if sum(writer.tokens.values()) < 1e6: # the first million tokens show it
-                    check_round_trip(codec, part, ids)
+                check_round_trip(codec, part, ids)
                 writer.write(split, ids)
                 written |= {split} if part else set()
             if ends and several:
@@ -194,11 +234,14 @@ with exit_on_error():
                     writer.write(split, [codec.eot])
             written = set() if ends else written
     print(f"read {len(files):,} file{'s' if len(files) > 1 else ''}: {first_few(files)}")
-    if skipped:
-        print(f"skipped, for their suffixes: {first_few(skipped)}; --suffixes names what is taken")
+    for why, paths in left_out.items():
+        if paths:
+            print(f"skipped, {why}: {first_few(list(dict.fromkeys(paths)))}")
+    if without_text:
+        print(f"skipped, {field} is null: {first_few(sorted(without_text))}")
     print(f"{n_documents:,} document{'s' if several else ''}, {n_characters:,} characters; held out: "
           f"{'whole documents' if by_document else 'the end of each file' if len(files) > 1 else 'the end'}")
     # config/text.py takes 2,048 tokens a step; small texts are seen 20 times, large ones for some minutes
     steps = max(100, min(2000, 100 * round(20 * writer.tokens['train'] / 2048 / 100)))
-    summarize(writer, f'python train.py config/text.py --dataset={out} --max_iters={steps} '
-                      f'--out_dir=out-{Path(out).name}')
+    summarize(writer, 'config/text.py', out, **settings_for_text(writer), max_iters=steps,
+              out_dir=f'out-{Path(out).name}')
