@@ -21,6 +21,7 @@ import operator
 import os
 import re
 import shutil
+import signal
 import sys
 import textwrap
 import time
@@ -509,9 +510,8 @@ def show_help(namespace, known):
         for text in textwrap.wrap(f'{setting.comment} ({type_name(setting.hint)})'.strip(), width - left):
             lines.append(head.ljust(left) + text)
             head = ''
-    encoding = sys.stdout.encoding or 'utf-8'
-    try: # a terminal may lack some of the characters
-        print('\n'.join(lines).encode(encoding, 'backslashreplace').decode(encoding), flush=True)
-    except BrokenPipeError: # nobody reads on, as with | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # or Python complains at its end
+    sys.stdout.reconfigure(errors='backslashreplace') # a terminal may lack some of the characters
+    if hasattr(signal, 'SIGPIPE'):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL) # nobody may read on, as with | head
+    print('\n'.join(lines), flush=True)
     sys.exit(0)

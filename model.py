@@ -1252,9 +1252,9 @@ class SM3(torch.optim.Optimizer):
 def clip_adaptively(model, ratio):
     """
     Adaptive gradient clipping (arXiv 2102.06171): the gradient of each row is at most ratio times as long as the row,
-    and a row counts for at least 0.001. The head is left out, as in the paper.
+    and a row counts for at least 0.001. The head is left out, as in the paper. ratio=0 is off.
     """
-    for p in model.parameters():
+    for p in model.parameters() if ratio else ():
         if p.grad is not None and p is not model.lm_head.weight:
             longest = ratio * p.norm(dim=-1, keepdim=True).clamp(min=1e-3)
             p.grad.mul_((longest / p.grad.norm(dim=-1, keepdim=True).clamp(min=1e-6)).clamp(max=1.0))

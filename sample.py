@@ -92,9 +92,9 @@ def load():
         meta = GPT2 # as nanoGPT takes its checkpoints
     tokenizer = load_tokenizer(meta)
     if tokenizer is None or tokenizer.vocab_size > model.config.vocab_size:
-        what = f"the tokenizer {tokenizer.name!r} has {tokenizer.vocab_size}" if tokenizer else "their tokenizer is not known"
-        raise ValueError(f"{source} has weights for {model.config.vocab_size} ids, and {what}: name their dataset by "
-                         "--dataset=NAME")
+        what = f"{tokenizer.name!r}, with {tokenizer.vocab_size} ids, is not" if tokenizer else "is not known"
+        raise ValueError(f"the tokenizer of {source}, which has {model.config.vocab_size} ids, {what}: name their "
+                         "dataset by --dataset=NAME")
     return model, tokenizer
 
 
@@ -139,9 +139,7 @@ def generate_text(prompt, stops):
 
 
 def show(text):
-    """Prints at once, with ? for what the terminal cannot encode."""
-    encoding = sys.stdout.encoding or 'utf-8'
-    print(text.encode(encoding, 'replace').decode(encoding), end='', flush=True)
+    print(text, end='', flush=True)
 
 
 def chat():
@@ -238,6 +236,7 @@ def main():
         show('\n---------------\n')
 
 
+sys.stdout.reconfigure(errors='replace') # ? for what a terminal lacks
 with torch.inference_mode(): # a few percent faster than no_grad where a token takes a millisecond
     machine = Machine(device, dtype)
     user_prefix, bot_prefix = with_line_ends(user_prefix), with_line_ends(bot_prefix)

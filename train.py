@@ -20,7 +20,6 @@ from configurator import configure, explain_errors, yield_if_busy
 
 explain_errors() # a missing package, or Ctrl-C while torch is imported
 yield_if_busy()
-import numpy as np
 import torch
 
 from data.checkpoints import State, architecture, build_model, load_checkpoint, open_weights
@@ -114,7 +113,8 @@ def hint_at_memory(error):
 
 def window_lengths():
     """The lengths of training windows: few, since a compiler may compile each."""
-    return sorted({round(block_size + (min_block_size - block_size) * i / 7) for i in range(8 if min_block_size else 1)})
+    n = 8 if min_block_size else 1
+    return sorted({round(block_size + (min_block_size - block_size) * i / 7) for i in range(n)})
 
 
 # what a resumed run does not take from its checkpoint
@@ -141,7 +141,8 @@ settings.refuse([
      "{warmup_iters}"),
     (min_block_size > block_size, "min_block_size={min_block_size} must be at most block_size={block_size}"),
     (optimizer == 'adamw' and momentum != 0.95,
-     "momentum={momentum}: only optimizer='muon' and 'sm3' read it, and optimizer='adamw' is set (its momentum is beta1)"),
+     "momentum={momentum}: only optimizer='muon' and 'sm3' read it, and optimizer='adamw' is set (its momentum is "
+     "beta1)"),
     (trained_by != optimizer,
      f"optimizer={{optimizer!r}} cannot go on with the state of optimizer={trained_by!r}: resume with that, or begin a "
      "new run with --init_from=FOLDER"),
@@ -262,18 +263,20 @@ def evaluate():
     if run.stop: # it was not finished
         return
     better = state.keep_score(val_loss)
-    bits = data.bits(val_loss, (y for _, y in eval_batches(data.val))) if run.speaks else {}
+    bits = bits_of(val_loss, eval_batches(data.val))
     run.say(f"step {state.step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}{in_words(bits)}"
-            f"{', the best so far' if better else ''}")
+            f"{', the best so far' if better else f', none better for {state.evals_since_best} evaluations'}")
     run.log(state, train_loss=train_loss, val_loss=val_loss, **bits)
     if better and state.step > 0:
         save(run.best)
     run.plot(pause=60)
     if sample_tokens:
         run.say(sample() + '\n')
-    if state.step < max_iters and is_done():
-        run.say(f"no better validation loss in {state.evals_since_best} evaluations: stopping")
     machine.lap()
+
+
+def bits_of(loss, batches):
+    return data.bits(loss, (y for _, y, *_ in batches)) if run.speaks else {}
 
 
 def in_words(bits):
@@ -313,12 +316,12 @@ def explain_bad_steps(x, y, norm):
     with machine.autocast:
         where = None if machine.sharded else first_nonfinite(state.model, x, y)
     n = int(machine.bad_steps)
-    run.say(f"warning: {n} step{'s' if n > 1 else ''} in a row skipped, gradient norm {norm.item():.4g}; first output "
-            f"that is not finite: {where or 'none in a forward pass, so it is the backward'}")
+    run.say(f"warning: step skipped, {n} in a row: gradient norm {norm.item():.4g}; first output that is not finite: "
+            f"{where or 'none in a forward pass, so it is the backward'}")
     if n >= max_bad_steps:
         run.say(f"stopping after {n} such steps; the weights are those before them. What usually helps: a lower "
                 f"learning_rate (now {learning_rate:g}), a longer warmup_iters ({warmup_iters}), "
-                f"grad_clip={grad_clip or 1.0:g}, dtype=bfloat16 or float32 instead of float16")
+                f"grad_clip ({grad_clip:g}), dtype=bfloat16 or float32 instead of float16")
         run.stop = 1
 
 
@@ -330,8 +333,8 @@ def describe(flops, kept):
     tokens = gradient_accumulation_steps * batch_size * block_size
     epochs = max_iters * tokens / data.train.n_tokens
     days = max_iters * tokens * flops / (0.4 * (machine.peak[0] or math.inf) * machine.world) / 86400
-    lines = [f'settings {line}' for line in table([f'{k}={v!r}' for k, v in settings.given.items()])]
-    lines += [
+    lines = [
+        'settings ' + '\n         '.join(table([f'{name}={value!r}' for name, value in settings.given.items()])),
         f"model    {n_params / 1e6:.2f}M parameters, {(n_params - sum(embeddings)) / 1e6:.2f}M without embeddings, "
         f"{(n_params - n_rest) / 1e6:.2f}M decayed; {flops / 1e9:.4g} GFLOP a token",
         f"machine  {machine}",
@@ -366,18 +369,18 @@ def prove_causal():
 def evaluate_all():
     """--eval_only: the whole validation split."""
     loss = mean_loss(data.val.all_batches(batch_size, block_size))
-    targets = [y for _, y, _ in data.val.all_batches(batch_size, block_size)]
-    bits = data.bits(loss, targets) if run.speaks else {}
-    run.say(f"whole validation split, {sum((y >= 0).sum() for y in targets):,} tokens: loss {loss:.4f}, perplexity "
-            f"{np.exp(loss):.4g}{in_words(bits)}")
+    bits = bits_of(loss, data.val.all_batches(batch_size, block_size))
+    n = sum(n for _, _, n in data.val.all_batches(batch_size, block_size))
+    run.say(f"whole validation split, {n:,} tokens: loss {loss:.4f}, perplexity "
+            f"{torch.tensor(loss).exp():.4g}{in_words(bits)}")
     if resuming: # the folder is this run's
         run.log(state, whole_val_loss=loss, **bits)
 
 
 for name in sorted(MIXERS.keys() - BUILT_IN):
     if not any(isinstance(module, MIXERS[name]) for module in state.model.modules()):
-        notes.append(f"note     {MIXERS[name].__name__} of a config file is not used, as mixer={settings.config['mixer']!r}"
-                     f": mixer = {MIXERS[name].__name__} in the file, or --mixer={name}")
+        notes.append(f"note     {name} of a config file is not used: mixer = {MIXERS[name].__name__} in the file, or "
+                     f"--mixer={name}, instead of {settings.config['mixer']!r}")
 run.say('\n'.join(describe(*costs[block_size]) + notes))
 prove_causal()
 if eval_only:
@@ -418,8 +421,7 @@ while not run.stop:
         machine.scaler.scale(loss).backward()
         loss_sum += loss.detach()
     machine.scaler.unscale_(state.optimizer)
-    if adaptive_clip:
-        clip_adaptively(state.model, adaptive_clip)
+    clip_adaptively(state.model, adaptive_clip)
     norm = machine.clip_gradients(grad_clip)
     machine.step(state.optimizer, norm) # one that is not finite changes nothing
     state.count(gradient_accumulation_steps * batch_size, x.size(1))
@@ -442,8 +444,9 @@ if state.step > state.first_step:
 status = run.status(state.step)
 if dry_run:
     size = run.speaks and load_checkpoint(run.latest) and run.latest.stat().st_size
-    run.say(f"dry run passed: {planned:,} steps take about {duration(state.seconds / 3 * planned)} without evaluations; "
-            f"a checkpoint has {size / 1e9:.3g} GB; peak memory {(machine.peak_memory or 0) / 1e9:.3g} GB")
+    run.say(f"dry run passed: {planned:,} steps take about {duration(state.seconds / 3 * planned)} without "
+            f"evaluations; a checkpoint has {size / 1e9:.3g} GB; peak memory {(machine.peak_memory or 0) / 1e9:.3g} GB")
 elif not run.stop:
-    run.sum_up(state, settings.files)
+    own_mixer = set(state.model.config.mixers()) - {MIXERS[name] for name in BUILT_IN}
+    run.sum_up(state, settings.files if own_mixer else [])
 machine.exit(status)

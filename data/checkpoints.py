@@ -57,11 +57,9 @@ def load_checkpoint(path):
             if damaged := archive.testzip(): # reads everything against its CRC-32, which torch.load does not
                 raise ValueError(f"the checksum of its part {damaged} is wrong")
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-        for part in ('model', 'model_args'):
-            if not isinstance(checkpoint[part], dict):
-                raise ValueError(f"its {part} is no dict")
+        checkpoint['model'].keys(), checkpoint['model_args'].keys() # it has both
     except Exception as e: # a damaged file can raise anything
-        reason = f'it holds no {e}' if isinstance(e, KeyError) else str(e).split('\n')[0]
+        reason = f'{type(e).__name__}: {e}'.splitlines()[0]
         others = [str(p) for p in sorted(path.parent.glob('*.pt')) if p != path and zipfile.is_zipfile(p)]
         raise ValueError(f"{path} is damaged or not a checkpoint ({reason}): use another one, here "
                          f"{', '.join(others) or 'there is none'}") from e

@@ -6,10 +6,10 @@ torchrun tells each process its number in environment variables. Those on GPUs t
 import atexit
 import inspect
 import itertools
+import math
 import os
 import sys
 import time
-from contextlib import nullcontext
 from functools import cached_property
 
 import torch
@@ -53,8 +53,7 @@ class Machine:
         self.device, self.dtype = resolve(device, dtype)
         self.kind, self.torch_dtype = torch.device(self.device).type, getattr(torch, self.dtype)
         self.sharded, self.compiled, self.peak_flops = parallel == 'fsdp' and self.world > 1, False, peak_flops
-        whole = self.dtype == 'float32'
-        self.autocast = nullcontext() if whole else torch.autocast(self.kind, self.torch_dtype)
+        self.autocast = torch.autocast(self.kind, self.torch_dtype, enabled=self.dtype != 'float32')
         self.scaler = torch.amp.GradScaler(self.kind, enabled=self.dtype == 'float16')
         if deterministic: # before the first matrix product
             os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
@@ -65,11 +64,10 @@ class Machine:
         self.lap_began, self.tokens, self.flops = time.perf_counter(), 0, 0.0
 
     def __str__(self):
-        how = 'compiled' if self.compiled else 'eager'
-        processes = f"{self.world} process{'es' if self.world > 1 else ''}{', sharded' if self.sharded else ''}"
+        how, parallel = ('compiled' if self.compiled else 'eager'), ('sharded, ' if self.sharded else '')
         flops, source = self.peak
-        ceiling = f'{flops / 1e12:.4g} TFLOP/s ({source})' if flops else source
-        return f'{self.device}, {self.dtype}, {how}, {processes}; peak {ceiling}'
+        return (f'{self.device}, {self.dtype}, {how}, {parallel}world size {self.world}; '
+                f'peak {(flops or math.nan) / 1e12:.4g} TFLOP/s ({source})')
 
     # a step
 
@@ -212,9 +210,9 @@ class Machine:
         fixed = bytes_a_parameter * n_params / (self.world if self.sharded else 1)
         lines = [f"memory   about {(fixed + activations) / 1e9:.3g} GB: {fixed / 1e9:.3g} of weights, gradients and "
                  f"optimizer, {activations / 1e9:.3g} of activations"]
-        if fixed + activations > (self.memory or float('inf')):
-            lines.append(f"warning: {self.device} has {self.memory / 1e9:.3g} GB: if it does not fit, a lower batch_size "
-                         "and as many more gradient_accumulation_steps take the same steps")
+        if fixed + activations > self.memory:
+            lines.append(f"warning: {self.device} has {self.memory / 1e9:.3g} GB: if it does not fit, a lower "
+                         "batch_size and as many more gradient_accumulation_steps take the same steps")
         return lines
 
     def count(self, tokens, flops):
@@ -236,24 +234,21 @@ class Machine:
 
     @property
     def memory(self):
-        """Bytes that the GPU has, or this machine; None where the system does not say."""
+        """Bytes that the GPU has, or this machine; infinite where the system does not say."""
         if self.kind == 'cuda':
             return torch.cuda.get_device_properties(self.device).total_memory
-        try:
-            return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-        except (AttributeError, ValueError): # Windows
-            return None
+        on_windows = sys.platform == 'win32'
+        return math.inf if on_windows else os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
 
     @property
     def peak_memory(self):
         """Bytes: of the GPU, or of the process; None where the system does not say."""
         if self.kind == 'cuda':
             return torch.cuda.max_memory_allocated(self.device)
-        try:
-            import resource
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
-        except ImportError: # Windows
+        if sys.platform == 'win32':
             return None
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * {'darwin': 1}.get(sys.platform, 1024)
 
 
 def shard(model, kind, dtype, world):
@@ -283,17 +278,20 @@ def resolve(device, dtype):
     try:
         kind = torch.device(device).type
         torch.empty(1, device=device)
-        if kind == 'cuda' and torch.device(device).index is not None:
+        if kind == 'cuda':
             torch.cuda.set_device(device) # streams, graphs and measurements are the current device's
     except (RuntimeError, AssertionError) as e: # what torch raises for a device that is not there
         raise ValueError(f"device={device!r} is not there ({str(e).splitlines()[0]}): use --device=auto") from None
-    if dtype == 'auto' and kind == 'cuda':
-        dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
-    elif dtype == 'auto':
-        # only where the processor multiplies it: elsewhere bfloat16 is emulated and slow
-        native = kind == 'cpu' and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
-        dtype = 'bfloat16' if native else 'float32'
-    return device, dtype
+    return device, fast_dtype(kind) if dtype == 'auto' else dtype
+
+
+def fast_dtype(kind):
+    """The name of the dtype that a kind of device multiplies fast."""
+    if kind == 'cuda':
+        return 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
+    # only where the processor multiplies it: elsewhere bfloat16 is emulated and slow
+    native = kind == 'cpu' and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+    return 'bfloat16' if native else 'float32'
 
 
 def find_peak_flops(setting, device, dtype):
@@ -301,21 +299,18 @@ def find_peak_flops(setting, device, dtype):
 
     setting: a number; 'measure': see measure_flops; 'auto': the table for a GPU in a 16-bit dtype, measured on a CPU.
     """
-    if not isinstance(setting, str):
-        return float(setting), 'as set'
     device = torch.device(device)
-    if setting == 'auto' and device.type == 'cuda':
-        name = torch.cuda.get_device_name(device)
-        words = ' ' + name.replace('-', ' ') + ' '
-        for card, flops in PEAK_FLOPS.items():
-            if f' {card} ' in words and ' Laptop ' not in words and dtype != torch.float32:
-                return flops, f'datasheet of {card}, dense'
-        return None, (f'n/a: no 16-bit figure for {name}; set --peak_flops=312e12 (its datasheet\'s) or '
-                      '--peak_flops=measure')
-    if setting == 'auto' and device.type != 'cpu':
-        return None, f'n/a: set --peak_flops=measure or a number for {device.type}'
-    n, flops = measure_flops(device, dtype)
-    return flops, f'measured: {n}x{n} matrix product in {str(dtype).removeprefix("torch.")}'
+    if setting not in ('auto', 'measure'):
+        return float(setting), 'as set'
+    if setting == 'measure' or device.type == 'cpu':
+        n, flops = measure_flops(device, dtype)
+        return flops, f'measured: {n}x{n} matrix product in {str(dtype).removeprefix("torch.")}'
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
+    words = f" {name.replace('-', ' ')} "
+    card = next((card for card in PEAK_FLOPS if f' {card} ' in words), None)
+    if card is None or ' Laptop ' in words or dtype == torch.float32:
+        return None, f"no 16-bit figure for {name}; set --peak_flops=312e12 (its datasheet's) or --peak_flops=measure"
+    return PEAK_FLOPS[card], f'datasheet of {card}, dense'
 
 
 def measure_flops(device, dtype):

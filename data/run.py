@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -35,8 +36,9 @@ class Run:
         self.out_dir, self.speaks, self.locked = out_dir, speaks, None
         self.move(find_path(out_dir))
         self.stop, self.unwritten, self.silent, self.last_plot = 0, set(), False, time.perf_counter()
-        self.bar = tqdm(disable=True)
-        self.logs = {'metrics.jsonl': self.append}
+        self.bar, self.logs = tqdm(disable=True), {'metrics.jsonl': self.append}
+        with suppress(AttributeError): # a notebook's
+            sys.stdout.reconfigure(errors='backslashreplace') # a terminal may lack some characters
 
     def move(self, path):
         self.path = Path(path)
@@ -53,8 +55,6 @@ class Run:
         that died before its first checkpoint. lock: keeps other runs out.
         """
         own = "give the run a folder of its own, such as --out_dir=out-x"
-        if not self.out_dir.strip():
-            raise ValueError(f"out_dir={self.out_dir!r} names no folder: {own}")
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"out_dir={str(self.path)!r} is a file: {own}")
         if any(next(self.path.glob(pattern), None) for pattern in ('*.py', '*.bin', 'meta.json')):
@@ -63,17 +63,14 @@ class Run:
             self.lock()
         begun = self.metrics.exists() and self.metrics.stat().st_size and not restart
         if not allowed and (begun or self.has_checkpoint()):
-            raise ValueError(f"out_dir={str(self.path)!r} already holds a run: go on with it by --init_from=resume, choose "
-                             "another --out_dir, or replace it by --overwrite=True")
+            raise ValueError(f"out_dir={str(self.path)!r} already holds a run: go on with it by --init_from=resume, "
+                             "choose another --out_dir, or replace it by --overwrite=True")
 
     def lock(self, setting='out_dir'):
-        """
-        Keeps other runs out of the folder until this process ends, however it ends. ValueError, with the setting that
-        named the folder, if one is in it.
-        """
+        """Keeps others out of the folder, which a setting names, until this process ends, however it ends."""
         if self.locked is None:
-            self.locked = lock_folder(self.path, f"another run is at work in {setting}={str(self.path)!r}: wait for its "
-                                                 f"end, stop it, or choose another --{setting}")
+            taken = f"another run is at work in {setting}={str(self.path)!r}"
+            self.locked = lock_folder(self.path, f"{taken}: wait for its end, stop it, or choose another --{setting}")
 
     def unlock(self):
         if self.locked is not None:
@@ -121,27 +118,24 @@ class Run:
         replace_file(self.path / 'config.json', json.dumps(config | about, indent=1))
 
     def code(self):
-        """The folders with the code that made the run, the latest last: code, and code-STEP after a change."""
-        later = [p for p in self.path.glob('code-*') if p.name[5:].isdigit()]
-        first = [p for p in [self.path / 'code'] if p.is_dir()]
-        return first + sorted(later, key=lambda p: int(p.name[5:]))
+        """The folders with the code that made the run, code-STEP for each change of it, the latest last."""
+        return sorted(self.path.glob('code-[0-9]*'), key=lambda path: int(path.name.removeprefix('code-')))
 
     def keep_code(self, files, step):
         """Keeps the scripts, the config files and git's diff as text -> names of what has changed since then."""
-        now = {Path(path).name: Path(path).read_bytes() for path in
-               (*(PROJECT / name for name in ('model.py', 'train.py', 'configurator.py')), *files)}
-        kept = self.code()
-        before = {path.name: path.read_bytes() for path in kept[-1].iterdir()} if kept else {}
-        changed = [name for name, text in now.items() if kept and before.get(name) != text]
-        if not kept or changed:
-            folder = self.path / (f'code-{step}' if kept else 'code')
+        paths = [*(PROJECT / name for name in ('model.py', 'train.py', 'configurator.py')), *map(Path, files)]
+        now = {path.name: path.read_bytes() for path in paths}
+        before = {path.name: path.read_bytes() for folder in self.code()[-1:] for path in folder.iterdir()}
+        changed = [name for name, text in now.items() if before.get(name) != text]
+        if changed:
+            folder = self.path / f'code-{step}'
             folder.mkdir(exist_ok=True)
             for name, text in (now | {'changes.diff': git('diff', 'HEAD')}).items():
                 (folder / name).write_bytes(text)
-        return changed
+        return changed if before else []
 
     def save(self, path, checkpoint):
-        """Writes a checkpoint. A full disk is no reason to stop: the old file is kept, and the next save tries again."""
+        """Writes a checkpoint. On a full disk the old file is kept, and the next save tries again."""
         if not self.speaks:
             return
         try:
@@ -190,20 +184,17 @@ class Run:
         self.last_plot = time.perf_counter()
         try: # each takes a fifth of a second, the first one a second
             draw_losses(self.read_metrics(), self.path / 'loss.png')
-        except ImportError:
-            self.say("no loss.png: pip install matplotlib draws it")
-        except Exception as e: # whatever matplotlib raises
-            self.say(f"warning: {self.path / 'loss.png'} could not be written, training goes on: {e}")
+        except Exception as e: # whatever matplotlib raises, or that it is not there
+            self.say(f"warning: {self.path / 'loss.png'} could not be drawn, training goes on: {e}")
 
     # words
 
     def say(self, text):
-        """Prints a line above the progress bar, with \\ for what the terminal cannot encode."""
+        """Prints a line above the progress bar."""
         if not self.speaks:
             return
-        encoding = sys.stdout.encoding or 'utf-8'
         try:
-            tqdm.write(str(text).encode(encoding, 'backslashreplace').decode(encoding), file=sys.stdout)
+            tqdm.write(text, file=sys.stdout)
             sys.stdout.flush() # into a pipe or a file, too, when it happens
         except (OSError, ValueError): # a pipe that nobody reads, a terminal that is gone, a full disk
             self.warn_of_silence()
@@ -212,10 +203,8 @@ class Run:
         """One warning on stderr, if that is still there: the run goes on, and metrics.jsonl has its numbers."""
         if not self.silent:
             self.silent, self.bar.disable = True, True
-            try:
+            with suppress(OSError, ValueError):
                 print("warning: the output cannot be written, the run goes on", file=sys.stderr, flush=True)
-            except (OSError, ValueError):
-                pass
             sys.stdout = sys.stderr = open(os.devnull, 'w', encoding='utf-8')
 
     def progress(self, total, done):
@@ -245,10 +234,10 @@ class Run:
 
     def sum_up(self, state, files):
         """Says what came of the run, and what to do next."""
-        self.say(f"done     {state.step:,} steps, {state.tokens:,} tokens in {duration(state.seconds)}; lowest validation "
-                 f"loss {state.best_val_loss:.4f} at step {state.best_step:,}")
+        self.say(f"done     {state.step:,} steps, {state.tokens:,} tokens in {duration(state.seconds)}; lowest "
+                 f"validation loss {state.best_val_loss:.4f} at step {state.best_step:,}")
         if state.step == state.first_step:
-            self.say(f"note     the run was at step {state.step} already: to go on, --max_iters={2 * state.step or 1000}")
+            self.say(f"note     the run was at step {state.step} already: to go on, raise --max_iters")
         self.say(f"next     python sample.py {shlex.join([*files, f'--out_dir={self.out_dir}'])}")
 
     def status(self, step):
@@ -277,8 +266,11 @@ def begin_wandb(config, folder):
 def replace_file(path, text):
     """Writes a file in one step: whatever happens, a whole one has this name, the old one or the new."""
     temporary = Path(f'{path}.tmp')
-    temporary.write_text(text, encoding='utf-8')
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding='utf-8')
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def draw_losses(lines, path):
@@ -319,11 +311,10 @@ def git_commit():
 
 
 def duration(seconds):
-    """As people say it: 38 s, 2.9 min, 5.1 hours, 12 days."""
-    for unit, size in ('days', 86400), ('hours', 3600), ('min', 60):
-        if seconds >= 1.5 * size:
-            return f'{seconds / size:.2g} {unit}' if seconds < 99 * size else f'{seconds / size:,.0f} {unit}'
-    return f'{seconds:.2g} s' if seconds < 10 else f'{seconds:.0f} s'
+    """As people say it: 38.0 s, 2.9 min, 5.1 hours, 12.0 days."""
+    units = dict(days=86400, hours=3600, min=60)
+    unit = next((unit for unit, size in units.items() if seconds >= 1.5 * size), 's')
+    return f'{seconds / units.get(unit, 1):,.1f} {unit}'
 
 
 def table(words):
