@@ -176,7 +176,8 @@ notes += more
 state = State(network, network.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), machine.kind,
                                                     optimizer, momentum, hidden_lr), machine.scaler)
 if resuming:
-    state.restore(checkpoint, settings.config)
+    notes += state.restore(checkpoint, settings.config)
+notes += state.judge_by(f'{data.val.fingerprint()} {eval_tokens or eval_iters * batch_size} {block_size}')
 del checkpoint, network # the checkpoint's memory
 
 # ---------------------------------------------------------------------------------------------------------------------

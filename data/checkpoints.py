@@ -233,6 +233,7 @@ class State:
     best_step: int = 0 # of that loss
     evals_since_best: int = 0
     evaluated: int = -1 # the step that was last evaluated
+    mark: str = '' # what best_val_loss was measured on
 
     def __post_init__(self):
         self.first_step, self.first_samples = self.step, self.samples # of this process
@@ -240,6 +241,14 @@ class State:
     def count(self, samples, length):
         """A step is done."""
         self.step, self.samples, self.tokens = self.step + 1, self.samples + samples, self.tokens + samples * length
+
+    def judge_by(self, mark):
+        """A loss of other validation windows is no mark for those to come: it begins anew -> lines to show."""
+        before, self.mark = self.mark, mark
+        if before in ('', mark):
+            return []
+        self.best_val_loss, self.best_step, self.evals_since_best, self.evaluated = math.inf, 0, 0, -1
+        return ["note     the validation data or windows are others than before: the lowest loss begins anew"]
 
     def keep_score(self, loss):
         """Of an evaluation's loss: whether it is the best so far, or that one again, as a resumed run repeats it."""
@@ -258,11 +267,22 @@ class State:
                     iter_num=self.step, best_val_loss=self.best_val_loss) # as nanoGPT's readers expect them
 
     def restore(self, checkpoint, config):
-        """All but the weights, also of checkpoints of nanoGPT and of earlier versions."""
+        """All but the weights, also of checkpoints of nanoGPT and of earlier versions -> lines to show."""
+        notes, before = [], checkpoint['config'].get('block_size', config['block_size'])
         vars(self).update(stored_state(checkpoint, config))
+        if config['sampling'] == 'epoch' and before != config['block_size']: # epochs are counted in windows
+            self.samples = self.samples * before // config['block_size']
+            notes.append("note     block_size has changed within an epoch, whose windows are others now: some of its "
+                         "tokens may come twice")
+        if config['decay_lr'] and config['lr_decay_iters'] < config['max_iters']:
+            notes.append(f"note     the learning rate stays at min_lr from step {config['lr_decay_iters']} on: to extend "
+                         f"its decay, --lr_decay_iters={config['max_iters']}")
         self.first_step, self.first_samples = self.step, self.samples
         self.scaler.load_state_dict(checkpoint.get('scaler') or self.scaler.state_dict())
         load_optimizer(self.model, self.optimizer, checkpoint['optimizer'], architecture(checkpoint))
+        if checkpoint.get('average'):
+            notes.append("note     the run goes on without the EMA of its weights")
+        return notes
 
 
 def stored_state(checkpoint, config):

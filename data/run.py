@@ -80,10 +80,10 @@ class Run:
     def load(self):
         """The checkpoint that the run goes on from."""
         checkpoint = load_checkpoint(self.latest if self.latest.exists() else self.best)
-        if 'format' not in checkpoint: # nanoGPT's: it names the device of another machine, perhaps
-            for name in ('device', 'dtype', 'compile', 'backend'):
-                checkpoint['config'].pop(name, None)
-        return checkpoint
+        # nanoGPT's names the device of another machine, perhaps
+        strange = () if 'format' in checkpoint else ('device', 'dtype', 'compile', 'backend')
+        config = {k: v for k, v in checkpoint.get('config', {}).items() if k not in strange}
+        return checkpoint | dict(config=config)
 
     def begin(self, state, settings, resuming, **about):
         """
@@ -119,7 +119,7 @@ class Run:
 
     def code(self):
         """The folders with the code that made the run, code-STEP for each change of it, the latest last."""
-        return sorted(self.path.glob('code-[0-9]*'), key=lambda path: int(path.name.removeprefix('code-')))
+        return sorted(self.path.glob('code-[0-9]*'), key=lambda path: (len(path.name), path.name))
 
     def keep_code(self, files, step):
         """Keeps the scripts, the config files and git's diff as text -> names of what has changed since then."""
@@ -229,8 +229,9 @@ class Run:
             self.stop = 128 + number
             signal.signal(number, signal.SIG_DFL) # a second one ends it at once
         for name in ('SIGINT', 'SIGTERM', 'SIGUSR1', 'SIGHUP'):
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), on_signal)
+            number = getattr(signal, name, signal.SIGTERM) # Windows lacks some
+            if signal.getsignal(number) is not signal.SIG_IGN: # as nohup has it
+                signal.signal(number, on_signal)
 
     def sum_up(self, state, files):
         """Says what came of the run, and what to do next."""
@@ -242,7 +243,8 @@ class Run:
 
     def status(self, step):
         """Says why the run ends before its last step -> its exit status."""
-        self.bar.close()
+        with suppress(OSError): # its terminal may be gone
+            self.bar.close()
         if self.stop > 128:
             self.say(f"{signal.Signals(self.stop - 128).name}: step {step} is saved in {self.latest}; go on with "
                      "--init_from=resume")
