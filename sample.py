@@ -24,7 +24,7 @@ import torch
 
 from configurator import check_ranges, configure, exit_on_error, resolve, settings_of
 from data.checkpoints import GPT2_NAMES, find_weights, good_checkpoints, is_pretrained, load_model, load_pretrained
-from data.tokenizers import GPT2, load_tokenizer, read_argument, read_text, tokenizer_of, with_line_ends
+from data.tokenizers import GPT2, GPT2_SIZES, load_tokenizer, read_argument, read_text, tokenizer_of, with_line_ends
 from data.tokens import dataset_folder, find_path, load_meta
 from model import GPTConfig, add_mixer, beam_search
 
@@ -95,7 +95,7 @@ def load():
         meta = tokenizer_of(dataset_folder(dataset))
     if not dataset:
         dataset = str(ckpt.get('config', {}).get('dataset', ''))
-    if 'tokenizer' not in meta and ckpt and 'format' not in ckpt and model.config.vocab_size in (50257, 50304):
+    if 'tokenizer' not in meta and ckpt and 'format' not in ckpt and model.config.vocab_size in GPT2_SIZES:
         meta = GPT2 # as nanoGPT takes its checkpoints
     tokenizer = load_tokenizer(meta)
     if tokenizer is None:

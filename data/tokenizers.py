@@ -12,7 +12,7 @@ import io
 import json
 import os
 import re
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from difflib import SequenceMatcher
 from functools import cached_property
 from pathlib import Path
@@ -410,6 +410,7 @@ def choose_tokenizer(name):
 # Whose tokenizer is it?
 
 GPT2 = dict(tokenizer='tiktoken', encoding='gpt2')
+GPT2_SIZES = (50257, 50304) # its ids, and as nanoGPT pads them
 OF_TOKENIZERS = ('tokenizer', 'encoding', 'characters', 'eot', 'json', 'height', 'width', 'palette')
 
 
@@ -417,7 +418,8 @@ def tokenizer_of(folder, known=None):
     """
     The tokenizer of a folder, as metadata; {}: not known. The folder is a dataset's, or one of weights in Hugging Face's
     layout. Its own files go first. Token files that say nothing are of the tokenizer `known`, that of the weights they
-    are for, or without it of GPT-2's, as nanoGPT takes them, if their ids look like it.
+    are for, or without it of GPT-2's, as nanoGPT takes them, if their ids look like it; weights that say nothing, of
+    GPT-2's if they have its size.
     """
     meta = load_meta(folder)
     if 'tokenizer' in meta:
@@ -425,14 +427,20 @@ def tokenizer_of(folder, known=None):
     own = JsonTokenizer.of_folder(folder)
     if own:
         return own.meta()
-    if not split_files(Path(folder))['train']:
-        return {}
+    if not split_files(Path(folder))['train']: # weights, without a tokenizer of their own
+        return GPT2 if size_of_weights(folder) in GPT2_SIZES else {}
     try:
         tokenizer = load_tokenizer(known or GPT2)
     except DataError: # it cannot be had here: what the weights say has to do, and a guess has not
         return known or {}
     looks_right = tokenizer and meta.get('vocab_size', 1 << 32) >= tokenizer.vocab_size and wrote(tokenizer, folder)
     return (known or GPT2) if looks_right else {}
+
+
+def size_of_weights(folder):
+    """The vocabulary's, from the config.json in a folder in Hugging Face's layout; None: it does not say."""
+    with suppress(OSError, ValueError, AttributeError):
+        return json.loads((Path(folder) / 'config.json').read_text(encoding='utf-8-sig')).get('vocab_size')
 
 
 def wrote(tokenizer, folder):
