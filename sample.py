@@ -99,7 +99,9 @@ def load():
         meta = GPT2 # as nanoGPT takes its checkpoints
     tokenizer = load_tokenizer(meta)
     if tokenizer is None:
-        raise ValueError(f"the tokenizer of {source} is not known: name a dataset that has it by --dataset=NAME")
+        raise ValueError(f"GPT-2's tokenizer has 50257 ids, and the weights in {source} know "
+                         f"{model.config.vocab_size}: theirs is not known, name a dataset that has it by "
+                         "--dataset=NAME")
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(f"the tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} ids, and the weights in "
                          f"{source} know {model.config.vocab_size}: they belong to another tokenizer, name their "

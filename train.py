@@ -35,9 +35,9 @@ with exit_on_error(): # a missing package, or Ctrl-C while torch is imported
     import torch.distributed as dist
     from tqdm import tqdm
 
-from data.checkpoints import (GPT2_NAMES, architecture, build_model, evaluated_weights, find_weights, full_state, is_pretrained,
-                              load_checkpoint, load_latest, load_optimizer, load_pretrained, save_checkpoint,
-                              stored_config, stored_state)
+from data.checkpoints import (GPT2_NAMES, architecture, build_model, evaluated_weights, find_weights, full_state,
+                              is_pretrained, load_checkpoint, load_latest, load_optimizer, load_pretrained,
+                              save_checkpoint, stored_config, stored_state)
 from data.run import RunFolder, memory_of, peak_memory
 from data.tokenizers import GPT2, difference, load_tokenizer, tokenizer_of, with_line_ends
 from data.tokens import Split, dataset_folder, find_path, load_meta, prefetch

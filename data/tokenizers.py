@@ -281,7 +281,7 @@ class JsonTokenizer(Tokenizer):
 
     @classmethod
     def of_folder(cls, folder):
-        """That of a folder in Hugging Face's layout: its tokenizer.json, or GPT-2's older pair of files. None: neither."""
+        """That of a folder in Hugging Face's layout: its tokenizer.json, or the older pair of files; None: neither."""
         folder = Path(folder)
         if (folder / 'tokenizer.json').is_file():
             return cls.open(folder / 'tokenizer.json')
@@ -416,10 +416,10 @@ OF_TOKENIZERS = ('tokenizer', 'encoding', 'characters', 'eot', 'json', 'height',
 
 def tokenizer_of(folder, known=None):
     """
-    The tokenizer of a folder, as metadata; {}: not known. The folder is a dataset's, or one of weights in Hugging Face's
-    layout. Its own files go first. Token files that say nothing are of the tokenizer `known`, that of the weights they
-    are for, or without it of GPT-2's, as nanoGPT takes them, if their ids look like it; weights that say nothing, of
-    GPT-2's if they have its size.
+    The tokenizer of a folder, as metadata; {}: not known. The folder is a dataset's, or one of weights in Hugging
+    Face's layout. Its own files go first. Token files that say nothing are of the tokenizer `known`, that of the
+    weights they are for, or without it of GPT-2's, as nanoGPT takes them, if their ids look like it; weights that say
+    nothing are of GPT-2's if they have its size. DataError: the folder has one that cannot be used here.
     """
     meta = load_meta(folder)
     if 'tokenizer' in meta:
@@ -465,7 +465,7 @@ def difference(meta, known):
     changed = [key for key in OF_TOKENIZERS if meta.get(key) != known.get(key)]
     if not changed or 'tokenizer' not in meta or 'tokenizer' not in known:
         return ''
-    if {meta['tokenizer'], known['tokenizer']} <= {'tiktoken', 'tokenizers'}: # one vocabulary may be written in two ways
+    if {meta['tokenizer'], known['tokenizer']} <= {'tiktoken', 'tokenizers'}: # one vocabulary, written in two ways?
         one, other = load_tokenizer(meta), load_tokenizer(known)
         if (one.token_bytes, one.eot) == (other.token_bytes, other.eot):
             return ''

@@ -6,10 +6,10 @@ Your own text: files or folders of plain text, or of JSON (a line each, or an ar
     python data/text/prepare.py --input=book.txt --tokenizer=bpe --vocab_size=4096      a vocabulary of its own
     python train.py config/text.py --dataset=notes --out_dir=out-notes
 
-A document is a file or a line of jsonl (whose null is none), and <|endoftext|> within them begins another one. If there are several
-documents, <|endoftext|> ends each of them in the output. Of many documents, whole ones are held out for validation. Of
-few, the end of each file is. A text that comes twice is read once. All is read twice, in pieces, so it may be larger
-than memory. Line ends stay as they are.
+A document is a file or a value of JSON (null is none), and <|endoftext|> within them begins another one. If there are
+several documents, <|endoftext|> ends each of them in the output. Of many documents, whole ones are held out for
+validation. Of few, the end of each file is. A file that comes twice counts once. The text is read twice, in pieces, so
+it may be larger than memory. Line ends stay as they are.
 """
 import codecs
 import json
@@ -54,7 +54,9 @@ def split_names(text):
 
 
 def find_files(names, suffixes):
-    """-> (paths of the named files, and of those in named folders in the order of their names; {why: left-out paths})."""
+    """
+    -> (paths of the named files, and of those in named folders in the order of their names; {why: what was skipped}).
+    """
     files, left_out = [], {}
     for name in filter(None, names):
         path = Path(os.path.expanduser(name))
