@@ -26,7 +26,7 @@ import torch
 
 from data.checkpoints import load_model
 from data.machine import Machine
-from data.tokenizers import GPT2, load_tokenizer, read_argument, read_text, tokenizer_of, with_line_ends
+from data.tokenizers import GPT2, GPT2_SIZES, load_tokenizer, read_argument, read_text, tokenizer_of, with_line_ends
 from data.tokens import dataset_folder, find_path
 from model import GPTConfig, add_mixer, beam_search
 
@@ -88,7 +88,7 @@ def load():
     meta = stored.get('meta') or {}
     if 'tokenizer' not in meta and dataset:
         meta = tokenizer_of(dataset_folder(dataset))
-    if 'tokenizer' not in meta and 'format' not in stored and model.config.vocab_size in (50257, 50304):
+    if 'tokenizer' not in meta and 'format' not in stored and model.config.vocab_size in GPT2_SIZES:
         meta = GPT2 # as nanoGPT takes its checkpoints
     tokenizer = load_tokenizer(meta)
     if tokenizer is None or tokenizer.vocab_size > model.config.vocab_size:

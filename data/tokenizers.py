@@ -12,7 +12,7 @@ import io
 import json
 import os
 import re
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from difflib import SequenceMatcher
 from functools import cached_property
 from pathlib import Path
@@ -281,7 +281,7 @@ class JsonTokenizer(Tokenizer):
 
     @classmethod
     def of_folder(cls, folder):
-        """That of a folder in Hugging Face's layout: its tokenizer.json, or GPT-2's older pair of files. None: neither."""
+        """That of a folder in Hugging Face's layout: its tokenizer.json, or the older pair of files; None: neither."""
         folder = Path(folder)
         if (folder / 'tokenizer.json').is_file():
             return cls.open(folder / 'tokenizer.json')
@@ -410,14 +410,16 @@ def choose_tokenizer(name):
 # Whose tokenizer is it?
 
 GPT2 = dict(tokenizer='tiktoken', encoding='gpt2')
+GPT2_SIZES = (50257, 50304) # its ids, and as nanoGPT pads them
 OF_TOKENIZERS = ('tokenizer', 'encoding', 'characters', 'eot', 'json', 'height', 'width', 'palette')
 
 
 def tokenizer_of(folder, known=None):
     """
-    The tokenizer of a folder, as metadata; {}: not known. The folder is a dataset's, or one of weights in Hugging Face's
-    layout. Its own files go first. Token files that say nothing are of the tokenizer `known`, that of the weights they
-    are for, or without it of GPT-2's, as nanoGPT takes them, if their ids look like it.
+    The tokenizer of a folder, as metadata; {}: not known. The folder is a dataset's, or one of weights in Hugging
+    Face's layout. Its own files go first. Token files that say nothing are of the tokenizer `known`, that of the
+    weights they are for, or without it of GPT-2's, as nanoGPT takes them, if their ids look like it; weights that say
+    nothing are of GPT-2's if they have its size. DataError: the folder has one that cannot be used here.
     """
     meta = load_meta(folder)
     if 'tokenizer' in meta:
@@ -425,14 +427,20 @@ def tokenizer_of(folder, known=None):
     own = JsonTokenizer.of_folder(folder)
     if own:
         return own.meta()
-    if not split_files(Path(folder))['train']:
-        return {}
+    if not split_files(Path(folder))['train']: # weights, without a tokenizer of their own
+        return GPT2 if size_of_weights(folder) in GPT2_SIZES else {}
     try:
         tokenizer = load_tokenizer(known or GPT2)
     except DataError: # it cannot be had here: what the weights say has to do, and a guess has not
         return known or {}
     looks_right = tokenizer and meta.get('vocab_size', 1 << 32) >= tokenizer.vocab_size and wrote(tokenizer, folder)
     return (known or GPT2) if looks_right else {}
+
+
+def size_of_weights(folder):
+    """The vocabulary's, from the config.json in a folder in Hugging Face's layout; None: it does not say."""
+    with suppress(OSError, ValueError, AttributeError):
+        return json.loads((Path(folder) / 'config.json').read_text(encoding='utf-8-sig')).get('vocab_size')
 
 
 def wrote(tokenizer, folder):
@@ -442,6 +450,8 @@ def wrote(tokenizer, folder):
     ids = split.read(np.array([0]), np.array([0]), n)[0][0].tolist()
     if max(ids) >= tokenizer.vocab_size or tokenizer.name == 'pictures':
         return max(ids) < tokenizer.vocab_size
+    if tokenizer.name == 'gpt2' and max(ids) < 5000: # a tenth of any text has later ones
+        return False
     text = tokenizer.decode(ids, special=True)
     if tokenizer.eot is not None:
         text = text.replace(tokenizer.special[tokenizer.eot], EOT)
@@ -457,7 +467,7 @@ def difference(meta, known):
     changed = [key for key in OF_TOKENIZERS if meta.get(key) != known.get(key)]
     if not changed or 'tokenizer' not in meta or 'tokenizer' not in known:
         return ''
-    if {meta['tokenizer'], known['tokenizer']} <= {'tiktoken', 'tokenizers'}: # one vocabulary may be written in two ways
+    if {meta['tokenizer'], known['tokenizer']} <= {'tiktoken', 'tokenizers'}: # one vocabulary, written in two ways?
         one, other = load_tokenizer(meta), load_tokenizer(known)
         if (one.token_bytes, one.eot) == (other.token_bytes, other.eot):
             return ''

@@ -218,7 +218,7 @@ def split_files(folder):
     for name in names['train'] + names['val']:
         other = first.setdefault(os.path.realpath(folder / name), name)
         if name in names['train'] and name in names['val']:
-            raise DataError(f"{folder}: {name} has the name of both splits: rename it, so that it is of train or of val")
+            raise DataError(f"{folder}: {name} has the name of both splits: rename it, so that it is of one")
         if other != name:
             raise DataError(f"{folder}: {other} and {name} are the same file: remove one of them")
     return names

@@ -1,9 +1,11 @@
 """Token files, tokenizers, sampling, and the prepare scripts run for real on small input."""
 import abc
+import io
 import json
 import os
 import pickle
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -21,9 +23,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from data import stream as hub
 from data import tokens as T
-from data.tokenizers import EOT, ByteTokenizer, CharTokenizer, TiktokenTokenizer, load_tokenizer
+from data.tokenizers import (EOT, ByteTokenizer, CharTokenizer, TiktokenTokenizer, load_tokenizer, read_argument,
+                             read_text, text_pieces)
 from data.tokens import DataError, Split, dataset_folder, load_meta, prefetch
-from data.writer import Writer
+from data.writer import Writer, lock_folder
 
 needs_gpt2 = pytest.mark.skipif('TIKTOKEN_CACHE_DIR' not in os.environ,
                                 reason='TIKTOKEN_CACHE_DIR names no folder with the vocabulary of GPT-2')
@@ -56,6 +59,33 @@ def message(error):
     text = str(error.value)
     assert '\n' not in text
     return text
+
+
+# ---- text
+
+@settings(deadline=None)
+@given(st.text(alphabet='ab\r\n é東👍\ufeff', max_size=40), st.integers(1, 9), st.booleans())
+def test_text_comes_as_it_is(text, n_bytes, mark):
+    """In pieces of any size, and by lines; line ends too; without the mark before it, and with those further on."""
+    data = b'\xef\xbb\xbf' * mark + text.encode()
+    expected = text if mark else text.removeprefix('\ufeff')
+    assert read_text(io.BytesIO(data)) == ''.join(text_pieces(io.BytesIO(data), n_bytes=n_bytes)) == expected
+    lines = list(text_pieces(io.BytesIO(data), lines=True))
+    assert lines == [*expected.encode().splitlines(True)] or lines[-1] == '' and ''.join(lines) == expected
+    assert read_argument(os.fsdecode(data), 'start') == expected
+
+
+@pytest.mark.parametrize('data, words', [
+    ('Latin text'.encode('utf-16'), 'UTF-16'), ('Latin text'.encode('utf-16-le'), 'UTF-16'),
+    ('Latin text'.encode('utf-16-be'), 'UTF-16'), ('Latin text'.encode('utf-32-le'), 'UTF-32'),
+    ('привет, как дела и все такое\n'.encode('utf-16-le'), 'UTF-16'), # whose bytes are all below 128
+    (b'caf\xe9', 'not UTF-8 at byte 3'), (b'\xef\xbb\xbf\xc3', 'not UTF-8 at byte 3')], ids=range(7))
+def test_bytes_that_are_no_text(data, words):
+    for read in read_text, lambda *where: list(text_pieces(*where, n_bytes=60)):
+        with pytest.raises(DataError, match=f'somewhere .*{words}') as error:
+            read(io.BytesIO(data), 'somewhere')
+        message(error)
+    assert read_text(io.BytesIO(b'a\0b' * 9 + b'text' * 99)) == 'a\0b' * 9 + 'text' * 99 # zeros on both sides
 
 
 # ---- tokenizers
@@ -323,7 +353,7 @@ def test_large_vocabularies_have_32_bits(tmp_path):
     for name, content in ('meta.pkl', pickle.dumps(dict(vocab_size=100_000))), ('meta.json', b'{"vocab_size": 1e5}'):
         (tmp_path / name).write_bytes(content.replace(b'1e5', b'100000'))
         split = Split(tmp_path, 'train')
-        assert split.n_tokens == 3000 and split.read(np.array([0]), np.array([0]), 2999)[0][0].tolist() == list(ids[:-1])
+        assert split.read(np.array([0]), np.array([0]), 2999)[0][0].tolist() == list(ids[:-1])
     with pytest.raises(DataError, match='vocab_size is 100000'): # 16 bits after all
         Split(raw(tmp_path, ids=ids % 50000), 'train').scan(100_000)
 
@@ -840,6 +870,28 @@ def test_writer_does_not_mix_jobs(tmp_path):
     assert job(tmp_path, 12, seed=1) == 4
 
 
+def test_two_writers_at_once(tmp_path):
+    """The second one is refused before it deletes anything, also of another process; then the folder is free again."""
+    prepare_it = ('import sys; sys.path.insert(0, sys.argv[1]); from data.writer import Writer, DataError\n'
+                  'from data.tokenizers import ByteTokenizer\n'
+                  'try:\n with Writer(sys.argv[2], ByteTokenizer()) as o: o.write("train", [1]), o.write("val", [1])\n'
+                  'except DataError as e: print(e)')
+
+    def other():
+        return subprocess.run([sys.executable, '-c', prepare_it, ROOT, tmp_path], capture_output=True, check=True,
+                              encoding='utf-8').stdout
+
+    for job in None, {'name': 'x'}:
+        with Writer(tmp_path, ByteTokenizer(), job=job) as out:
+            out.write('train', range(9))
+            assert f'another preparation is at work in {tmp_path}' in other()
+            with pytest.raises(DataError, match='at work in .*--out'):
+                lock_folder(tmp_path, f'at work in {tmp_path}: --out')
+            out.write('val', [3])
+        assert Split(tmp_path, 'train').n_tokens == 9 and other() == '' and Split(tmp_path, 'train').n_tokens == 1
+    assert lock_folder(tmp_path / 'none', '') is None
+
+
 # ---- prepare scripts
 
 def prepare(name, *arguments, error=None):
@@ -1077,6 +1129,123 @@ def test_prepare_text_mistakes(tmp_path):
     prepare('text', f'--input={tmp_path}/one.txt', f'--out={out}', '--val_fraction=1', error='val_fraction is 1')
 
 
+def windows_in(folder, n=32):
+    """How many windows of n held-out tokens stand in the training split, too, of how many."""
+    train, val = (np.fromfile(folder / f'{split}.bin', '<u2').tobytes() for split in ('train', 'val'))
+    windows = [val[i:i + 2 * n] for i in range(0, len(val) - 2 * n, 2 * n)]
+    return sum(window in train for window in windows), len(windows)
+
+
+def test_each_text_once(tmp_path):
+    """However it is named, linked or copied; what was held out of it would train otherwise."""
+    rng, words = np.random.default_rng(0), 'the fox ran over hills and cat dog said river'.split()
+    folder = tmp_path / 'in'
+    (folder / 'sub').mkdir(parents=True)
+    for name in 'a.txt', 'sub/b.txt':
+        (folder / name).write_text(' '.join(rng.choice(words, 900)) + '\n')
+    outside = tmp_path / 'outside'
+    outside.mkdir()
+    (outside / 'c.txt').write_text(' '.join(rng.choice(words, 900)) + '\n')
+    (folder / 'linked').symlink_to(outside)
+    (outside / 'back').symlink_to(folder) # a circle
+    (folder / 'sub/link.txt').symlink_to(folder / 'a.txt')
+    (folder / 'sub/copy.txt').write_bytes((folder / 'a.txt').read_bytes())
+    (folder / 'sub/dead.txt').symlink_to(folder / 'gone')
+    for name in '.ipynb_checkpoints/b.txt', '.cache/x/b.txt':
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text('hidden ' * 99)
+    (folder / '.b.txt').write_text('hidden ' * 99)
+    for names in (f'{folder}', f'{folder},{folder}/a.txt', f'{folder}/a.txt,{folder},{folder}/sub/../sub',
+                  f'{folder}/'):
+        printed = prepare('text', f'--input={names}', f'--out={tmp_path}/out')
+        assert 'read 3 files: ' in printed and windows_in(tmp_path / 'out')[0] <= 1 # a few may be there by chance
+        assert windows_in(tmp_path / 'out')[1] > 20 and 'hidden' not in text_of(tmp_path / 'out', 'train')
+        for line in (f'skipped, hidden: {folder}/.b.txt, {folder}/.cache, {folder}/.ipynb_checkpoints\n',
+                     f'skipped, no files: {folder}/sub/dead.txt'):
+            assert line in printed
+        assert re.search(r'skipped, the same text as another: .*copy.txt', printed)
+    assert not (folder / T.HASHES).exists()
+    prepare('text', f'--input={folder}/.cache', f'--out={tmp_path}/hidden') # named, it is read
+    assert 'hidden' in text_of(tmp_path / 'hidden', 'train')
+
+
+def test_names_with_commas(tmp_path):
+    for name, text in {'a': 'no', 'a,b.txt': 'yes', 'c.txt': 'too'}.items():
+        (tmp_path / name).write_text(f'{text} ' * 50)
+    printed = prepare('text', f'--input={tmp_path}/a,b.txt,{tmp_path}/c.txt', f'--out={tmp_path}/out')
+    assert f'read 2 files: {tmp_path}/a,b.txt, {tmp_path}/c.txt' in printed
+    assert set(text_of(tmp_path / 'out', 'train', special=False).split()) <= {'yes', 'too', 'ye', 'y'}
+
+
+def test_prepare_json(tmp_path):
+    """An array is its items and not one text, whatever its suffix; null is no document; marks come before JSON, too."""
+    values = [dict(text=f'document {i}') for i in range(300)] + [dict(text=None)] * 2
+    array, lines = json.dumps(values, indent=1), ''.join(json.dumps(value) + '\n' for value in values)
+    texts = [f'document {i}' for i in range(300)]
+    for name, written in (('a.json', array), ('a.jsonl', array), ('b.json', lines), ('c.ndjson', lines),
+                          ('d.jsonl', lines)):
+        for mark in '', '\ufeff':
+            (tmp_path / name).write_text(mark + written, encoding='utf-8')
+            printed = prepare('text', f'--input={tmp_path}/{name}', f'--out={tmp_path}/out')
+            found = [text_of(tmp_path / 'out', split).split(EOT)[:-1] for split in ('train', 'val')]
+            assert sorted(sum(found, [])) == sorted(texts) and '300 documents' in printed
+            place = 'item' if written is array else 'line'
+            places = f'{tmp_path}/{name}, {place} 301, {tmp_path}/{name}, {place} 302'
+            assert f'skipped, text is null: {places}\n' in printed
+    for written, words in (('[{"text": "a"}, 3]', "item 2 has no text in a field 'text'"),
+                           ('[{"text": "a"}', 'not JSON'), ('{\n"text": "a"}', 'line 1 is not'),
+                           ('{"text": 3}', "line 1 has no text in a field 'text'")):
+        (tmp_path / 'bad.json').write_text(written)
+        prepare('text', f'--input={tmp_path}/bad.json', f'--out={tmp_path}/out', error=words)
+
+
+def test_marks_and_line_ends_everywhere(tmp_path):
+    text = 'First Citizen:\r\nBefore we proceed\rhear me — speak.\n' * 30
+    (tmp_path / 'a.txt').write_bytes(b'\xef\xbb\xbf' + text.encode())
+    for script, flag in ('text', 'input'), ('shakespeare_char', 'input_file'):
+        prepare(script, f'--{flag}={tmp_path}/a.txt', f'--out={tmp_path}/out')
+        assert text_of(tmp_path / 'out', 'train') + text_of(tmp_path / 'out', 'val') == text
+    (tmp_path / 'a.txt').write_bytes(text.encode('utf-16-le'))
+    for script, flag in ('text', 'input'), ('shakespeare_char', 'input_file'):
+        prepare(script, f'--{flag}={tmp_path}/a.txt', f'--out={tmp_path}/out', error='looks like UTF-16')
+    (tmp_path / 'out/meta.json').write_bytes(b'\xef\xbb\xbf' + (tmp_path / 'out/meta.json').read_bytes())
+    assert load_meta(tmp_path / 'out')['tokenizer'] == 'char'
+
+
+@pytest.mark.parametrize('text, tokenizer, more', [
+    ('a text of one line and nothing else ' * 90, 'char', ' --sample_prompt=a'),
+    ('0123 ' * 900, 'char', ' --sample_prompt=0'), ('+ ' * 1500, 'char', " --sample_prompt=' '"),
+    ('\\' * 3000, 'char', " --sample_prompt='\\\\'"), ('short text\n' * 20, 'bytes', ' --block_size=21')],
+    ids=range(5))
+def test_the_command_works_as_printed(tmp_path, text, tokenizer, more):
+    """With a space in the dataset's name, without a line end, shorter than config/text.py's window."""
+    (tmp_path / 'a.txt').write_text(text)
+    out = tmp_path / "it's mine"
+    printed = prepare('text', f'--input={tmp_path}/a.txt', f'--tokenizer={tokenizer}', f'--out={out}')
+    command = printed.split('next: python ')[1].strip()
+    assert command.startswith(f'train.py config/text.py --dataset={shlex.quote(str(out))}{more} --max_iters=')
+    done = subprocess.run([sys.executable, *shlex.split(command), f'--out_dir={tmp_path}/run', '--device=cpu',
+                           '--max_iters=1', '--n_layer=1', '--eval_iters=1', '--sample_tokens=3'], cwd=ROOT,
+                          capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def test_commands_name_the_dataset(tmp_path):
+    for name, more in ('recall', ['--examples=100']), ('calc', ['--examples=1000']), ('digits', []), \
+            ('python_stdlib', ['--max_bytes=1_000_000']):
+        if name == 'digits':
+            pytest.importorskip('sklearn')
+        printed = prepare(name, f'--out={tmp_path}/a b', *more)
+        assert re.search(f"\nnext: python train.py config/\\w+.py --dataset='{tmp_path}/a b'", printed)
+
+
+def test_long_names_are_a_line(tmp_path):
+    long = 'x' * 300
+    prepare('text', f'--input={long}', error='name too long')
+    prepare('text', f'--input={__file__}', f'--out={tmp_path}/{long}', error='name too long')
+    prepare('calc', '--examples=50', f'--out={tmp_path}/{long}', error='name too long')
+
+
 def text_script(chunk):
     """The functions of data/text/prepare.py, reading `chunk` bytes at once."""
     source = (ROOT / 'data/text/prepare.py').read_text(encoding='utf-8').split('\nwith exit_on_error():')[0]
@@ -1216,6 +1385,56 @@ def test_hub_goes_on_after_an_interruption(tmp_path, jsonl, monkeypatch):
     assert content(tmp_path / 'parts') == content(tmp_path / 'whole')
     assert len(content(tmp_path / 'whole')) > 5
     assert not prefetch_threads()
+
+
+def test_hub_skips_documents_without_text(tmp_path):
+    """Wherever they stand, also after an interruption; which text is held out does not change."""
+    class Stream(list):
+        at = 0
+
+        def state_dict(self):
+            return self.at
+
+        def load_state_dict(self, state):
+            self.at = state
+
+        def __iter__(self):
+            while self.at < len(self):
+                self.at += 1
+                if self.at == self.limit:
+                    raise ConnectionError('the line is dead')
+                yield dict(text=self[self.at - 1])
+
+    texts = [None if i % 7 == 3 else f'text {i}' for i in range(4 * hub.BATCH)]
+
+    def run(folder, texts, limit=None):
+        stream = Stream(texts)
+        stream.limit = limit
+        hub.write_shards(tmp_path / folder, stream, {}, ByteTokenizer(), 'text', 0, 0, 0.1, 1)
+        return [text_of(tmp_path / folder, split).split(EOT) for split in ('train', 'val')]
+
+    expected = run('whole', [text for text in texts if text])
+    assert run('holes', texts) == expected
+    every, hub.SAVE_EVERY = hub.SAVE_EVERY, 1
+    try:
+        with pytest.raises(DataError, match='stopped after'):
+            run('cut', texts, 3 * hub.BATCH)
+        assert run('cut', texts) == expected
+    finally:
+        hub.SAVE_EVERY = every
+    with pytest.raises(DataError, match="have no text in a field 'text', but 'text'"):
+        run('numbers', ['a', 3])
+
+
+def test_hub_counts_what_it_skips(tmp_path, capsys):
+    pytest.importorskip('datasets')
+    with open(tmp_path / 'a.jsonl', 'w') as file:
+        for i in range(300):
+            file.write(json.dumps(dict(text=None if i in (5, 250) else f'the fox {i}')) + '\n')
+    for tokenizer in ['--tokenizer=bytes'], ['--tokenizer=bpe', '--vocab_size=260']:
+        printed = prepare('hub', '--source=json', f'--data_files={tmp_path}/a.jsonl', '--val_fraction=0.1',
+                          f'--out={tmp_path}/out', *tokenizer)
+        assert '298 documents\n' in printed and "skipped: 2 documents without text, whose 'text' is null" in printed
 
 
 @needs_gpt2

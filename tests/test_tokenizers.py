@@ -2,14 +2,16 @@
 import codecs
 import json
 import math
+import os
 
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from data.tokenizers import EOT, JsonTokenizer, load_tokenizer
+from data.tokenizers import (EOT, GPT2, CharTokenizer, JsonTokenizer, TiktokenTokenizer, difference, load_tokenizer,
+                             tokenizer_of)
 from data.tokens import DataError, load_meta
-from helpers import corpus, flags, run, train, well
+from helpers import corpus, flags, run, train, well, write_data
 
 library = pytest.importorskip('tokenizers')
 TEXT = corpus() + 'naïve café, 数据, 👍🏽\n\n    indented\ttabs ' * 3
@@ -103,6 +105,131 @@ def test_a_tokenizer_that_changes_the_text_is_refused(tmp_path):
     assert done.returncode == 2 and 'does not give back the text' in done.stderr.decode() # a space more a piece
     with pytest.raises(DataError, match='at least 257'):
         JsonTokenizer.train(['a'], 200)
+
+
+def normalizing(kind):
+    return json.dumps(json.loads(TRAINED.json) | dict(normalizer={'type': kind}))
+
+
+def test_changes_far_behind_the_first_tokens(tmp_path):
+    """Said from the start, and refused where they strike: at the end of a text of more than a million tokens."""
+    (tmp_path / 'nfc.json').write_text(normalizing('NFC'))
+    (tmp_path / 'book.txt').write_text('a b\n' * 330_000 + 'the end: e\u0301\n', encoding='utf-8')
+    settings = dict(input=tmp_path / 'book.txt', tokenizer=tmp_path / 'nfc.json', out=tmp_path / 'out')
+    done = run('data/text/prepare.py', flags(**settings))
+    said = done.stderr.decode().splitlines()[-1]
+    assert done.returncode == 2 and said.startswith('error: ') and "'e\u0301\\n' becomes '\u00e9\\n'" in said
+    assert b"warning: the tokenizer 'tokenizers' changes some texts, such as 'e\\u0301'" in done.stdout
+    assert not list(tmp_path.glob('out/*'))
+    (tmp_path / 'book.txt').write_text('a b\n' * 3000) # which it leaves as it is
+    assert 'warning: ' in well(run('data/text/prepare.py', flags(**settings)))
+    (tmp_path / 'nfc.json').write_text(TRAINED.json)
+    assert 'warning: ' not in well(run('data/text/prepare.py', flags(**settings)))
+
+
+def test_changes_in_a_stream(tmp_path, capsys, monkeypatch):
+    """Hours of work are not lost for one document: it is counted."""
+    from data import stream
+    monkeypatch.setattr(stream, 'BATCH', 10)
+
+    class Stream(list):
+        def state_dict(self):
+            return 0
+
+    documents = Stream(dict(text='e\u0301' if i == 55 else 'the cat') for i in range(100))
+    arguments = {}, JsonTokenizer(normalizing('NFC')), 'text', 0, 0, 0.1, 1
+    with pytest.raises(DataError, match='no token that ends|does not give back'):
+        stream.write_shards(tmp_path / 'at once', Stream(documents[55:]), *arguments)
+    stream.write_shards(tmp_path / 'late', documents, *arguments)
+    assert 'warning: the tokenizer has changed the text of 1 documents' in capsys.readouterr().out
+
+
+def test_what_a_tokenizer_lacks_is_a_line(tmp_path):
+    """Characters in its tokens that stand for no byte, bytes that have no token, and what the library itself refuses."""
+    parts = json.loads(TRAINED.json)
+    parts['model']['vocab']['a b'] = len(parts['model']['vocab'])
+    tokenizer = JsonTokenizer(json.dumps(parts))
+    assert tokenizer.token_bytes[-1] == b'a b' and tokenizer.decode(tokenizer.encode('cat')) == 'cat'
+    fast = library.Tokenizer(library.models.WordLevel({'a': 0, 'b': 1}, unk_token='[UNK]'))
+    fast.pre_tokenizer, fast.decoder = library.pre_tokenizers.ByteLevel(), library.decoders.ByteLevel()
+    words = fast.to_str()
+    del parts['model']['vocab']['Z']
+    with pytest.raises(DataError, match="cannot write the text .*take another"):
+        JsonTokenizer(words).encode('z')
+    for content, text in (words, 'zzz' * 99), (json.dumps(parts), 'xZx' * 99):
+        (tmp_path / 'tokenizer.json').write_text(content)
+        (tmp_path / 'book.txt').write_text(text)
+        done = run('data/text/prepare.py', flags(input=tmp_path / 'book.txt', tokenizer=tmp_path / 'tokenizer.json',
+                                                 out=tmp_path / 'out'))
+        said = done.stderr.decode()
+        assert done.returncode == 2 and said.startswith('error: ') and said.count('\n') == 1, said
+
+
+# ---- whose tokenizer is it?
+
+needs_gpt2 = pytest.mark.skipif('TIKTOKEN_CACHE_DIR' not in os.environ, reason='needs a vocabulary that is downloaded')
+
+
+def bare(folder, ids):
+    """Token files that say nothing of their tokenizer."""
+    folder.mkdir(exist_ok=True)
+    for split in 'train', 'val':
+        np.array(ids, '<u2').tofile(folder / f'{split}.bin')
+    return folder
+
+
+@needs_gpt2
+def test_bare_files_are_known_by_their_ids(tmp_path):
+    """GPT-2's from any token on; of other vocabularies none, small or large, whatever the size that meta tells."""
+    gpt2, text = TiktokenTokenizer('gpt2'), TEXT * 3 + 'And then: "ßtraße", 東京。\n\n' * 9
+    ids = gpt2.encode(text + EOT + TEXT + EOT + text)
+    for first in 0, 1, 2, 33, 500:
+        assert tokenizer_of(bare(tmp_path / 'd', ids[first:])) == GPT2
+    rng = np.random.default_rng(0)
+    characters = CharTokenizer.from_text([text])
+    others = [characters.encode(text), TRAINED.encode(text), JsonTokenizer.train([text], 2000).encode(text),
+              list(text.encode()), rng.integers(5000, size=6000), rng.integers(50257, size=6000), range(200), [0] * 99]
+    for ids in others:
+        assert tokenizer_of(bare(tmp_path / 'd', ids)) == {}
+    assert tokenizer_of(bare(tmp_path / 'd', range(200)), characters.meta()) == {} # not of weights that know fewer
+    assert tokenizer_of(bare(tmp_path / 'd', others[0]), characters.meta()) == characters.meta()
+    assert tokenizer_of(bare(tmp_path / 'd', others[1]), TRAINED.meta()) == TRAINED.meta()
+    (tmp_path / 'd/meta.json').write_text('{"vocab_size": 5000}')
+    assert tokenizer_of(bare(tmp_path / 'd', [i for i in gpt2.encode(text) if i < 5000])) == {}
+
+
+def test_a_folders_own_files_go_first(tmp_path):
+    """meta.json, tokenizer.json, the older pair of files; of weights, the size of GPT-2's; nothing is not known."""
+    (tmp_path / 'config.json').write_text('{"model_type": "gpt2", "vocab_size": 300}')
+    assert tokenizer_of(tmp_path) == {}
+    TRAINED.fast.model.save(str(tmp_path))
+    pair = load_tokenizer(tokenizer_of(tmp_path))
+    assert pair.encode(TEXT + EOT) == TRAINED.encode(TEXT + EOT) and pair.token_bytes == TRAINED.token_bytes
+    other = JsonTokenizer.train([TEXT[::-1]], 290)
+    (tmp_path / 'tokenizer.json').write_text(other.json)
+    assert load_tokenizer(tokenizer_of(tmp_path)).encode(TEXT) == other.encode(TEXT)
+    tokenizer = write_data(tmp_path)
+    assert tokenizer_of(tmp_path) == tokenizer.meta()
+    for name in 'meta.json', 'tokenizer.json', 'train.bin', 'val.bin', 'vocab.json':
+        (tmp_path / name).unlink()
+    (tmp_path / 'config.json').write_text('{"model_type": "gpt2", "vocab_size": 50257}')
+    assert tokenizer_of(tmp_path) == GPT2
+    (tmp_path / 'tokenizer.json').write_text(without_fallback())
+    with pytest.raises(DataError, match='tokenizer.json: .*cannot write every text'):
+        tokenizer_of(tmp_path)
+
+
+def test_differences_are_called_what_they_are():
+    with_eot, without = CharTokenizer('abc', eot=True).meta(), CharTokenizer('abc').meta()
+    assert 'another eot, the token that ends a document: the dataset has it' in difference(with_eot, without)
+    assert 'another eot, the token that ends a document: the weights has it' in difference(without, with_eot)
+    assert difference(with_eot, with_eot) == difference({}, with_eot) == difference(with_eot, {}) == ''
+    assert "the characters 'abd', and the weights" in difference(CharTokenizer('abd').meta(), without)
+    assert "the tokenizer 'char', and" in difference(without, TRAINED.meta())
+    assert difference(TRAINED.meta(), dict(TRAINED.meta(), json=json.dumps(TRAINED.parts, indent=3))) == ''
+    assert 'another tokenizer.json' in difference(TRAINED.meta(), JsonTokenizer.train([TEXT[::-1]], 300).meta())
+    picture = dict(tokenizer='pictures', height=2, width=2, palette=[[0], [9]])
+    assert 'the palette' in difference(picture, dict(picture, palette=[[0], [8]]))
 
 
 def test_halves_of_characters(tmp_path):

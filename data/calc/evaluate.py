@@ -14,15 +14,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from configurator import check_ranges, configure, exit_on_error, resolve
+from configurator import configure, explain_errors
 from data.tokenizers import load_tokenizer
 from data.tokens import DataError, Split, dataset_folder, find_path, map_tokens
 
 out_dir = 'out-calc' # folder of the run
 checkpoint = 'ckpt.pt' # file in out_dir: ckpt.pt is the latest, best.pt has the lowest validation loss
 dataset = 'calc' # a name in data/, or a folder
-max_problems = 0 # take only the first ones; 0: all
-batch_size = 256 # problems to solve at once
+max_problems = 0 # take only the first ones; 0: all [0, inf)
+batch_size = 256 # problems to solve at once [1, inf)
 device = 'auto' # auto | cpu | cuda | cuda:1 | mps
 
 
@@ -89,7 +89,8 @@ def load_generator(path, device):
     import torch
 
     from data.checkpoints import load_model
-    device, _ = resolve(device, 'float32')
+    from data.machine import Machine
+    device = Machine(device).device
     model, checkpoint = load_model(path, device)
     tokenizer = load_tokenizer(checkpoint.get('meta') or {})
     if tokenizer is None:
@@ -106,11 +107,10 @@ def load_generator(path, device):
 
 
 if __name__ == '__main__':
-    config = configure(globals()).config
-    with exit_on_error():
-        check_ranges(config, {'[1, inf)': 'batch_size', '[0, inf)': 'max_problems'})
-        problems = read_problems(dataset_folder(dataset))[:max_problems or None]
-        generate_answers = load_generator(find_path(out_dir) / checkpoint, device)
-        with tqdm(total=len(problems), unit='problem', disable=None) as bar:
-            counts = accuracy(generate_answers, problems, batch_size, bar.update)
-        print(table(counts))
+    configure(globals())
+    explain_errors()
+    problems = read_problems(dataset_folder(dataset))[:max_problems or None]
+    generate_answers = load_generator(find_path(out_dir) / checkpoint, device)
+    with tqdm(total=len(problems), unit='problem', disable=None) as bar:
+        counts = accuracy(generate_answers, problems, batch_size, bar.update)
+    print(table(counts))

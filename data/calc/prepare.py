@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from configurator import configure, exit_on_error
+from configurator import configure, explain_errors
 from data.tokenizers import CharTokenizer
 from data.tokens import DataError, dataset_folder
 from data.writer import Writer, fraction, summarize
@@ -99,30 +99,30 @@ def line(operator, a, b, result):
     return f"{operands}={steps(operator, a, b, result) if scratch else ''}{number(operator, result, places)}\n"
 
 
-with exit_on_error():
-    if not operators or set(operators) - set('+-*/'):
-        raise DataError(f"operators is {operators!r}, but must be some of + - * /")
-    if set(reverse) - set('+-*/'):
-        raise DataError(f"reverse is {reverse!r}, but must be some of + - * /, or empty")
-    if not 1 <= digits <= 9:
-        raise DataError(f"digits is {digits}, but must be from 1 to 9")
-    if examples < 1:
-        raise DataError(f"examples is {examples}, but must be at least 1")
-    lines = {'train': [], 'val': []}
-    for operator in dict.fromkeys(operators):
-        n, wanted = n_problems(operator), examples * operators.count(operator)
-        if wanted > n:
-            print(f"there are only {n:,} problems a{operator}b of {digits} digits, not {wanted:,}: using all")
-        for i in random.Random(f'{seed} {operator}').sample(range(n), min(wanted, n)):
-            a, b, result = problem(operator, i)
-            same = sorted((a, b)) if operator in '+*' else (a, b)
-            split = 'val' if fraction(f'{seed} {same[0]}{operator}{same[1]}') < val_fraction else 'train'
-            lines[split].append(line(operator, a, b, result))
-    tokenizer = CharTokenizer.from_text(lines['train'] + lines['val'])
-    with Writer(dataset_folder(out), tokenizer) as writer:
-        for split in lines:
-            random.Random(seed).shuffle(lines[split])
-            writer.write(split, tokenizer.encode(''.join(lines[split])))
-    print(f"{len(lines['train']):,} problems to train on, {len(lines['val']):,} held out, "
-          f"such as {lines['val'][0].strip()}")
-    summarize(writer, 'config/train_calc.py', out)
+explain_errors()
+if not operators or set(operators) - set('+-*/'):
+    raise DataError(f"operators is {operators!r}, but must be some of + - * /")
+if set(reverse) - set('+-*/'):
+    raise DataError(f"reverse is {reverse!r}, but must be some of + - * /, or empty")
+if not 1 <= digits <= 9:
+    raise DataError(f"digits is {digits}, but must be from 1 to 9")
+if examples < 1:
+    raise DataError(f"examples is {examples}, but must be at least 1")
+lines = {'train': [], 'val': []}
+for operator in dict.fromkeys(operators):
+    n, wanted = n_problems(operator), examples * operators.count(operator)
+    if wanted > n:
+        print(f"there are only {n:,} problems a{operator}b of {digits} digits, not {wanted:,}: using all")
+    for i in random.Random(f'{seed} {operator}').sample(range(n), min(wanted, n)):
+        a, b, result = problem(operator, i)
+        same = sorted((a, b)) if operator in '+*' else (a, b)
+        split = 'val' if fraction(f'{seed} {same[0]}{operator}{same[1]}') < val_fraction else 'train'
+        lines[split].append(line(operator, a, b, result))
+tokenizer = CharTokenizer.from_text(lines['train'] + lines['val'])
+with Writer(dataset_folder(out), tokenizer) as writer:
+    for split in lines:
+        random.Random(seed).shuffle(lines[split])
+        writer.write(split, tokenizer.encode(''.join(lines[split])))
+print(f"{len(lines['train']):,} problems to train on, {len(lines['val']):,} held out, "
+      f"such as {lines['val'][0].strip()}")
+summarize(writer, 'config/train_calc.py', out)

@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 
-from configurator import check_ranges, configure, exit_on_error
+from configurator import configure, explain_errors
 from data.pictures import PictureTokenizer, write_pictures
 from data.stream import open_stream
 from data.tokens import DataError, dataset_folder
@@ -21,13 +21,13 @@ from data.writer import summarize
 
 source = 'uoft-cs/cifar10' # name on the hub; parquet: local files, see data_files
 field = 'img' # the field of a document that holds its picture
-colours = 512 # of the palette
-max_pictures = 0 # stop after this many; 0: take all
-val_fraction = 0.1 # fraction of the pictures to hold out
+colours = 512 # of the palette [2, 4096]
+max_pictures = 0 # stop after this many; 0: take all [0, inf)
+val_fraction = 0.1 # fraction of the pictures to hold out (0, 1)
 revision = '' # git revision on the hub
 data_files = '' # local files, if source is parquet; may be a pattern with *
 out = 'cifar10' # dataset to write: a name in data/, or a folder
-config, *_ = configure(globals())
+configure(globals())
 
 
 def read_pictures():
@@ -50,21 +50,20 @@ def read_pictures():
     return np.stack(pictures)
 
 
-with exit_on_error():
-    check_ranges(config, {'[2, 4096]': 'colours', '(0, 1)': 'val_fraction', '[0, inf)': 'max_pictures'})
-    try:
-        from sklearn.cluster import MiniBatchKMeans
-    except ImportError:
-        raise DataError("the palette needs scikit-learn: pip install scikit-learn") from None
-    pictures = read_pictures()
-    pixels = pictures.reshape(-1, pictures.shape[-1])
-    some = np.random.default_rng(0).choice(len(pixels), min(len(pixels), 200_000), replace=False)
-    n = min(colours, len(np.unique(pixels[some], axis=0)))
-    palette = MiniBatchKMeans(n, n_init=3, random_state=0).fit(pixels[some].astype(float)).cluster_centers_
-    tokenizer = PictureTokenizer(*pictures.shape[1:3], palette.round(1).tolist())
-    writer = write_pictures(dataset_folder(out), tokenizer, pictures, val_fraction)
-    if out == 'cifar10':
-        summarize(writer, 'config/cifar10.py', out)
-    else:
-        summarize(writer, 'config/digits.py', out, block_size=1 + tokenizer.height * tokenizer.width,
-                  out_dir=f'out-{Path(out).name}')
+explain_errors()
+try:
+    from sklearn.cluster import MiniBatchKMeans
+except ImportError:
+    raise DataError("the palette needs scikit-learn: pip install scikit-learn") from None
+pictures = read_pictures()
+pixels = pictures.reshape(-1, pictures.shape[-1])
+some = np.random.default_rng(0).choice(len(pixels), min(len(pixels), 200_000), replace=False)
+n = min(colours, len(np.unique(pixels[some], axis=0)))
+palette = MiniBatchKMeans(n, n_init=3, random_state=0).fit(pixels[some].astype(float)).cluster_centers_
+tokenizer = PictureTokenizer(*pictures.shape[1:3], palette.round(1).tolist())
+writer = write_pictures(dataset_folder(out), tokenizer, pictures, val_fraction)
+if out == 'cifar10':
+    summarize(writer, 'config/cifar10.py', out)
+else:
+    summarize(writer, 'config/digits.py', out, block_size=1 + tokenizer.height * tokenizer.width,
+              out_dir=f'out-{Path(out).name}')

@@ -14,25 +14,23 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 
-from configurator import configure, exit_on_error
+from configurator import configure, explain_errors
 from data.pictures import PictureTokenizer, write_pictures
 from data.tokens import DataError, dataset_folder
 from data.writer import summarize
 
-val_fraction = 0.1 # fraction of the pictures to hold out
+val_fraction = 0.1 # fraction of the pictures to hold out (0, 1)
 seed = 1337 # which ones
 out = 'digits' # dataset to write: a name in data/, or a folder
 configure(globals())
 
-with exit_on_error():
-    if not 0 < val_fraction < 1:
-        raise DataError(f"val_fraction is {val_fraction}, but must be between 0 and 1")
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise DataError("the digits come with scikit-learn: pip install scikit-learn") from None
-    pictures = load_digits().images[:, :, :, None] * 255 / 16 # (N, 8, 8, 1)
-    pictures = pictures[np.random.default_rng(seed).permutation(len(pictures))]
-    tokenizer = PictureTokenizer(8, 8, [[i * 255 / 16] for i in range(17)])
-    writer = write_pictures(dataset_folder(out), tokenizer, pictures, val_fraction)
-    summarize(writer, 'config/digits.py', out)
+explain_errors()
+try:
+    from sklearn.datasets import load_digits
+except ImportError:
+    raise DataError("the digits come with scikit-learn: pip install scikit-learn") from None
+pictures = load_digits().images[:, :, :, None] * 255 / 16 # (N, 8, 8, 1)
+pictures = pictures[np.random.default_rng(seed).permutation(len(pictures))]
+tokenizer = PictureTokenizer(8, 8, [[i * 255 / 16] for i in range(17)])
+writer = write_pictures(dataset_folder(out), tokenizer, pictures, val_fraction)
+summarize(writer, 'config/digits.py', out)

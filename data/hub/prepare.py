@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from configurator import configure, exit_on_error
+from configurator import configure, explain_errors
 from data.stream import open_stream, texts_of, write_shards
 from data.tokenizers import JsonTokenizer, choose_tokenizer, warn_of_changes
 from data.tokens import DataError, dataset_folder
@@ -26,7 +26,7 @@ tokenizer = 'gpt2' # one of tiktoken; bytes; the path of a tokenizer.json; bpe: 
 vocab_size = 4096 # ids of bpe
 bpe_documents = 20_000 # of which it is trained, those held out excepted
 max_tokens = 0 # stop after this many; 0: take all
-val_fraction = 0.0005 # fraction of the documents to hold out: every 2000th
+val_fraction = 0.0005 # fraction of the documents to hold out: every 2000th (0, 0.5]
 n_threads = 8 # threads for tokenizing
 revision = '' # git revision on the hub; refs/convert/parquet: the automatic copy as parquet files
 data_files = '' # local files, if source is json or parquet; may be a pattern with *
@@ -49,22 +49,20 @@ def train_tokenizer():
         raise DataError(f"the documents {error.args[0]}") from None
 
 
-with exit_on_error():
-    if not source:
-        raise DataError("which dataset? give its name on the hub, as in --source=roneneldan/TinyStories")
-    if not 0 < val_fraction <= 0.5:
-        raise DataError(f"val_fraction is {val_fraction}, but must be above 0 and at most 0.5")
-    codec = train_tokenizer() if tokenizer == 'bpe' else choose_tokenizer(tokenizer)
-    warn_of_changes(codec)
-    if codec.eot is None:
-        raise DataError(f"tokenizer={tokenizer} has no token that ends a document: take another")
-    # what decides what is written: another vocabulary must not go on with these files
-    of_bpe = dict(vocab_size=vocab_size, bpe_documents=bpe_documents) if tokenizer == 'bpe' else {}
-    job = dict(source=source, subset=subset, revision=revision, data_files=data_files, field=field, tokenizer=tokenizer,
-               **of_bpe, vocabulary=hashlib.sha256(codec.json.encode()).hexdigest() if hasattr(codec, 'json') else '',
-               val_fraction=val_fraction, max_tokens=max_tokens)
-    out = out or Path(source).name
-    expected = EXPECTED.get((source, subset), 0) if tokenizer == 'gpt2' else 0
-    writer = write_shards(dataset_folder(out), open_stream(source, subset, revision, data_files), job, codec, field,
-                          expected, max_tokens, val_fraction, n_threads)
-    summarize(writer, 'config/text.py', out, **settings_for_text(writer), out_dir=f'out-{Path(out).name}')
+explain_errors()
+if not source:
+    raise DataError("which dataset? give its name on the hub, as in --source=roneneldan/TinyStories")
+codec = train_tokenizer() if tokenizer == 'bpe' else choose_tokenizer(tokenizer)
+warn_of_changes(codec)
+if codec.eot is None:
+    raise DataError(f"tokenizer={tokenizer} has no token that ends a document: take another")
+# what decides what is written: another vocabulary must not go on with these files
+of_bpe = dict(vocab_size=vocab_size, bpe_documents=bpe_documents) if tokenizer == 'bpe' else {}
+job = dict(source=source, subset=subset, revision=revision, data_files=data_files, field=field, tokenizer=tokenizer,
+           **of_bpe, vocabulary=hashlib.sha256(codec.json.encode()).hexdigest() if hasattr(codec, 'json') else '',
+           val_fraction=val_fraction, max_tokens=max_tokens)
+out = out or Path(source).name
+expected = EXPECTED.get((source, subset), 0) if tokenizer == 'gpt2' else 0
+writer = write_shards(dataset_folder(out), open_stream(source, subset, revision, data_files), job, codec, field,
+                      expected, max_tokens, val_fraction, n_threads)
+summarize(writer, 'config/text.py', out, **settings_for_text(writer), out_dir=f'out-{Path(out).name}')

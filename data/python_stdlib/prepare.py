@@ -14,7 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from configurator import configure, exit_on_error
+from configurator import configure, explain_errors
 from data.tokenizers import ByteTokenizer, read_text
 from data.tokens import DataError, dataset_folder
 from data.writer import Writer, fraction, summarize
@@ -35,18 +35,18 @@ def sources(root):
         yield from (Path(folder, name) for name in sorted(names) if name.endswith('.py'))
 
 
-with exit_on_error():
-    root = Path(sysconfig.get_path('stdlib'))
-    files = list(sources(root))
-    if not files:
-        raise DataError(f"no .py files in {root}: this interpreter has its library elsewhere, run another one")
-    tokenizer = ByteTokenizer()
-    with Writer(dataset_folder(out), tokenizer) as writer:
-        for path in tqdm(files, unit='file', disable=None):
-            name = path.relative_to(root).as_posix()
-            split = 'val' if fraction(name) < val_fraction else 'train'
-            text = read_text(path).replace('\r\n', '\n') # as on every machine
-            writer.write(split, tokenizer.encode(text, allow_special=False) + [tokenizer.eot])
-            if max_bytes and writer.n_bytes >= max_bytes:
-                break
-    summarize(writer, 'config/quick.py', out)
+explain_errors()
+root = Path(sysconfig.get_path('stdlib'))
+files = list(sources(root))
+if not files:
+    raise DataError(f"no .py files in {root}: this interpreter has its library elsewhere, run another one")
+tokenizer = ByteTokenizer()
+with Writer(dataset_folder(out), tokenizer) as writer:
+    for path in tqdm(files, unit='file', disable=None):
+        name = path.relative_to(root).as_posix()
+        split = 'val' if fraction(name) < val_fraction else 'train'
+        text = read_text(path).replace('\r\n', '\n') # as on every machine
+        writer.write(split, tokenizer.encode(text, allow_special=False) + [tokenizer.eot])
+        if max_bytes and writer.n_bytes >= max_bytes:
+            break
+summarize(writer, 'config/quick.py', out)

@@ -14,14 +14,15 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from configurator import check_ranges, configure, exit_on_error, resolve, settings_of
-from data.checkpoints import find_weights, load_model
+from configurator import configure, explain_errors, settings_of
+from data.checkpoints import load_model
+from data.machine import Machine
 from data.tokens import DataError, Split, dataset_folder
 from model import Cache, GPTConfig, add_mixer
 
 out_dir = 'out-recall' # folder of the run
 dataset = 'recall' # a name in data/, or a folder; it may have longer examples than the run's
-batch_size = 100 # examples at once
+batch_size = 100 # examples at once [1, inf)
 device = 'auto' # auto | cpu | cuda | cuda:1 | mps
 
 
@@ -53,22 +54,21 @@ def state_bytes(model, T):
 
 
 if __name__ == '__main__':
-    config, *_ = configure(globals(), adopt=add_mixer, foreign=settings_of('train.py') | vars(GPTConfig()).keys())
-    with exit_on_error():
-        check_ranges(config, {'[1, inf)': 'batch_size'})
-        split = Split(dataset_folder(dataset), 'val')
-        if 'recall' not in split.meta:
-            raise DataError(f"{dataset} is not a recall dataset: run python data/recall/prepare.py")
-        device, _ = resolve(device, 'float32')
-        model, _ = load_model(find_weights(out_dir), device)
-        split.vocab_size = model.config.vocab_size # an id beyond it is an error in a line
-        about = split.meta['recall']
-        T = about['length']
-        if model.bounded and T > model.config.block_size:
-            raise DataError(f"the examples have {T} tokens, and the model's block_size is {model.config.block_size}: "
-                            "use another dataset")
-        counts = accuracy(model, split, batch_size)
-        print(f"{about['task'] + ', size':<20}" + ''.join(f'{size:>8}' for size in counts))
-        for name, i in ('answers right', 0), ('examples right', 2):
-            print(f'{name:<20}' + ''.join(f'{c[i] / c[i + 1]:>8.1%}' for c in counts.values()))
-        print(f"{state_bytes(model, T):,} bytes of state after {T} tokens")
+    configure(globals(), adopt=add_mixer, foreign={*settings_of('train.py'), *vars(GPTConfig())})
+    explain_errors()
+    split = Split(dataset_folder(dataset), 'val')
+    if 'recall' not in split.meta:
+        raise DataError(f"{dataset} is not a recall dataset: run python data/recall/prepare.py")
+    device = Machine(device).device
+    model, _ = load_model(out_dir, device)
+    split.vocab_size = model.config.vocab_size # an id beyond it is an error in a line
+    about = split.meta['recall']
+    T = about['length']
+    if model.bounded and T > model.config.block_size:
+        raise DataError(f"the examples have {T} tokens, and the model's block_size is {model.config.block_size}: "
+                        "use another dataset")
+    counts = accuracy(model, split, batch_size)
+    print(f"{about['task'] + ', size':<20}" + ''.join(f'{size:>8}' for size in counts))
+    for name, i in ('answers right', 0), ('examples right', 2):
+        print(f'{name:<20}' + ''.join(f'{c[i] / c[i + 1]:>8.1%}' for c in counts.values()))
+    print(f"{state_bytes(model, T):,} bytes of state after {T} tokens")

@@ -25,17 +25,17 @@ from typing import Literal
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from configurator import check_ranges, configure, exit_on_error
+from configurator import configure, explain_errors
 from data.tokenizers import CharTokenizer
 from data.tokens import DataError, dataset_folder
 from data.writer import Writer, summarize
 
 task: Literal['mqar', 'copy', 'selective_copy', 'induction', 'parity'] = 'mqar'
 sizes = (2, 4, 8) # how hard, in turn: pairs, symbols to copy, symbols since the mark, bits
-length = 32 # tokens of an example; blanks fill it up
-symbols = 32 # different ones; of mqar half are keys and half are values
-examples = 100000 # to train on
-val_examples = 3000 # held out
+length = 32 # tokens of an example; blanks fill it up [1, inf)
+symbols = 32 # different ones; of mqar half are keys and half are values [2, 8192]
+examples = 100000 # to train on [1, inf)
+val_examples = 3000 # held out [1, inf)
 seed = 1337
 out = 'recall' # dataset to write: a name in data/, or a folder
 
@@ -88,29 +88,28 @@ def parity(n, rng):
 TASKS = dict(mqar=(mqar, lambda n: 4 * n), copy=(copy, lambda n: 2 * n + 1), induction=(induction, lambda n: n + 3),
              selective_copy=(selective_copy, lambda n: 2 * n + 1), parity=(parity, lambda n: n + 2))
 
-config = configure(globals()).config
-with exit_on_error():
-    check_ranges(config, {'[1, inf)': 'length examples val_examples', '[2, 8192]': 'symbols'})
-    if not sizes or min(sizes) < 1:
-        raise DataError(f"sizes={sizes} must be one or more numbers from 1 up, as in --sizes=2,4,8")
-    example, needed = TASKS[task]
-    if needed(max(sizes)) > length:
-        raise DataError(f"sizes has {max(sizes)}, for which {task} takes {needed(max(sizes))} tokens, and length is "
-                        f"{length}: use --length={needed(max(sizes))} or more")
-    if task == 'mqar' and max(sizes) > symbols // 2:
-        raise DataError(f"sizes has {max(sizes)}, but of symbols={symbols} only {symbols // 2} are keys: use "
-                        f"--symbols={2 * max(sizes)} or more")
-    letters = string.digits + string.ascii_letters + ''.join(c for c in map(chr, range(0xC0, 0x4E00)) if c.isalpha())
-    tokenizer = CharTokenizer(' |*' + letters[:symbols])
-    about = dict(recall=dict(task=task, sizes=sizes, length=length))
-    with Writer(dataset_folder(out), tokenizer, about=about) as writer:
-        for split, count in ('train', examples), ('val', val_examples):
-            rng = np.random.default_rng([seed, split == 'val'])
-            rows, mask = np.empty((count, length), np.int64), np.zeros((count, length), bool)
-            for i in range(count):
-                rows[i], answers = example(sizes[i % len(sizes)], rng)
-                mask[i, answers] = True
-            writer.write(split, rows.ravel(), mask.ravel())
-    for i in range(min(len(sizes), val_examples)):
-        print(f"{sizes[i]:>4}: {tokenizer.decode(rows[i])}")
-    summarize(writer, 'config/recall.py', out, block_size=length)
+configure(globals())
+explain_errors()
+if not sizes or min(sizes) < 1:
+    raise DataError(f"sizes={sizes} must be one or more numbers from 1 up, as in --sizes=2,4,8")
+example, needed = TASKS[task]
+if needed(max(sizes)) > length:
+    raise DataError(f"sizes has {max(sizes)}, for which {task} takes {needed(max(sizes))} tokens, and length is "
+                    f"{length}: use --length={needed(max(sizes))} or more")
+if task == 'mqar' and max(sizes) > symbols // 2:
+    raise DataError(f"sizes has {max(sizes)}, but of symbols={symbols} only {symbols // 2} are keys: use "
+                    f"--symbols={2 * max(sizes)} or more")
+letters = string.digits + string.ascii_letters + ''.join(c for c in map(chr, range(0xC0, 0x4E00)) if c.isalpha())
+tokenizer = CharTokenizer(' |*' + letters[:symbols])
+about = dict(recall=dict(task=task, sizes=sizes, length=length))
+with Writer(dataset_folder(out), tokenizer, about=about) as writer:
+    for split, count in ('train', examples), ('val', val_examples):
+        rng = np.random.default_rng([seed, split == 'val'])
+        rows, mask = np.empty((count, length), np.int64), np.zeros((count, length), bool)
+        for i in range(count):
+            rows[i], answers = example(sizes[i % len(sizes)], rng)
+            mask[i, answers] = True
+        writer.write(split, rows.ravel(), mask.ravel())
+for i in range(min(len(sizes), val_examples)):
+    print(f"{sizes[i]:>4}: {tokenizer.decode(rows[i])}")
+summarize(writer, 'config/recall.py', out, block_size=length)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from configurator import configure, exit_on_error
+from configurator import configure, explain_errors
 from data.shakespeare_char.text import tiny_shakespeare
 from data.tokenizers import TiktokenTokenizer
 from data.tokens import dataset_folder
@@ -18,11 +18,11 @@ input_file = '' # take the text from this file instead of downloading it
 out = 'shakespeare' # dataset to write: a name in data/, or a folder
 configure(globals())
 
-with exit_on_error():
-    text = tiny_shakespeare(input_file)
-    cut = int(len(text) * 0.9)
-    tokenizer = TiktokenTokenizer('gpt2')
-    with Writer(dataset_folder(out), tokenizer) as writer:
-        writer.write('train', tokenizer.encode(text[:cut]))
-        writer.write('val', tokenizer.encode(text[cut:]))
-    summarize(writer, 'config/finetune_shakespeare.py', out)
+explain_errors()
+text = tiny_shakespeare(input_file)
+cut = int(len(text) * 0.9)
+tokenizer = TiktokenTokenizer('gpt2')
+with Writer(dataset_folder(out), tokenizer) as writer:
+    writer.write('train', tokenizer.encode(text[:cut]))
+    writer.write('val', tokenizer.encode(text[cut:]))
+summarize(writer, 'config/finetune_shakespeare.py', out)

@@ -6,10 +6,10 @@ Your own text: files or folders of plain text, or of JSON (a line each, or an ar
     python data/text/prepare.py --input=book.txt --tokenizer=bpe --vocab_size=4096      a vocabulary of its own
     python train.py config/text.py --dataset=notes --out_dir=out-notes
 
-A document is a file or a line of jsonl (whose null is none), and <|endoftext|> within them begins another one. If there are several
-documents, <|endoftext|> ends each of them in the output. Of many documents, whole ones are held out for validation. Of
-few, the end of each file is. A text that comes twice is read once. All is read twice, in pieces, so it may be larger
-than memory. Line ends stay as they are.
+A document is a file or a value of JSON (null is none), and <|endoftext|> within them begins another one. If there are
+several documents, <|endoftext|> ends each of them in the output. Of many documents, whole ones are held out for
+validation. Of few, the end of each file is. A file that comes twice counts once. The text is read twice, in pieces, so
+it may be larger than memory. Line ends stay as they are.
 """
 import codecs
 import json
@@ -22,7 +22,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from configurator import configure, exit_on_error
+from configurator import configure, explain_errors
 from data.tokenizers import (EOT, CharTokenizer, JsonTokenizer, check_round_trip, choose_tokenizer, text_pieces,
                              warn_of_changes)
 from data.tokens import DataError, dataset_folder, hash_file
@@ -32,7 +32,7 @@ input = '' # files and folders, separated by commas
 tokenizer = 'bytes' # bytes: UTF-8; char: an id for each character in the text; bpe: byte-level BPE trained on the text;
     # one of tiktoken: gpt2, o200k_base...; or the path of a tokenizer.json
 vocab_size = 4096 # ids of bpe
-val_fraction = 0.1 # fraction of the text to hold out
+val_fraction = 0.1 # fraction of the text to hold out (0, 1)
 field = 'text' # the field of JSON that holds the text
 suffixes = '.txt,.md,.jsonl' # which files to take from folders
 out = 'text' # dataset to write: a name in data/, or a folder
@@ -54,7 +54,9 @@ def split_names(text):
 
 
 def find_files(names, suffixes):
-    """-> (paths of the named files, and of those in named folders in the order of their names; {why: left-out paths})."""
+    """
+    -> (paths of the named files, and of those in named folders in the order of their names; {why: what was skipped}).
+    """
     files, left_out = [], {}
     for name in filter(None, names):
         path = Path(os.path.expanduser(name))
@@ -194,54 +196,52 @@ def first_few(paths):
     return ', '.join(names) + (f" and {len(paths) - 8:,} more" if len(paths) > 8 else '')
 
 
-with exit_on_error():
-    if not 0 < val_fraction < 1:
-        raise DataError(f"val_fraction is {val_fraction}, but must be between 0 and 1")
-    codec = choose_tokenizer(tokenizer) if tokenizer not in ('char', 'bpe') else None
-    if codec:
-        warn_of_changes(codec)
-    files, left_out = find_files(split_names(input), set(suffixes.lower().split(',')))
+explain_errors()
+codec = choose_tokenizer(tokenizer) if tokenizer not in ('char', 'bpe') else None
+if codec:
+    warn_of_changes(codec)
+files, left_out = find_files(split_names(input), set(suffixes.lower().split(',')))
 
-    lengths, n_documents, characters = dict.fromkeys(files, 0), 0, set() # lengths in characters
-    for path, text, ends in read(files, 'reading'):
-        lengths[path] += len(text)
-        n_documents += ends
-        if tokenizer == 'char':
-            characters.update(text)
-    n_characters = sum(lengths.values())
-    if n_characters == 0:
-        raise DataError(f"input {input} holds no text: give other files with --input=PATH")
-    several = n_documents > 1
-    by_document = n_documents * val_fraction >= 20
+lengths, n_documents, characters = dict.fromkeys(files, 0), 0, set() # lengths in characters
+for path, text, ends in read(files, 'reading'):
+    lengths[path] += len(text)
+    n_documents += ends
     if tokenizer == 'char':
-        codec = CharTokenizer(''.join(sorted(characters)), eot=several)
-    elif tokenizer == 'bpe': # of what is trained on alone
-        codec = JsonTokenizer.train((parts.get('train', '') for parts, _ in read_parts('vocabulary')), vocab_size)
-    if several and codec.eot is None:
-        raise DataError(f"tokenizer={tokenizer} has no token that ends a document: one of "
-                        f"{', '.join(JsonTokenizer.ENDS)} is needed for several")
+        characters.update(text)
+n_characters = sum(lengths.values())
+if n_characters == 0:
+    raise DataError(f"input {input} holds no text: give other files with --input=PATH")
+several = n_documents > 1
+by_document = n_documents * val_fraction >= 20
+if tokenizer == 'char':
+    codec = CharTokenizer(''.join(sorted(characters)), eot=several)
+elif tokenizer == 'bpe': # of what is trained on alone
+    codec = JsonTokenizer.train((parts.get('train', '') for parts, _ in read_parts('vocabulary')), vocab_size)
+if several and codec.eot is None:
+    raise DataError(f"tokenizer={tokenizer} has no token that ends a document: one of "
+                    f"{', '.join(JsonTokenizer.ENDS)} is needed for several")
 
-    written = set() # splits that have a part of the document
-    with Writer(dataset_folder(out), codec) as writer:
-        for parts, ends in read_parts('writing'):
-            for split, part in parts.items():
-                ids = codec.encode(part)
-                check_round_trip(codec, part, ids)
-                writer.write(split, ids)
-                written |= {split} if part else set()
-            if ends and several:
-                for split in sorted(written):
-                    writer.write(split, [codec.eot])
-            written = set() if ends else written
-    print(f"read {len(files):,} file{'s' if len(files) > 1 else ''}: {first_few(files)}")
-    for why, paths in left_out.items():
-        if paths:
-            print(f"skipped, {why}: {first_few(list(dict.fromkeys(paths)))}")
-    if without_text:
-        print(f"skipped, {field} is null: {first_few(sorted(without_text))}")
-    print(f"{n_documents:,} document{'s' if several else ''}, {n_characters:,} characters; held out: "
-          f"{'whole documents' if by_document else 'the end of each file' if len(files) > 1 else 'the end'}")
-    # config/text.py takes 2,048 tokens a step; small texts are seen 20 times, large ones for some minutes
-    steps = max(100, min(2000, 100 * round(20 * writer.tokens['train'] / 2048 / 100)))
-    summarize(writer, 'config/text.py', out, **settings_for_text(writer), max_iters=steps,
-              out_dir=f'out-{Path(out).name}')
+written = set() # splits that have a part of the document
+with Writer(dataset_folder(out), codec) as writer:
+    for parts, ends in read_parts('writing'):
+        for split, part in parts.items():
+            ids = codec.encode(part)
+            check_round_trip(codec, part, ids)
+            writer.write(split, ids)
+            written |= {split} if part else set()
+        if ends and several:
+            for split in sorted(written):
+                writer.write(split, [codec.eot])
+        written = set() if ends else written
+print(f"read {len(files):,} file{'s' if len(files) > 1 else ''}: {first_few(files)}")
+for why, paths in left_out.items():
+    if paths:
+        print(f"skipped, {why}: {first_few(list(dict.fromkeys(paths)))}")
+if without_text:
+    print(f"skipped, {field} is null: {first_few(sorted(without_text))}")
+print(f"{n_documents:,} document{'s' if several else ''}, {n_characters:,} characters; held out: "
+      f"{'whole documents' if by_document else 'the end of each file' if len(files) > 1 else 'the end'}")
+# config/text.py takes 2,048 tokens a step; small texts are seen 20 times, large ones for some minutes
+steps = max(100, min(2000, 100 * round(20 * writer.tokens['train'] / 2048 / 100)))
+summarize(writer, 'config/text.py', out, **settings_for_text(writer), max_iters=steps,
+          out_dir=f'out-{Path(out).name}')
