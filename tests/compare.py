@@ -145,6 +145,7 @@ class Arm:
     argv: list # of train.py, with the common settings
     config: dict # of train.py
     model: dict # fields of GPTConfig
+    sources: list # its config files, and the modules that these import, but for installed ones
     first_seed: int = 1
     params: int = 0
     flops: float = 0.0 # a token
@@ -190,6 +191,12 @@ def unit_of(everyone):
     return 'bits per byte'
 
 
+def is_own(module):
+    """Whether a module is a file outside of what is installed: somebody may be at work on it."""
+    path = getattr(module, '__file__', None) or ''
+    return path.endswith('.py') and not path.startswith((sys.prefix, sys.base_prefix)) and 'site-packages' not in path
+
+
 def make_arm(name, common, params=None):
     argv = list(common)
     for part in name.split('+') if name else ():
@@ -197,13 +204,21 @@ def make_arm(name, common, params=None):
             raise ValueError(f"the arm {name!r} has {part!r}: give a config file (x.py) or a setting (qk_norm=True)")
         argv.append(part if part.endswith('.py') else '--' + part.lstrip('-'))
     argv = [str(find_path(arg)) if arg.endswith('.py') else arg for arg in argv]
+    before = set(sys.modules)
     settings = configured(*argv)
+    imported = [module.__file__ for name, module in sys.modules.items() if name not in before and is_own(module)]
+    sources = settings.files + sorted(imported)
     settings.shorten('max_iters', 'lr_decay_iters', 'warmup_iters', 'wsd_decay_iters')
     config = settings.config
+    # runs are started in other folders: what a relative path means is settled here
+    paths = {name: str(find(config[name])) for name, find in dict(dataset=dataset_folder, init_from=find_path).items()
+             if '/' in config[name] or os.sep in config[name]}
+    argv += [f'--{name}={path}' for name, path in paths.items()]
+    config |= paths
     model = {f.name: config[f.name] for f in fields(GPTConfig)} | dict(vocab_size=Dataset(config['dataset'], {}).vocab_size)
     short = '+'.join(Path(part).stem if part.endswith('.py') else part for part in name.split('+'))
     explain_errors(settings.files)
-    arm = count(Arm(short or 'as it is', argv, config, model, steps=config['max_iters']))
+    arm = count(Arm(short or 'as it is', argv, config, model, sources, steps=config['max_iters']))
     if params:
         fit_params(arm, params)
     arm.leak = leak_of(arm) # now: the next arm's file may have a mixer of the same name
@@ -311,8 +326,7 @@ def fingerprint(arm):
     name = arm.config['dataset']
     if name not in FINGERPRINTS:
         FINGERPRINTS[name] = [Split(dataset_folder(name), split).fingerprint() for split in ('train', 'val')]
-    files = [arg for arg in arm.argv if arg.endswith('.py')]
-    return FINGERPRINTS[name] + [hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in files]
+    return FINGERPRINTS[name] + [hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in arm.sources]
 
 
 def execute(command, folder, env=None):
@@ -528,7 +542,7 @@ def compare(everyone):
     set_steps(running, base)
     search_rates(running)
     if aa:
-        running.append(Arm('A/A', base.argv, base.config, base.model, AA_SEED, base.params, base.flops, base.steps,
+        running.append(Arm('A/A', base.argv, base.config, base.model, base.sources, AA_SEED, base.params, base.flops, base.steps,
                            None, base.lr, bracketed=base.bracketed))
     cells = {arm.name: [Cell(arm, arm.lr, arm.first_seed + s, arm.steps) for s in range(seeds)] for arm in running}
     train_all([cells[arm.name][s] for s in range(seeds) for arm in running], 'verdict')
