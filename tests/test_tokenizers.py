@@ -145,7 +145,7 @@ def test_changes_in_a_stream(tmp_path, capsys, monkeypatch):
 
 
 def test_what_a_tokenizer_lacks_is_a_line(tmp_path):
-    """Characters in its tokens that stand for no byte, bytes that have no token, and what the library itself refuses."""
+    """Characters in its tokens that stand for no byte, bytes that have no token, and what the library refuses."""
     parts = json.loads(TRAINED.json)
     parts['model']['vocab']['a b'] = len(parts['model']['vocab'])
     tokenizer = JsonTokenizer(json.dumps(parts))
