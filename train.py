@@ -35,14 +35,15 @@ with exit_on_error(): # a missing package, or Ctrl-C while torch is imported
     import torch.distributed as dist
     from tqdm import tqdm
 
+from data.causality import find_leak
 from data.checkpoints import (architecture, build_model, evaluated_weights, find_weights, full_state, is_pretrained,
                               load_checkpoint, load_latest, load_optimizer, load_pretrained, save_checkpoint,
                               stored_config, stored_state)
 from data.run import RunFolder, memory_of, peak_memory
 from data.tokenizers import load_tokenizer, with_line_ends
 from data.tokens import Split, dataset_folder, find_path, load_meta, prefetch
-from model import (BUILT_IN, GPT, MIXERS, Block, GPTConfig, add_mixer, clip_adaptively, cost, find_leak,
-                   first_nonfinite, keep_freed_memory, optimizer_groups)
+from model import (BUILT_IN, GPT, MIXERS, Block, GPTConfig, add_mixer, clip_adaptively, cost, first_nonfinite,
+                   keep_freed_memory, optimizer_groups)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # files and evaluation
@@ -59,6 +60,8 @@ checkpoint_interval = 0 # steps between saves of ckpt.pt; 0: see always_save_che
 snapshot_interval = 0 # steps between checkpoints that are kept, as step-1000.pt; 0: none
 allow_changes = False # use a checkpoint even if the architecture or tokenizer differs
 allow_leak = False # train even if the network is not causal
+proof: float | Literal['auto', 'full', 'quick'] = 'auto' # seconds for the proof that it is, or: full, every cut of a
+    # row; quick, one batch of cuts; auto: 2% of the run, from 3 to 20 seconds
 dry_run = False # scan the data, take three steps, write a checkpoint, read it back, and say how long the run takes
 max_bad_steps = 20 # stop after this many steps in a row whose gradient is not finite; each is skipped
 patience = 0 # stop after this many evaluations without a better validation loss; 0: never
@@ -707,21 +710,19 @@ def describe_run():
 
 
 def prove_causal():
-    """Looks for an output that sees a later token, with the model, the length and the dtype that will train."""
-    t0 = time.perf_counter()
-    torch.manual_seed(seed) # all processes do the same
-    # each row tries one place to cut the text: 16 do; a compiled network takes the shape that will train
-    rows = batch_size if compile else min(batch_size, 16)
-    idx = torch.randint(raw_model.config.vocab_size, (rows, block_size)).to(device)
+    """Looks for an output that sees a later token, with real text, the batch and the networks that will train."""
+    windows, _ = splits['train'].batch(0, 2 * batch_size, block_size, sampling, seed)
+    micro_batches = max_iters * gradient_accumulation_steps // world
+    seconds, passes = dict(auto=(20, 3 * micro_batches), full=(math.inf, math.inf), quick=(0, 0)).get(proof, (proof, 0))
     if world > 1 and not sharded:
         model.require_backward_grad_sync = False # no backward pass follows
     with amp: # model, not fast_model: compiled inside DDP, the backward pass is split to exchange gradients meanwhile
-        leak = find_leak(raw_model, idx, model)
-    if leak and not allow_leak:
-        raise ValueError(f"the network is not causal: {leak}; its losses would mean nothing. To train it all the same, "
-                         "--allow_leak=True")
-    took = f"in {1000 * (time.perf_counter() - t0):,.0f} ms{', with compiling' if compile else ''}"
-    say(f"causal   {'NO: ' + leak if leak else f'proven at T={block_size} {took}'}")
+        found = find_leak(raw_model, to_device(windows), batch_size, (fast_model, model) if compile else None, seconds,
+                          passes)
+    if found.leak and not allow_leak:
+        raise ValueError(f"the network is not causal: {found.leak}; its losses would mean nothing. To train it all the "
+                         "same, --allow_leak=True")
+    say(f"causal   {found}{', with compiling' if compile else ''}")
 
 
 def evaluate_all():

@@ -1,0 +1,371 @@
+"""
+The proof that a network is causal: no output sees a later token.
+
+A row of text is cut: the tokens after the cut are replaced, and every output up to it must stay as it is, to the last
+bit. A leak from position s to position t < s shows at each cut in between, and at no other, so a proof takes all T - 1
+cuts, each in a row of its own: two rows differ first at one place, so no fewer rows can do. They go through the network
+together, as the rows of a batch, once as evaluation runs it and once as the training step does.
+
+What depends on anything but the tokens so far is found by the same passes: a mixer that draws random numbers in
+evaluation, that keeps something from call to call, or that looks at the other rows of the batch.
+"""
+import itertools
+import math
+import random
+import re
+import time
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from model import MLP, Block, Mixer, TimeMixing, UNet, own_settings
+
+MODES = 'evaluation', 'training'
+
+
+class Proof(NamedTuple):
+    leak: str | None # what was found, in words
+    T: int # tokens in a row
+    cuts: int # looked at, of T - 1
+    noise: float # smaller changes are a kernel's rounding, which is not the same each time
+    seconds: float
+
+    def __str__(self):
+        if self.leak:
+            return f'NO: {self.leak}'
+        everything = f'proven at T={self.T:,}'
+        words = everything if self.cuts >= self.T - 1 else f'no leak at {self.cuts:,} of {self.T - 1:,} cuts'
+        return f"{words}{f' to {self.noise:.0e}' if self.noise else ''} in {1000 * self.seconds:,.0f} ms"
+
+
+def find_leak(model, windows, rows=None, compiled=None, seconds=math.inf, passes=math.inf):
+    """
+    -> Proof. windows (N, T): real text, N at least twice the rows (default N / 2) of a batch. compiled: the modules
+    that evaluate and that train, in this order, if they are compiled. All cuts are looked at if that takes no longer
+    than `seconds`, and 2% of a run of so many forward passes, though always 3 seconds; else those where chunks may end,
+    then others at random. The model is as before afterwards.
+    """
+    t0, T = time.perf_counter(), windows.size(1)
+    rows = rows or max(1, len(windows) // 2)
+    cuts, was_training = order_of_cuts(model.config, T), model.training
+    torch.manual_seed(0) # several processes do the same
+    with disturbed(model):
+        # the eager network may take more memory than the compiled one
+        search = Search(model, windows, max(1, rows // 4) if compiled else rows, seconds, passes)
+        leak, looked = search.find_change(cuts)
+        leak = leak or search.find_gradient(cuts[1:1 + (16 if looked == T else 4)])
+        if not leak:
+            whole = Search(model, windows, rows if compiled else min(4, rows), seconds if compiled else 0, passes)
+            leak, seen = whole.find_change_of_loss(cuts, compiled or (model, model))
+            looked = min(looked, seen) if compiled else looked
+    model.train(was_training)
+    return Proof(leak, T, looked - 1, max(search.noise.values()), time.perf_counter() - t0)
+
+
+def order_of_cuts(config, T):
+    """
+    All cuts, the likeliest ends of chunks first: cut c keeps position c and replaces what comes after. The first one
+    keeps everything: with it the last position is looked at, too.
+    """
+    declared = {getattr(config, name) for cls in config.mixers() for name in own_settings(cls)}
+    declared |= set(config.unet_levels()[2]) if config.unet_layers else set()
+    sizes = {2 ** k for k in range(4, T.bit_length())} | {n for n in declared if type(n) is int and 2 <= n < T}
+    draw, cuts = random.Random(0), [T - 1, 0, T - 2]
+    for size in sorted(sizes, reverse=True):
+        starts = list(range(size, T, size))
+        draw.shuffle(starts)
+        cuts += [start + d for start in starts for d in (-1, -2, 0)]
+    return list(dict.fromkeys(c for c in cuts + draw.sample(range(T), T) if 0 <= c < T))
+
+
+@contextmanager
+@torch.no_grad()
+def disturbed(model):
+    """
+    Meanwhile every weight that trains is a little off, since a leak may hide behind one that starts at zero or one.
+    Then weights and buffers are as before.
+    """
+    local = [getattr(t, 'to_local', lambda t=t: t)() for t in model.parameters()] # a sharded one's own part
+    before = [(t, t.clone()) for t in [*local, *model.buffers()]]
+    for own, p in zip(local, model.parameters()):
+        if p.requires_grad: # a constant, such as a mask, may be a parameter, too
+            own += 0.02 * torch.randn_like(own)
+    try:
+        yield
+    finally:
+        for t, old in before:
+            t.copy_(old)
+
+
+def agreed(t):
+    """The tensor of the first process, so that all decide alike: what one does alone would wait for the others."""
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast(t, 0)
+    return t
+
+
+def gap(a, b):
+    """By how much two outputs differ at each position: (..., C) -> (...). What is not a number is like its like."""
+    same = (a == b) | (a.isnan() & b.isnan())
+    return agreed((a - b).abs().nan_to_num(math.inf, math.inf).masked_fill(same, 0.0).amax(-1).float())
+
+
+class Search:
+    """Passes of rows of windows through a network, and what they show."""
+    def __init__(self, model, windows, rows, seconds, passes):
+        self.model, self.seconds, self.passes = model, seconds, passes
+        self.windows, self.idx = windows, windows[:rows]
+        self.rows, self.T, self.device = len(self.idx), windows.size(1), windows.device
+        self.positions = torch.arange(self.T, device=self.device)
+        self.seeds = itertools.count(1)
+        self.noise = dict.fromkeys(MODES, 0.0)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Passes
+
+    def run(self, mode, call, *inputs):
+        """The output of call(*inputs): in evaluation after another seed each time, in training after the same."""
+        training = mode == 'training'
+        self.model.train(training)
+        seed = 0 if training else next(self.seeds)
+        for set_seed in torch.manual_seed, random.seed, np.random.seed:
+            set_seed(seed)
+        before = [b.clone() for b in self.model.buffers()]
+        with torch.set_grad_enabled(training):
+            y = call(*inputs)
+        if training: # it may count, or average, what it sees
+            with torch.no_grad():
+                for b, old in zip(self.model.buffers(), before):
+                    b.copy_(old)
+        return y.detach()
+
+    def hidden(self, mode, idx):
+        return self.run(mode, self.model.hidden, idx)
+
+    def loss(self, mode, forward, idx, targets):
+        """(1,): a copy, since a CUDA graph's next run overwrites it."""
+        if forward is not self.model: # no backward pass follows, which CUDA graphs would wait for
+            torch.compiler.cudagraph_mark_step_begin()
+        return self.run(mode, lambda: forward(idx, targets)[1])[None].clone()
+
+    def changed(self, cuts, k=0):
+        """Rows with the tokens of other windows after their cuts, none of which is what it was."""
+        V, other = self.model.config.vocab_size, self.windows.roll(-self.rows - k, 0)[:self.rows]
+        other = torch.where(other == self.idx, (other + 1) % V, other)
+        return torch.where(self.positions > cuts[:, None], other, self.idx)
+
+    def parts(self, cuts):
+        """Yields cuts as tensors (rows,), and stops when the time is up."""
+        for k in range(0, len(cuts), self.rows):
+            t0 = time.perf_counter()
+            part = cuts[k:k + self.rows]
+            yield torch.tensor(part + [self.T - 1] * (self.rows - len(part)), device=self.device)
+            if k == 0 and self.seconds < math.inf:
+                took = agreed(torch.tensor(time.perf_counter() - t0, device=self.device)).item()
+                run = self.passes * took / len(MODES)
+                allowed = min(self.seconds, max(3.0, 0.02 * run)) / max(took, 1e-6)
+            if k // self.rows + 2 > (allowed if self.seconds < math.inf else math.inf):
+                break
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # What an output depends on
+
+    def find_change(self, cuts):
+        """-> (what was found, how many cuts were looked at)."""
+        before = [(name, t, t.clone()) for name, t in named_tensors(self.model)]
+        self.base = {'evaluation': self.hidden('evaluation', self.idx)}
+        for name, t, old in before:
+            if not agreed(torch.tensor(torch.equal(t, old), device=self.device, dtype=torch.uint8)):
+                return f"evaluation changes {name}", 0
+        del before
+        self.base['training'] = self.hidden('training', self.idx)
+        looked = 0
+        for k, part in enumerate(self.parts(cuts)):
+            changed = self.changed(part, k)
+            for mode in MODES: # in turn: what one leaves behind must not reach the other
+                found = gap(self.hidden(mode, changed), self.base[mode])
+                if self.beyond_noise(mode, found, part).any():
+                    leak = self.explain(mode, found, part, changed)
+                    if leak:
+                        return leak, looked
+            looked = min(len(cuts), looked + self.rows)
+        return None, looked
+
+    def beyond_noise(self, mode, found, cuts):
+        return (found > self.noise[mode]) & (self.positions <= cuts[:, None])
+
+    def limit(self, base):
+        """How far rounding alone may take two equal passes apart."""
+        kind = base.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else base.dtype
+        eps = torch.finfo(dtype).eps
+        if dtype == torch.float32: # where it is multiplied as TF32
+            eps = 2 ** -10 if kind == 'cuda' else 8 * eps
+        return 4 * eps * base.abs().nan_to_num(0.0, 0.0, 0.0).max().item()
+
+    def learn_noise(self, mode, again, base):
+        """Whether equal passes are equal but for rounding, which then counts as noise."""
+        apart = max(gap(again(), base).max().item() for _ in range(3))
+        if apart <= self.limit(base):
+            self.noise[mode] = max(self.noise[mode], 4 * apart)
+            return True
+        return False
+
+    def explain(self, mode, found, cuts, changed):
+        """What is wrong where outputs were found changed, in words; None if it was a kernel's rounding."""
+        again, base = (lambda: self.hidden(mode, self.idx)), self.base[mode]
+        if not self.learn_noise(mode, again, base):
+            return (f"two equal passes in {mode} differ, first in {self.name(mode, self.idx, changed)}: it draws "
+                    "random numbers, or keeps something from call to call")
+        wrong = self.beyond_noise(mode, found, cuts)
+        if not wrong.any():
+            return None
+        row = int(wrong.any(1).nonzero()[0])
+        c, alone, rest = int(cuts[row]), self.idx.clone(), changed.clone()
+        alone[row], rest[row] = changed[row], self.idx[row] # the row's future alone, and the other rows' alone
+
+        def seen(mode, idx, c=c):
+            apart = gap(self.hidden(mode, idx), self.base[mode])[row, :c + 1]
+            return (apart > self.noise[mode]).nonzero().flatten().tolist()
+        if not (seen(mode, alone) or seen(mode, rest)):
+            return f"an output in {mode} changes with what other calls were given"
+        kind = alone if seen(mode, alone) else rest
+        elsewhere = MODES[mode == 'evaluation']
+        only = '' if seen(elsewhere, kind) else f", in {mode} alone"
+        where = f"first in {self.name(mode, self.idx, kind, row, c)}{only}"
+        if kind is rest:
+            return f"position {seen(mode, rest)[0]} of a row sees the other rows of the batch, {where}"
+        t, s, end = seen(mode, alone)[0], c, self.T - 1
+        while end - s > 1: # the last position that it sees
+            middle = (s + end) // 2
+            later = self.idx.clone()
+            later[row, middle + 1:] = changed[row, middle + 1:]
+            s, end = (middle, end) if t in seen(mode, later) else (s, middle)
+        return f"position {t} sees position {s + 1}, {where}"
+
+    def trace(self, mode, idx, row):
+        """-> [(name of a module, input, output)] of a pass, in the order in which they end; row: of this row alone."""
+        done = []
+        rows = slice(None) if row is None else slice(row, row + 1)
+        def keep(name):
+            def hook(module, args, y):
+                x = args[0] if args else y[:, :0]
+                done.append((name, x.detach()[rows].clone(), y.detach()[rows].clone()))
+            return hook
+        with hooked(self.model, keep):
+            self.hidden(mode, idx)
+        return done
+
+    def name(self, mode, idx, other, row=None, c=None):
+        """The first module whose output changes from idx to other up to the cut, while its input does not."""
+        first = self.trace(mode, idx, row)
+        second = self.trace(mode, other, row)
+        if row is None: # after another pass the same one again
+            second = self.trace(mode, idx, row)
+        for (name, x, y), (_, x2, y2) in zip(first, second):
+            n = y.size(1) if c is None else self.length_at(name, c)
+            noise = self.noise[mode] if row is not None else 0.0
+            if not (gap(x[:, :n], x2[:, :n]) > noise).any() and (gap(y[:, :n], y2[:, :n]) > noise).any():
+                return name
+        return 'GPT itself'
+
+    def length_at(self, name, c):
+        """How many outputs of a module may be compared at cut c: inside a UNet, token i stands for those up to i f."""
+        level = re.match(r'(transformer\.h(\.inner)*)?', name)[0].count('inner')
+        return c // math.prod(self.model.config.unet_levels()[2][:level]) + 1
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Gradients show what is too small to change a rounded output
+
+    def find_gradient(self, cuts):
+        idx, cuts = self.idx[:len(cuts)], torch.tensor(cuts[:self.rows], device=self.device)
+        if not len(cuts):
+            return None
+
+        def seen(stop, at):
+            """(rows, T): how the output of module `stop` (or its input), up to each cut, depends on later tokens."""
+            found = {}
+            def keep(name):
+                def hook(module, args, y):
+                    if name == stop:
+                        found['y'] = y if at == 'output' else args[0]
+                return hook
+            def embed(module, args, y):
+                found['x'] = y.detach().requires_grad_()
+                return found['x']
+            hook = self.model.transformer.wte.register_forward_hook(embed)
+
+            def call(idx):
+                y = self.model.hidden(idx)
+                y = found.get('y', y)
+                ends = [self.length_at(stop, int(c)) if stop else int(c) + 1 for c in cuts]
+                up_to = torch.arange(y.size(1), device=self.device) < torch.tensor(ends, device=self.device)[:, None]
+                # as at_cut alone would do, but for what a later layer hides
+                total = (y * torch.randn_like(y) * up_to[..., None]).sum()
+                return torch.autograd.grad(total, found['x'], materialize_grads=True)[0]
+            try:
+                with hooked(self.model, keep):
+                    grad = self.run('training', call, idx)
+            finally:
+                hook.remove()
+            later = self.positions > cuts[:, None]
+            return agreed((grad.abs().amax(-1).nan_to_num(0.0, 0.0, 0.0) * later).float())
+
+        later = seen(None, None)
+        if not later.any():
+            return None
+        row, s = divmod(int(later.argmax()), self.T)
+        names = [name for name, _, _ in self.trace('training', self.idx, 0)]
+        name = next((name for name in names if seen(name, 'output').any() and not seen(name, 'input').any()),
+                    'GPT itself')
+        return f"a position up to {int(cuts[row])} sees position {s}, first in {name}: a gradient of {later.max():.0e}"
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # The loss alone, which is all that a compiled network gives
+
+    def find_change_of_loss(self, cuts, forwards):
+        looked = 0
+        for mode, forward in zip(MODES, forwards): # compiles
+            self.loss(mode, forward, self.idx, self.idx)
+        for k, part in enumerate(self.parts(cuts)):
+            changed = self.changed(part, k)
+            targets = torch.where(self.positions == part[:, None], self.idx, -1) # at the cuts: each has its row
+            for mode, forward in zip(MODES, forwards):
+                def differs(targets):
+                    a, b = (self.loss(mode, forward, idx, targets) for idx in (self.idx, changed))
+                    return a, gap(a, b).item() > self.noise[mode]
+                a, found = differs(targets)
+                if not found:
+                    continue
+                if not self.learn_noise(mode, lambda: self.loss(mode, forward, self.idx, targets), a):
+                    return f"two equal passes differ in the loss of {mode}, though no module's outputs do", looked
+                if not differs(targets)[1]:
+                    continue
+                each = torch.arange(self.rows, device=self.device)[:, None]
+                row = next((r for r in range(self.rows) if differs(targets.where(each == r, -1))[1]), 0)
+                c = int(part[row])
+                return (f"the loss of {mode} at position {c} changes with the tokens after it, though no module's "
+                        "outputs do: what is compiled computes something else"), looked
+            looked = min(len(cuts), looked + self.rows)
+        return None, looked
+
+
+def named_tensors(model):
+    return [(name, getattr(t, 'to_local', lambda t=t: t)()) for name, t in [*model.named_parameters(),
+                                                                            *model.named_buffers()]]
+
+
+@contextmanager
+def hooked(model, make_hook):
+    """Meanwhile each module that may mix tokens calls make_hook(its name)(module, args, output)."""
+    kinds = Mixer, TimeMixing, MLP, Block, UNet
+    hooks = [module.register_forward_hook(make_hook(f'{name} ({type(module).__name__})'))
+             for name, module in model.named_modules() if isinstance(module, kinds)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
