@@ -223,7 +223,7 @@ class Search:
         wrong = self.beyond_noise(mode, found, cuts)
         if not wrong.any():
             return None
-        row = int(wrong.any(1).nonzero()[0])
+        row = int(torch.where(wrong.any(1), cuts, self.T).argmin()) # most of it was replaced
         c, alone, rest = int(cuts[row]), self.idx.clone(), changed.clone()
         alone[row], rest[row] = changed[row], self.idx[row] # the row's future alone, and the other rows' alone
 
