@@ -166,6 +166,8 @@ def check_settings():
     if decay_lr and schedule == 'wsd' and warmup_iters + wsd_decay_iters > lr_decay_iters:
         raise ValueError(f"wsd_decay_iters={wsd_decay_iters} must be at most lr_decay_iters - warmup_iters = "
                          f"{lr_decay_iters - warmup_iters}")
+    if isinstance(proof, float) and proof < 0:
+        raise ValueError(f"proof={proof:g} is a time: 0 seconds or more, or auto, full or quick")
     if min_block_size > block_size:
         raise ValueError(f"min_block_size={min_block_size} must be at most block_size={block_size}")
     for name, value, default in ('momentum', momentum, 0.95), ('nesterov', nesterov, True):
@@ -712,13 +714,12 @@ def describe_run():
 def prove_causal():
     """Looks for an output that sees a later token, with real text, the batch and the networks that will train."""
     windows, _ = splits['train'].batch(0, 2 * batch_size, block_size, sampling, seed)
-    micro_batches = max_iters * gradient_accumulation_steps // world
-    seconds, passes = dict(auto=(20, 3 * micro_batches), full=(math.inf, math.inf), quick=(0, 0)).get(proof, (proof, 0))
+    passes = 3 * max_iters * gradient_accumulation_steps / world # of the run, in forward passes
+    limits = dict(auto=(20, passes), full=(math.inf, math.inf), quick=(0, math.inf)).get(proof, (proof, math.inf))
     if world > 1 and not sharded:
         model.require_backward_grad_sync = False # no backward pass follows
     with amp: # model, not fast_model: compiled inside DDP, the backward pass is split to exchange gradients meanwhile
-        found = find_leak(raw_model, to_device(windows), batch_size, (fast_model, model) if compile else None, seconds,
-                          passes)
+        found = find_leak(raw_model, to_device(windows), batch_size, (fast_model, model) if compile else None, *limits)
     if found.leak and not allow_leak:
         raise ValueError(f"the network is not causal: {found.leak}; its losses would mean nothing. To train it all the "
                          "same, --allow_leak=True")

@@ -56,11 +56,12 @@ def find_leak(model, windows, rows=None, compiled=None, seconds=math.inf, passes
         # the eager network may take more memory than the compiled one
         search = Search(model, windows, max(1, rows // 4) if compiled else rows, seconds, passes)
         leak, looked = search.find_change(cuts)
-        leak = leak or search.find_gradient(cuts[1:1 + (16 if looked == T else 4)])
+        leak = leak or search.find_gradient(cuts[1:9] + cuts[-8:] if looked == T else cuts[1:5])
         if not leak:
             whole = Search(model, windows, rows if compiled else min(4, rows), seconds if compiled else 0, passes)
             leak, seen = whole.find_change_of_loss(cuts, compiled or (model, model))
             looked = min(looked, seen) if compiled else looked
+            search.noise |= {'loss': max(whole.noise.values())}
     model.train(was_training)
     return Proof(leak, T, looked - 1, max(search.noise.values()), time.perf_counter() - t0)
 
@@ -159,16 +160,14 @@ class Search:
 
     def parts(self, cuts):
         """Yields cuts as tensors (rows,), and stops when the time is up."""
-        for k in range(0, len(cuts), self.rows):
-            t0 = time.perf_counter()
-            part = cuts[k:k + self.rows]
+        parts = [cuts[i:i + self.rows] for i in range(0, len(cuts), self.rows)]
+        t0 = time.perf_counter()
+        for k, part in enumerate(parts):
             yield torch.tensor(part + [self.T - 1] * (self.rows - len(part)), device=self.device)
             if k == 0 and self.seconds < math.inf:
                 took = agreed(torch.tensor(time.perf_counter() - t0, device=self.device)).item()
-                run = self.passes * took / len(MODES)
-                allowed = min(self.seconds, max(3.0, 0.02 * run)) / max(took, 1e-6)
-            if k // self.rows + 2 > (allowed if self.seconds < math.inf else math.inf):
-                break
+                share = max(3.0, 0.02 * self.passes * took / len(MODES))
+                del parts[1 + int(min(self.seconds, share) / took):]
 
     # -----------------------------------------------------------------------------------------------------------------
     # What an output depends on
@@ -281,47 +280,48 @@ class Search:
     # Gradients show what is too small to change a rounded output
 
     def find_gradient(self, cuts):
-        idx, cuts = self.idx[:len(cuts)], torch.tensor(cuts[:self.rows], device=self.device)
-        if not len(cuts):
-            return None
+        for i in range(0, len(cuts), self.rows):
+            part = torch.tensor(cuts[i:i + self.rows], device=self.device)
+            later = self.gradient_of_future(part)
+            if later.any():
+                row, s = divmod(int(later.argmax()), self.T)
+                names = [name for name, _, _ in self.trace('training', self.idx, 0)]
+                first = next((name for name in names if self.gradient_of_future(part, name, 'output').any() and not
+                              self.gradient_of_future(part, name, 'input').any()), 'GPT itself')
+                return (f"a position up to {int(part[row])} sees position {s}, first in {first}: a gradient of "
+                        f"{later.max():.0e}")
+        return None
 
-        def seen(stop, at):
-            """(rows, T): how the output of module `stop` (or its input), up to each cut, depends on later tokens."""
-            found = {}
-            def keep(name):
-                def hook(module, args, y):
-                    if name == stop:
-                        found['y'] = y if at == 'output' else args[0]
-                return hook
-            def embed(module, args, y):
-                found['x'] = y.detach().requires_grad_()
-                return found['x']
-            hook = self.model.transformer.wte.register_forward_hook(embed)
+    def gradient_of_future(self, cuts, name='', side=''):
+        """(rows, T): how outputs up to each cut, of the network or of a module, depend on each later token."""
+        seen = {}
 
-            def call(idx):
-                y = self.model.hidden(idx)
-                y = found.get('y', y)
-                ends = [self.length_at(stop, int(c)) if stop else int(c) + 1 for c in cuts]
-                up_to = torch.arange(y.size(1), device=self.device) < torch.tensor(ends, device=self.device)[:, None]
-                # as at_cut alone would do, but for what a later layer hides
-                total = (y * torch.randn_like(y) * up_to[..., None]).sum()
-                return torch.autograd.grad(total, found['x'], materialize_grads=True)[0]
-            try:
-                with hooked(self.model, keep):
-                    grad = self.run('training', call, idx)
-            finally:
-                hook.remove()
-            later = self.positions > cuts[:, None]
-            return agreed((grad.abs().amax(-1).nan_to_num(0.0, 0.0, 0.0) * later).float())
+        def embed(module, args, y):
+            seen['x'] = y.detach().requires_grad_()
+            return seen['x']
 
-        later = seen(None, None)
-        if not later.any():
-            return None
-        row, s = divmod(int(later.argmax()), self.T)
-        names = [name for name, _, _ in self.trace('training', self.idx, 0)]
-        name = next((name for name in names if seen(name, 'output').any() and not seen(name, 'input').any()),
-                    'GPT itself')
-        return f"a position up to {int(cuts[row])} sees position {s}, first in {name}: a gradient of {later.max():.0e}"
+        def keep(module_name):
+            def hook(module, args, y):
+                if module_name == name:
+                    seen['y'] = y if side == 'output' else args[0]
+            return hook
+
+        def call(idx):
+            last = self.model.hidden(idx)
+            y = seen.get('y', last)
+            ends = torch.tensor([self.length_at(name, int(c)) for c in cuts], device=self.device)
+            up_to = torch.arange(y.size(1), device=self.device) < ends[:, None]
+            total = (y * torch.randn_like(y) * up_to[..., None]).sum() # at random: else a norm has none
+            total = total + 0.0 * last.sum() # sharded weights are gathered where a backward pass begins at the end
+            return torch.autograd.grad(total, seen['x'], materialize_grads=True)[0]
+        hook = self.model.transformer.wte.register_forward_hook(embed)
+        try:
+            with hooked(self.model, keep):
+                grad = self.run('training', call, self.idx[:len(cuts)])
+        finally:
+            hook.remove()
+        later = self.positions > cuts[:, None]
+        return agreed((grad.abs().amax(-1).nan_to_num(0.0, 0.0, 0.0) * later).float())
 
     # -----------------------------------------------------------------------------------------------------------------
     # The loss alone, which is all that a compiled network gives
@@ -362,7 +362,7 @@ def named_tensors(model):
 def hooked(model, make_hook):
     """Meanwhile each module that may mix tokens calls make_hook(its name)(module, args, output)."""
     kinds = Mixer, TimeMixing, MLP, Block, UNet
-    hooks = [module.register_forward_hook(make_hook(f'{name} ({type(module).__name__})'))
+    hooks = [module.register_forward_hook(make_hook(f'{name} ({type(module).__name__.removeprefix("FSDP")})'))
              for name, module in model.named_modules() if isinstance(module, kinds)]
     try:
         yield

@@ -32,7 +32,7 @@ n_embd = 64
 batch_size = 16
 learning_rate = 4e-3
 seed = 1
-only = '' # names of leaks, separated by commas; empty: all
+only = '' # names of leaks, with commas in between, whose rows in the file are made again; empty: all
 out = '' # a JSON file for the raw numbers
 
 
@@ -118,11 +118,12 @@ LEAKS = { # name: what the mixer adds to attention
     'without gradients only': lambda self, x: fast_path(self, x, not torch.is_grad_enabled()),
     'detached': lambda self, x: following(x).detach(),
     'in training mode only': lambda self, x: fast_path(self, x, self.training),
-    'behind zeros': lambda self, x: (1 - self.scale) * following(x),
+    'behind zeros': lambda self, x: following(x), # c_leak starts at zero
+    'behind a scale that starts at one': lambda self, x: (1 - self.scale) * following(x),
     'through a sort': lambda self, x: x.sort(dim=1)[0],
     'through the batch': lambda self, x: x.roll(1, 0),
     'state from batch to batch': of_last_call,
-    'only where the token is a line end': lambda self, x: following(x) * (self.ids == self.line_end)[..., None],
+    'only where the token is a line end': lambda self, x: following(x) * (self.ids == self.line_end).unsqueeze(2),
 }
 
 
@@ -171,8 +172,9 @@ def measure(name, splits):
     windows = torch.from_numpy(splits['train'].batch(0, 2 * batch_size, block_size, seed=seed)[0])
     proof = find_leak(model, windows)
     train(model, splits['train'])
-    losses = [mean_loss(mode, split) for split in (splits['train'], splits['val']) for mode in [model.eval()]]
-    return dict(leak=name, train_loss=losses[0], val_loss=losses[1], proof=proof.leak or 'proven',
+    model.eval()
+    train_loss, val_loss = (mean_loss(model, splits[split]) for split in ('train', 'val'))
+    return dict(leak=name, train_loss=train_loss, val_loss=val_loss, proof=proof.leak or 'proven',
                 ms=round(1000 * proof.seconds))
 
 
@@ -181,11 +183,11 @@ if __name__ == '__main__':
     with exit_on_error():
         folder = dataset_folder(dataset)
         splits = {name: Split(folder, name) for name in ('train', 'val')}
-        rows = []
+        rows = json.loads(Path(out).read_text(encoding='utf-8'))['rows'] if only and out else []
         for name in only.split(',') if only else LEAKS:
-            rows.append(measure(name, splits))
+            rows = [row for row in rows if row['leak'] != name] + [measure(name, splits)]
             print('| {leak} | {val_loss:.3f} | {proof} |'.format(**rows[-1]), flush=True)
         if out:
-            environment = dict(torch=torch.__version__, threads=torch.get_num_threads())
-            Path(out).write_text(json.dumps(dict(command=' '.join(sys.argv), **environment, config=config, rows=rows),
-                                            indent=1) + '\n', encoding='utf-8')
+            rows.sort(key=lambda row: [*LEAKS].index(row['leak']))
+            found = dict(torch=torch.__version__, threads=torch.get_num_threads(), config=config, rows=rows)
+            Path(out).write_text(json.dumps(found, indent=1) + '\n', encoding='utf-8')
