@@ -223,27 +223,32 @@ class Search:
         if not wrong.any():
             return None
         row = int(torch.where(wrong.any(1), cuts, self.T).argmin()) # most of it was replaced
-        c, alone, rest = int(cuts[row]), self.idx.clone(), changed.clone()
-        alone[row], rest[row] = changed[row], self.idx[row] # the row's future alone, and the other rows' alone
+        c, alone, rest = int(cuts[row]), self.idx.clone(), self.changed(torch.full_like(cuts, -1))
+        alone[row], rest[row] = changed[row], self.idx[row] # the row's future alone, and all other rows alone
 
-        def seen(mode, idx, c=c):
+        def seen(mode, idx):
+            """Which positions up to the cut change with idx."""
             apart = gap(self.hidden(mode, idx), self.base[mode])[row, :c + 1]
             return (apart > self.noise[mode]).nonzero().flatten().tolist()
-        if not (seen(mode, alone) or seen(mode, rest)):
+        by_future = seen(mode, alone)
+        by_rows = [] if by_future else seen(mode, rest)
+        if not by_future and not by_rows:
             return f"an output in {mode} changes with what other calls were given"
-        kind = alone if seen(mode, alone) else rest
+        cause = alone if by_future else rest
         elsewhere = MODES[mode == 'evaluation']
-        only = '' if seen(elsewhere, kind) else f", in {mode} alone"
-        where = f"first in {self.name(mode, self.idx, kind, row, c)}{only}"
-        if kind is rest:
-            return f"position {seen(mode, rest)[0]} of a row sees the other rows of the batch, {where}"
-        t, s, end = seen(mode, alone)[0], c, self.T - 1
+        only = '' if seen(elsewhere, cause) else f", in {mode} alone"
+        where = f"first in {self.name(mode, self.idx, cause, row, c)}{only}"
+        if by_rows:
+            return f"position {by_rows[0]} of a row sees the other rows of the batch, {where}"
+        t, s, end = by_future[0], c, self.T - 1
         while end - s > 1: # the last position that it sees
             middle = (s + end) // 2
             later = self.idx.clone()
             later[row, middle + 1:] = changed[row, middle + 1:]
             s, end = (middle, end) if t in seen(mode, later) else (s, middle)
-        return f"position {t} sees position {s + 1}, {where}"
+        size = gap(self.hidden(mode, alone), base)[row, t].item()
+        tiny = f": a change of {size:.0e}" if size <= self.limit(base) else ''
+        return f"position {t} sees position {s + 1}, {where}{tiny}"
 
     def trace(self, mode, idx, row):
         """-> [(name of a module, input, output)] of a pass, in the order in which they end; row: of this row alone."""

@@ -816,7 +816,8 @@ class Ends(Mixer):
     def mix(self, x):
         leaks = dict(always=True, evaluation=not self.training, no_grad=not torch.is_grad_enabled(), tiny=1e-7, never=0)
         ends = (torch.arange(1, x.size(1) + 1, device=x.device) % 6 == 0)[:, None]
-        return self.c_proj(x.cumsum(dim=1) / 9).float() + leaks[self.when] * ends * x.roll(-1, 1)
+        y = self.c_proj(x.cumsum(dim=1) / 9)
+        return y + (leaks[self.when] * ends * x.roll(-1, 1)).to(y.dtype)
 mixer = Ends
 '''
 
