@@ -33,12 +33,16 @@ class Proof(NamedTuple):
     noise: float # smaller changes are a kernel's rounding, which is not the same each time
     seconds: float
 
-    def __str__(self):
+    @property
+    def words(self):
         if self.leak:
             return f'NO: {self.leak}'
-        everything = f'proven at T={self.T:,}'
-        words = everything if self.cuts >= self.T - 1 else f'no leak at {self.cuts:,} of {self.T - 1:,} cuts'
-        return f"{words}{f' to {self.noise:.0e}' if self.noise else ''} in {1000 * self.seconds:,.0f} ms"
+        whole = self.cuts == self.T - 1
+        words = f'proven at T={self.T:,}' if whole else f'no leak at {self.cuts:,} of {self.T - 1:,} cuts'
+        return f'{words}, to {self.noise:.0e}' if self.noise else words
+
+    def __str__(self):
+        return self.words if self.leak else f'{self.words} in {1000 * self.seconds:,.0f} ms'
 
 
 def find_leak(model, windows, rows=None, compiled=None, seconds=math.inf, passes=math.inf):
@@ -334,7 +338,7 @@ class Search:
     def find_change_of_loss(self, cuts, forwards):
         looked = 0
         for mode, forward in zip(MODES, forwards): # compiles
-            self.loss(mode, forward, self.idx, self.idx)
+            self.loss(mode, forward, self.idx, self.idx.clone()) # as in a step: not one tensor for both
         for k, part in enumerate(self.parts(cuts)):
             changed = self.changed(part, k)
             targets = torch.where(self.positions == part[:, None], self.idx, -1) # at the cuts: each has its row
