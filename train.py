@@ -166,7 +166,7 @@ def check_settings():
     if decay_lr and schedule == 'wsd' and warmup_iters + wsd_decay_iters > lr_decay_iters:
         raise ValueError(f"wsd_decay_iters={wsd_decay_iters} must be at most lr_decay_iters - warmup_iters = "
                          f"{lr_decay_iters - warmup_iters}")
-    if isinstance(proof, float) and proof < 0:
+    if not isinstance(proof, str) and proof < 0:
         raise ValueError(f"proof={proof:g} is a time: 0 seconds or more, or auto, full or quick")
     if min_block_size > block_size:
         raise ValueError(f"min_block_size={min_block_size} must be at most block_size={block_size}")
