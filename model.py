@@ -17,7 +17,7 @@ import math
 import re
 import sys
 import typing
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -1315,99 +1315,6 @@ def cost(model, T=None, dtype=torch.float32, device_type=None):
         n_blocks = sum(isinstance(m, Block) for m in model.modules())
         kept['inputs'] = torch.empty(n_blocks, T, config.n_embd, device='meta', dtype=dtype).untyped_storage()
     return 3 * counter.get_total_flops() / T, (sum(s.nbytes() for s in kept.values()) - weights) / T
-
-
-@contextmanager
-def without_zeros(model):
-    """Meanwhile weights that are zero are random, since zeros hide leaks; then weights and buffers are as before."""
-    buffers = [(p, p.clone()) for p in model.buffers()]
-    # a sharded parameter's own part
-    zeros = [(p, p == 0) for p in (getattr(p, 'to_local', lambda: p)() for p in model.parameters())]
-    try:
-        with torch.no_grad():
-            for p, zero in zeros:
-                p[zero] = 0.02 * torch.randn(int(zero.sum()), device=p.device, dtype=p.dtype)
-        yield
-    finally:
-        with torch.no_grad():
-            for p, old in buffers:
-                p.copy_(old)
-            for p, zero in zeros:
-                p[zero] = 0.0
-
-
-def trace(model, idx, seed):
-    """-> [(name of a module, its output)] of a pass over idx: the embedding's first, the whole network's last."""
-    wte, done = model.transformer.wte, []
-    def keep(name):
-        def hook(module, args, y):
-            y = y.detach().requires_grad_() if module is wte else y
-            done.append((f'{name} ({type(module).__name__})', y))
-            return y
-        return hook
-    hooks = [module.register_forward_hook(keep(name)) for name, module in model.named_modules()
-             if module is wte or isinstance(module, (Mixer, TimeMixing, MLP, Block, UNet))]
-    torch.manual_seed(seed) # the same dropout each time
-    try:
-        return done + [('the output', model.hidden(idx))]
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def find_leak(model, idx, forward=None):
-    """
-    Which position of model's output sees a later token, in words; None if none does. Rows of idx (B, T) are cut at
-    several positions. The gradient of the output there must be zero, exactly, for every embedded token after the cut;
-    and other tokens after the cut must leave the loss up to it as it is, to the last bit. forward: the model as it will
-    train, such as a compiled one, for the second.
-    """
-    with without_zeros(model):
-        forward = model.forward if forward is None else forward # a compiled module has no truth value
-        return find_gradient_of_future(model, idx) or find_change_by_future(model, idx, forward)
-
-
-def find_gradient_of_future(model, idx, seed=0):
-    B, T = idx.shape
-    # neighbours, since a leak may skip every other position
-    for cuts in torch.tensor([T // 2, T - 2, T // 2 + 1, T // 3], device=idx.device).clamp(0, T - 1).split(B):
-        (_, x), *done = trace(model, idx[:len(cuts)], seed)
-
-        def seen(y):
-            """(rows, T): how much each row's output y at its cut depends on each later embedded token."""
-            at_cut = y[torch.arange(len(cuts), device=y.device), cuts]
-            grad, = torch.autograd.grad((at_cut * torch.randn_like(at_cut)).sum(), x, retain_graph=True)
-            return grad.abs().amax(-1).nan_to_num(nan=0.0) * (torch.arange(T, device=y.device) > cuts[:, None])
-
-        later = seen(done[-1][1])
-        if later.any():
-            row, s = divmod(int(later.argmax()), T)
-            # in a UNet's inside the positions are others: it counts as a whole
-            where = next(name for name, y in done if y.size(1) == T and seen(y)[row].any())
-            return f"position {int(cuts[row])} sees position {s}, first in {where}"
-    return None
-
-
-def find_change_by_future(model, idx, forward, seed=0):
-    (B, T), V = idx.shape, model.config.vocab_size
-    cuts = torch.randint(max(1, T - 1), (B, 1), device=idx.device)
-    later = torch.arange(T, device=idx.device) > cuts # (B, T)
-    other, targets = torch.where(later, (idx + 1) % V, idx), torch.where(later, -1, idx)
-
-    def loss(idx):
-        torch.manual_seed(seed)
-        return forward(idx, targets)[1].item()
-
-    changed = loss(idx) != loss(other)
-    if not changed or loss(idx) != loss(idx): # where no two runs are alike, bits say nothing
-        return None
-    with torch.no_grad():
-        (_, y), (_, z) = trace(model, idx, seed)[-1], trace(model, other, seed)[-1]
-    differs = ((y != z).any(2) & ~later).nonzero()
-    if not len(differs):
-        return "a position sees a later one in the compiled network alone"
-    row, t = differs[0].tolist()
-    return f"position {t} changes with the tokens after position {int(cuts[row])}, though its gradient is zero"
 
 
 def first_nonfinite(model, idx, targets):

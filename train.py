@@ -12,7 +12,6 @@ best.pt (the lowest validation loss), config.json, metrics.jsonl and loss.png.
 import math
 import random
 import shlex
-import time
 from dataclasses import fields
 from typing import Literal
 
@@ -22,12 +21,13 @@ explain_errors() # a missing package, or Ctrl-C while torch is imported
 yield_if_busy()
 import torch
 
+from data.causality import find_leak
 from data.checkpoints import State, architecture, build_model, load_checkpoint, open_weights
 from data.dataset import Dataset
 from data.machine import Machine, process_number
 from data.run import Run, duration, table
 from data.tokens import prefetch
-from model import (BUILT_IN, GPT, MIXERS, GPTConfig, add_mixer, clip_adaptively, cost, find_leak, first_nonfinite,
+from model import (BUILT_IN, GPT, MIXERS, GPTConfig, add_mixer, clip_adaptively, cost, first_nonfinite,
                    optimizer_groups)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -44,6 +44,8 @@ always_save_checkpoint = True # save ckpt.pt before every evaluation; False: at 
 checkpoint_interval = 0 # steps between saves of ckpt.pt; 0: see always_save_checkpoint [0, inf)
 allow_changes = False # use a checkpoint even if the architecture or tokenizer differs
 allow_leak = False # train even if the network is not causal
+proof: float | Literal['auto', 'full', 'quick'] = 'auto' # seconds to look for leaks; full: at every cut of the text;
+    # quick: at one batch of cuts; auto: 2% of the run, from 3 to 20 seconds [0, inf)
 dry_run = False # scan the data, take three steps, write a checkpoint, read it back, and say how long the run takes
 max_bad_steps = 20 # stop after this many steps in a row whose gradient is not finite; each is skipped [1, inf)
 patience = 0 # stop after this many evaluations without a better validation loss; 0: never [0, inf)
@@ -351,20 +353,17 @@ def describe(flops, kept):
 
 
 def prove_causal():
-    """Looks for an output that sees a later token, with the model, the length and the dtype that will train."""
-    t0 = time.perf_counter()
-    torch.manual_seed(seed) # all processes do the same
-    # each row tries one place to cut the text: 16 do; a compiled network takes the shape that will train
-    rows = batch_size if machine.compiled else min(batch_size, 16)
-    idx = torch.randint(state.model.config.vocab_size, (rows, block_size)).to(machine.device)
+    """Looks for an output that sees a later token, with real text, the batch and the networks that will train."""
+    windows, _ = machine.put(*data.train.batch(0, 2 * batch_size, block_size, sampling, seed))
+    passes = 3 * max_iters * gradient_accumulation_steps / machine.world # of the run, in forward passes
+    limits = dict(auto=(20, passes), full=(math.inf, math.inf), quick=(0, math.inf)).get(proof, (proof, math.inf))
     machine.exchange_gradients(machine.sharded) # no step follows
-    with machine.autocast:
-        leak = find_leak(state.model, idx, model)
-    if leak and not allow_leak:
-        raise ValueError(f"the network is not causal: {leak}; its losses would mean nothing. To train it all the same, "
-                         "--allow_leak=True")
-    took = f"in {1000 * (time.perf_counter() - t0):,.0f} ms{', with compiling' if machine.compiled else ''}"
-    run.say(f"causal   {'NO: ' + leak if leak else f'proven at T={block_size} {took}'}")
+    with machine.autocast: # DDP's network: compiled within it, gradients are exchanged during the backward pass
+        found = find_leak(state.model, windows, batch_size, machine.compiled and (model, model), *limits)
+    if found.leak and not allow_leak:
+        raise ValueError(f"the network is not causal: {found.leak}; its losses would mean nothing. To train it all the "
+                         "same, --allow_leak=True")
+    run.say(f"causal   {found}{', with compiling' if machine.compiled else ''}")
 
 
 def evaluate_all():

@@ -27,7 +27,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from json import dumps, loads
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -38,11 +38,12 @@ import torch
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 from configurator import configure, explain_errors, fail, settings_of
+from data.causality import find_leak
 from data.dataset import Dataset
 from data.run import Run, git_commit
 from data.tokenizers import load_tokenizer
 from data.tokens import Split, dataset_folder, find_path, load_meta
-from model import GPT, GPTConfig, add_mixer, cost, find_leak
+from model import GPT, GPTConfig, add_mixer, cost
 
 # ---------------------------------------------------------------------------------------------------------------------
 arms = '' # the other arms, with commas in between
@@ -151,6 +152,7 @@ class Arm:
     flops: float = 0.0 # a token
     steps: int = 0
     leak: str | None = None
+    proof: str = '' # in words
     lr: float = 1.0 # the best factor
     lr_losses: dict = field(default_factory=dict) # factor -> mean loss; inf where a run failed
     bracketed: bool = True
@@ -215,13 +217,14 @@ def make_arm(name, common, params=None):
              if '/' in config[name] or os.sep in config[name]}
     argv += [f'--{name}={path}' for name, path in paths.items()]
     config |= paths
-    model = {f.name: config[f.name] for f in fields(GPTConfig)} | dict(vocab_size=Dataset(config['dataset'], {}).vocab_size)
+    model = {f.name: config[f.name] for f in fields(GPTConfig)}
+    model['vocab_size'] = Dataset(config['dataset'], {}).vocab_size
     short = '+'.join(Path(part).stem if part.endswith('.py') else part for part in name.split('+'))
     explain_errors(settings.files)
     arm = count(Arm(short or 'as it is', argv, config, model, sources, steps=config['max_iters']))
     if params:
         fit_params(arm, params)
-    arm.leak = leak_of(arm) # now: the next arm's file may have a mixer of the same name
+    arm.leak, arm.proof = prove_causal(arm) # now: the next arm's file may have a mixer of the same name
     return arm
 
 
@@ -253,12 +256,13 @@ def fit_params(arm, target):
         count(arm)
 
 
-def leak_of(arm):
-    """find_leak at the run's length, in float64, in evaluation and in training."""
+def prove_causal(arm):
+    """-> (what leaks, or None; what was proven, in words): at the run's length, in float64, in about 20 seconds."""
     torch.manual_seed(0)
-    network = GPT(GPTConfig(**arm.model | dict(dropout=0.0))).double()
-    idx = torch.randint(arm.model['vocab_size'], (4, arm.model['block_size']))
-    return find_leak(network.eval(), idx) or find_leak(network.train(), idx)
+    network, T = GPT(GPTConfig(**arm.model | dict(dropout=0.0))).double(), arm.model['block_size']
+    rows = max(1, min(16, 4096 // T))
+    proof = find_leak(network, torch.randint(arm.model['vocab_size'], (2 * rows, T)), seconds=20)
+    return proof.leak, proof.words
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -534,7 +538,7 @@ def compare(everyone):
     """Everything at one size -> the rows of the table."""
     base = everyone[0]
     for arm in everyone:
-        proof = f"LEAKS: {arm.leak}" if arm.leak else f"causal, proven at T={arm.model['block_size']}"
+        proof = f"LEAKS: {arm.leak}" if arm.leak else f"causal, {arm.proof}"
         report(f"{arm.name}: {proof}{' (trained all the same)' if arm.leak and allow_leak else ''}")
     running = [arm for arm in everyone if not arm.leak or allow_leak]
     if base not in running:
@@ -542,8 +546,7 @@ def compare(everyone):
     set_steps(running, base)
     search_rates(running)
     if aa:
-        running.append(Arm('A/A', base.argv, base.config, base.model, base.sources, AA_SEED, base.params, base.flops, base.steps,
-                           None, base.lr, bracketed=base.bracketed))
+        running.append(replace(base, name='A/A', first_seed=AA_SEED, lr_losses={}))
     cells = {arm.name: [Cell(arm, arm.lr, arm.first_seed + s, arm.steps) for s in range(seeds)] for arm in running}
     train_all([cells[arm.name][s] for s in range(seeds) for arm in running], 'verdict')
     rows = [row_of(arm, cells[arm.name], base, cells[base.name]) for arm in running]
@@ -562,7 +565,7 @@ def row_of(arm, cells, base, base_cells):
              if not r['failed'] and not b.result()['failed']]
     row = dict(arm=arm.name, lr=arm.lr, learning_rate=arm.lr * arm.config['learning_rate'], bracketed=arm.bracketed,
                lr_losses={f'{f:g}': loss if math.isfinite(loss) else None for f, loss in arm.lr_losses.items()},
-               losses=[r['loss'] for r in found], bits=[r['bits'] for r in found], leak=arm.leak,
+               losses=[r['loss'] for r in found], bits=[r['bits'] for r in found], leak=arm.leak, proof=arm.proof,
                failed=[r['failed'] for r in found if r['failed']], params=arm.params, flops=arm.flops, steps=arm.steps,
                settings=[a.removeprefix(f'{PROJECT}/') for a in arm.argv if a not in base.argv],
                curves=[r['curve'] for r in found])
@@ -600,7 +603,7 @@ def verdict(row, failed_before=()):
         bad += f"; {len(failed_before)} of {seeds} runs of the first arm failed: it {failed_before[0]}"
     lr = '' if row['bracketed'] else '; its best learning rate is not bracketed'
     lr = lr if len(lrs) > 1 else '; learning rates were not searched'
-    causal = 'NOT CAUSAL' if row['leak'] else 'causal: proven'
+    causal = 'NOT CAUSAL' if row['leak'] else f"causal: {row['proof']}"
     if row['difference'] is None:
         return f"no pair of runs to compare{bad}"
     if row['half'] is None:

@@ -16,7 +16,7 @@ from data.checkpoints import load_checkpoint, load_model, save_pretrained
 from data.tokenizers import CharTokenizer
 from data.writer import Writer
 from helpers import (assert_same, assert_same_run, corpus, ENV, flags, history, job, JOBS, jobs, losses, metrics,
-                     naive_nats, NANO_ARGS, NANO_GAINS, NANO_MATRICES, PROJECT, random_model, run,
+                     naive_nats, NANO_ARGS, NANO_GAINS, NANO_MATRICES, PROJECT, random_model, run, run_together,
                      T, TINY, train, tree, V, val_ids, val_losses, well, write_checkpoint,
                      write_data, write_malicious, write_nano, write_nano_data, write_run) # noqa: F401
 from model import GPT, GPTConfig, optimizer_groups
@@ -801,6 +801,70 @@ def test_a_leaking_mixer_does_not_train(idea):
     assert leaking.returncode == 2 and said.startswith('error: ') and said.count('\n') == 1
     assert re.search(r'position \d+ sees position \d+, first in transformer.h.0.attn', said) and '--allow_leak' in said
     assert re.search(r'causal   NO: position', allowed) and losses(folder / 'leak').keys() == set(range(1, 7))
+
+
+ENDS = '''
+from model import Mixer, torch
+class Ends(Mixer):
+    """Means of the past, and what the first token of each chunk of 6 shows to the token before it."""
+    when: str = 'always'
+
+    def __init__(self, config, block_size):
+        super().__init__(config, block_size)
+        self.c_proj, self.when = torch.nn.Linear(config.n_embd, config.n_embd), config.when
+
+    def mix(self, x):
+        leaks = dict(always=True, evaluation=not self.training, no_grad=not torch.is_grad_enabled(), tiny=1e-7, never=0)
+        ends = (torch.arange(1, x.size(1) + 1, device=x.device) % 6 == 0)[:, None]
+        y = self.c_proj(x.cumsum(dim=1) / 9)
+        return y + (leaks[self.when] * ends * x.roll(-1, 1)).to(y.dtype)
+mixer = Ends
+'''
+
+
+@job
+def ends(folder):
+    """A mixer that leaks at the ends of chunks, each time in another way -> {way: the processes}."""
+    write_data(folder / 'data')
+    (folder / 'ends.py').write_text(ENDS)
+    found = {}
+    for way, settings in [('always', {}), ('evaluation', {}), ('no_grad', {}), ('tiny', dict(dtype='bfloat16')),
+                          ('never', dict(proof='quick')), ('never', dict(dtype='float16')),
+                          ('never', dict(block_size=1)), ('never', dict(batch_size=1, proof=60.0))]:
+        args = TINY | dict(dataset=folder / 'data', out_dir=folder / f'{len(found)}', max_iters=2, when=way) | settings
+        found[(way, *settings.values())] = run('train.py', [str(folder / 'ends.py'), *flags(**args)])
+    for way, settings in [('always', {}), ('tiny', dict(dtype='bfloat16'))]: # without and with gradients
+        for allow_leak in False, True:
+            args = TINY | dict(dataset=folder / 'data', out_dir=folder / f'{len(found)}', max_iters=2, when=way,
+                               parallel='fsdp', allow_leak=allow_leak) | settings
+            found[way, 'fsdp', allow_leak] = run_together('train.py', [str(folder / 'ends.py'), *flags(**args)])[0]
+    return found
+
+
+@pytest.mark.parametrize('way, words', [
+    ('always', ''), ('evaluation', ', in evaluation alone'), ('no_grad', ', in evaluation alone'),
+    ('tiny', ': a gradient of .*')])
+def test_a_leak_at_the_ends_of_chunks_is_refused_in_one_line(ends, way, words):
+    process = ends[(way,) if way != 'tiny' else (way, 'bfloat16')]
+    assert process.returncode == 2 and re.fullmatch(
+        r'error: the network is not causal: (position 5|position 11|a position up to \d+) sees position (6|12), '
+        rf'first in transformer.h.0.attn \(Ends\){words}; its losses would mean nothing. To .*--allow_leak=True\n',
+        process.stderr.decode())
+
+
+def test_the_proof_says_what_it_looked_at(ends):
+    for case, words in [(('never', 'quick'), r'no leak at 3 of 15 cuts in [\d,]+ ms'),
+                        (('never', 'float16'), 'proven at T=16 in'), (('never', 1), 'proven at T=1 in'),
+                        (('never', 1, 60.0), 'proven at T=16 in')]:
+        assert re.search(f'\ncausal   {words}', well(ends[case])), case
+
+
+@pytest.mark.parametrize('way', ['always', 'tiny'])
+def test_sharded_weights_that_leak_are_refused_or_train(ends, way):
+    refused, allowed = ends[way, 'fsdp', False], ends[way, 'fsdp', True]
+    line = refused.stderr.decode().splitlines()[-1]
+    assert refused.returncode == 2 and 'position 12, first in transformer.h.0.attn (Ends)' in line
+    assert 'causal   NO: ' in well(allowed) and 'step 2: train loss' in well(allowed)
 
 
 IDEAS_THAT_FAIL = {
