@@ -11,7 +11,6 @@ best.pt (the lowest validation loss), config.json, metrics.jsonl and loss.png.
 """
 import math
 import random
-import shlex
 from dataclasses import fields
 from typing import Literal
 
@@ -45,7 +44,7 @@ checkpoint_interval = 0 # steps between saves of ckpt.pt; 0: see always_save_che
 allow_changes = False # use a checkpoint even if the architecture or tokenizer differs
 allow_leak = False # train even if the network is not causal
 proof: float | Literal['auto', 'full', 'quick'] = 'auto' # seconds to look for leaks; full: at every cut of the text;
-    # quick: at one batch of cuts; auto: 2% of the run, from 3 to 20 seconds [0, inf)
+    # quick: at one batch of cuts; auto: 2% of the run, from 10 to 20 seconds [0, inf)
 dry_run = False # scan the data, take three steps, write a checkpoint, read it back, and say how long the run takes
 max_bad_steps = 20 # stop after this many steps in a row whose gradient is not finite; each is skipped [1, inf)
 patience = 0 # stop after this many evaluations without a better validation loss; 0: never [0, inf)

@@ -49,7 +49,7 @@ def find_leak(model, windows, rows=None, compiled=None, seconds=math.inf, passes
     """
     -> Proof. windows (N, T): real text, N at least twice the rows (default N / 2) of a batch. compiled: the modules
     that evaluate and that train, in this order, if they are compiled. All cuts are looked at if that takes no longer
-    than `seconds`, and 2% of a run of so many forward passes, though always 3 seconds; else those where chunks may end,
+    than `seconds`, and 2% of a run of so many forward passes, though always 10 seconds; else those where chunks may end,
     then others at random. The model is as before afterwards.
     """
     t0, T = time.perf_counter(), windows.size(1)
@@ -170,7 +170,7 @@ class Search:
             yield torch.tensor(part + [self.T - 1] * (self.rows - len(part)), device=self.device)
             if k == 0 and self.seconds < math.inf:
                 took = agreed(torch.tensor(time.perf_counter() - t0, device=self.device)).item()
-                share = max(3.0, 0.02 * self.passes * took / len(MODES))
+                share = max(10.0, 0.02 * self.passes * took / len(MODES))
                 del parts[1 + int(min(self.seconds, share) / took):]
 
     # -----------------------------------------------------------------------------------------------------------------
