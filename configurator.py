@@ -30,6 +30,7 @@ import traceback
 import types
 import typing
 import warnings
+from contextlib import suppress
 
 PROJECT = os.path.dirname(os.path.abspath(__file__))
 PLAIN = bool | int | float | str | tuple | None # all that a setting can hold
@@ -47,10 +48,8 @@ class Setting(typing.NamedTuple):
 class Settings:
     """What configure() made of a script's settings.
 
-    config    every setting's value by name
-    given     those of them that a file or the command line set
-    replaced  for each flag, the value that holds without it
-    files     paths of the config files
+    config: every setting's value by name; given: those that a file or the command line set; replaced: for each flag,
+    the value that holds without it; files: paths of the config files.
     """
     def __init__(self, namespace, own, known, given, flags, files):
         self.namespace, self.own, self.known, self.files = namespace, own, known, files
@@ -70,26 +69,19 @@ class Settings:
             raise ValueError('; '.join(broken))
 
     def take(self, stored, but):
-        """A checkpoint's settings hold where nothing else was asked for, except the names in but.
-
-        Returns a line for each that was asked for and differs, and for each that is not valid any more.
-        """
+        """A checkpoint's settings hold where nothing else was asked for, except some names -> what differs, in lines."""
         lines, taken = [], {}
         for name in self.known.keys() & stored.keys() - set(but):
             try:
                 taken[name] = fit(stored[name], self.known[name].hint)
             except TypeError:
-                was = f"the checkpoint's {stored[name]!r} is no choice any more"
-                lines.append(f'{name}={self.config[name]!r}, as {was}')
+                lines.append(f"{name}={self.config[name]!r}: the checkpoint's {stored[name]!r} is no choice any more")
         self.update(**taken | self.given)
         return lines + [f'{name}={value!r}, was {taken[name]!r}' for name, value in self.given.items()
                         if taken.get(name, value) != value]
 
     def shorten(self, total, *parts):
-        """A flag that lowers total lowers the parts by the same share, except those that flags set -> lines to show.
-
-        If a flag sets the first part, it lowers none.
-        """
+        """A flag that lowers total lowers the parts by the same share, unless flags set them, or the first -> lines."""
         share = min(1.0, self.config[total] / max(1, self.replaced.get(total, self.config[total])))
         free = [] if parts[0] in self.replaced else [name for name in parts if name not in self.replaced]
         old = {name: self.config[name] for name in free if self.config[name]}
@@ -120,16 +112,15 @@ def explain_errors(files=(), hint=lambda error: '', trace=False):
         if kind is KeyboardInterrupt:
             sys.exit(130)
         frames, help_ = traceback.extract_tb(tb), hint(error)
-        places = [f'{known[f.filename]}:{f.lineno}' for f in frames if f.filename in known]
-        ours = frames[-1].filename.startswith(PROJECT) and '-packages' not in frames[-1].filename
-        raised = isinstance(error, ValueError) and ours and frames[-1].line.startswith('raise')
-        if trace and places or help_ or not (places or raised or isinstance(error, (OSError, ImportError))):
+        places, last = [f'{known[f.filename]}:{f.lineno}' for f in frames if f.filename in known], frames[-1]
+        ours = last.filename.startswith(PROJECT) and '-packages' not in last.filename and last.line.startswith('raise')
+        is_mistake = places or isinstance(error, (OSError, ImportError)) or isinstance(error, ValueError) and ours
+        if trace and places or help_ or not is_mistake:
             sys.__excepthook__(kind, error, tb)
+        if help_:
             print(help_, file=sys.stderr)
-        if places and not help_:
-            fail(f'{places[-1]}: {kind.__name__}: {error}')
-        if raised or isinstance(error, (OSError, ImportError)):
-            fail(in_words(error))
+        elif is_mistake:
+            fail(f'{places[-1]}: {kind.__name__}: {error}' if places else in_words(error))
     sys.excepthook = hook
 
 
@@ -147,7 +138,6 @@ def configure(namespace, dataclass=None, argv=None, adopt=lambda cls: None, fore
     namespace: globals() of the script. Its settings are the module-level assignments above the call, except names that
         start with an underscore or are in capitals, and values that are not PLAIN (lists count as tuples).
     dataclass: each of its fields (all need defaults) is a setting too. A default in the script wins over the field's.
-    argv: sys.argv[1:] by default.
     adopt: called with each class that a config file has; it may add fields to dataclass. What it returns, a name or
         None, is what the class means as a value. ValueError refuses the class.
     foreign: names of another script's settings. Of a file that sets one of them only out_dir is taken.
@@ -168,7 +158,7 @@ def configure(namespace, dataclass=None, argv=None, adopt=lambda cls: None, fore
         mistakes += [f'{path}: a class declares the setting {name}, which the script has: choose another name'
                      for name in sorted((set(dir(dataclass)) - before).intersection(own))]
         known.update(find_settings(namespace, dataclass)[1])
-        given.update(check_file(path, assigned, known, foreign, mistakes))
+        given.update(check_file(path, assigned, known, foreign, mistakes) if assigned else {})
     files, flags, wrong = read_arguments(argv, folder, known) # again: files may have brought settings
     if helps:
         show_help(namespace, known)
@@ -196,15 +186,13 @@ def yield_if_busy():
 
     Measured on 2 cores: beside one busy process training is 1.7 to 2.0 times as fast so, but alone 4 to 24% slower.
     """
-    try:
-        others = []
+    running = []
+    with suppress(OSError): # not Linux
         for _ in range(5):
             with open('/proc/loadavg', encoding='ascii') as f: # "0.12 0.20 0.15 3/417 9999": 3 run now, this one too
-                others.append(int(f.read().split()[3].split('/')[0]) - 1)
+                running.append(int(f.read().split()[3].split('/')[0]))
             time.sleep(0.01)
-    except OSError: # not Linux
-        return
-    if min(others) >= max(1, (os.cpu_count() or 1) / 4):
+    if min(running, default=1) - 1 >= max(1, (os.cpu_count() or 1) / 4):
         os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 
 
@@ -263,8 +251,7 @@ def scan_class(cls):
 def scan(source, body=None):
     """{name: (annotation, comment, group)} of the assignments at the top level of a script or in a class' body.
 
-    The comment is the one behind the value, with deeper indented comment lines under it. The group is the nearest
-    block of comment lines right above an assignment.
+    The comment stands behind the value, and in deeper indented lines under it; the group in the nearest lines above.
     """
     lines, found, group = source.split('\n'), {}, ''
     for node in ast.parse(source).body if body is None else body:
@@ -355,8 +342,8 @@ def outside(name, value, setting):
     found = re.search(r'([\[(])(\S+), (\S+)([\])])$', setting.comment)
     numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if type(v) in (int, float)]
     bounds = [(BOUNDS[found[1]], float(found[2])), (BOUNDS[found[4]], float(found[3]))] if found else []
-    wrong = any(not inside(bound, v) for inside, bound in bounds for v in numbers)
-    return f'{name}={value!r} must lie in {found[0]}' if wrong else ''
+    inside = all(is_right(bound, v) for is_right, bound in bounds for v in numbers)
+    return '' if inside else f'{name}={value!r} must lie in {found[0]}'
 
 
 # arguments and files -------------------------------------------------------------------------------------------------
@@ -436,8 +423,6 @@ def adopt_classes(path, assigned, adopt, mistakes):
 
 def check_file(path, assigned, known, foreign, mistakes):
     """The settings among what a file assigned, by name. Adds to mistakes."""
-    if not assigned:
-        return {}
     with tokenize.open(path) as f:
         tree = ast.parse(f.read())
     # what the file imports is no setting: only what it assigns
@@ -507,9 +492,8 @@ def show_help(namespace, known):
         if len(head) > left - 2: # too long to stand beside its comment
             lines.append(head)
             head = ''
-        for text in textwrap.wrap(f'{setting.comment} ({type_name(setting.hint)})'.strip(), width - left):
-            lines.append(head.ljust(left) + text)
-            head = ''
+        text = f'{setting.comment} ({type_name(setting.hint)})'.strip()
+        lines.append(textwrap.fill(text, width, initial_indent=head.ljust(left), subsequent_indent=' ' * left))
     sys.stdout.reconfigure(errors='backslashreplace') # a terminal may lack some of the characters
     if hasattr(signal, 'SIGPIPE'):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL) # nobody may read on, as with | head

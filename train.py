@@ -11,6 +11,7 @@ best.pt (the lowest validation loss), config.json, metrics.jsonl and loss.png.
 """
 import math
 import random
+import textwrap
 from dataclasses import fields
 from typing import Literal
 
@@ -24,7 +25,7 @@ from data.causality import find_leak
 from data.checkpoints import State, architecture, build_model, load_checkpoint, open_weights
 from data.dataset import Dataset
 from data.machine import Machine, process_number
-from data.run import Run, duration, table
+from data.run import Run, duration
 from data.tokens import prefetch
 from model import (BUILT_IN, GPT, MIXERS, GPTConfig, add_mixer, clip_adaptively, cost, first_nonfinite,
                    optimizer_groups)
@@ -335,8 +336,9 @@ def describe(flops, kept):
     tokens = gradient_accumulation_steps * batch_size * block_size
     epochs = max_iters * tokens / data.train.n_tokens
     days = max_iters * tokens * flops / (0.4 * (machine.peak[0] or math.inf) * machine.world) / 86400
+    given = '  '.join(f'{name}={value!r}' for name, value in settings.given.items())
     lines = [
-        'settings ' + '\n         '.join(table([f'{name}={value!r}' for name, value in settings.given.items()])),
+        textwrap.fill(given, 110, initial_indent='settings ', subsequent_indent=' ' * 9, break_long_words=False),
         f"model    {n_params / 1e6:.2f}M parameters, {(n_params - sum(embeddings)) / 1e6:.2f}M without embeddings, "
         f"{(n_params - n_rest) / 1e6:.2f}M decayed; {flops / 1e9:.4g} GFLOP a token",
         f"machine  {machine}",

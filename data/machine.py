@@ -76,13 +76,13 @@ class Machine:
         model on this device -> (what trains and evaluates: compiled, sharded, exchanging gradients; lines to show).
         lengths: how many sequence lengths it will see.
         """
-        self.model, notes = model, []
+        self.model, self.replicate, notes = model, lambda tensor: tensor, []
         if self.kind == 'cpu':
             keep_freed_memory()
         if self.world > 1:
             self.connect(backend)
         if self.sharded:
-            self.mesh = shard(model, self.kind, self.torch_dtype, self.world)
+            self.replicate = shard(model, self.kind, self.torch_dtype, self.world)
         if compile == 'auto':
             compile = self.kind == 'cuda' and self.can_compile(notes)
         self.compiled = compile
@@ -133,17 +133,10 @@ class Machine:
         if self.kind == 'mps' and bad: # its optimizer cannot decide that; without gradients it changes nothing
             optimizer.zero_grad(set_to_none=True)
         elif self.kind != 'mps' and not self.scaler.is_enabled():
-            optimizer.grad_scale, optimizer.found_inf = None, self.everywhere(bad.float())
+            optimizer.grad_scale, optimizer.found_inf = None, self.replicate(bad.float())
         self.scaler.step(optimizer)
         self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
-
-    def everywhere(self, tensor):
-        """A tensor that is equal in all processes, as sharded weights take it."""
-        if not self.sharded:
-            return tensor
-        from torch.distributed.tensor import DTensor, Replicate # takes a second to import
-        return DTensor.from_local(tensor, self.mesh, [Replicate()])
 
     # processes
 
@@ -252,9 +245,10 @@ class Machine:
 
 
 def shard(model, kind, dtype, world):
-    """Shares out the weights of a GPT over the processes -> the mesh of their devices."""
+    """Shares out the weights of a GPT over the processes -> a function that makes a tensor one of theirs, on all."""
     from torch.distributed.device_mesh import init_device_mesh # these take a second to import
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    from torch.distributed.tensor import DTensor, Replicate
     mesh = init_device_mesh(kind, (world,))
     # what has nothing but matrices travels in the dtype of their products, half of the bytes; the rest in float32
     policy = MixedPrecisionPolicy(dtype, torch.float32)
@@ -265,7 +259,7 @@ def shard(model, kind, dtype, world):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, 'hidden') # which generation calls
-    return mesh
+    return lambda tensor: DTensor.from_local(tensor, mesh, [Replicate()])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -317,10 +317,3 @@ def duration(seconds):
     units = dict(days=86400, hours=3600, min=60)
     unit = next((unit for unit, size in units.items() if seconds >= 1.5 * size), 's')
     return f'{seconds / units.get(unit, 1):,.1f} {unit}'
-
-
-def table(words):
-    """Lines of columns, as many as a terminal is wide enough for beside a word of eight letters."""
-    width = max(map(len, words), default=0) + 2
-    n = max(1, (shutil.get_terminal_size().columns - 9) // width)
-    return [''.join(word.ljust(width) for word in words[i:i + n]).rstrip() for i in range(0, len(words), n)]
