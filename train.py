@@ -131,8 +131,8 @@ if resuming: # the run's settings hold where nothing else was asked for
     checkpoint = run.load()
     notes += [f"changed  {line}" for line in settings.take(checkpoint['config'], OF_THIS_COMMAND)]
 else:
-    notes += [f"note     {line}" for line in settings.shorten('max_iters', 'lr_decay_iters', 'warmup_iters',
-                                                              'wsd_decay_iters')]
+    parts = ['lr_decay_iters', 'warmup_iters', *(['wsd_decay_iters'] if schedule == 'wsd' else [])]
+    notes += [f"note     {line}" for line in settings.shorten('max_iters', *parts)]
     checkpoint = open_weights(init_from) if init_from not in ('scratch', 'auto') else {}
 settings.update(lr_decay_iters=max_iters if lr_decay_iters is None else lr_decay_iters)
 machine = Machine(device, dtype, peak_flops, parallel, deterministic)
