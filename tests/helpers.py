@@ -49,12 +49,12 @@ def flags(**settings):
 # script as `python script` would, and ends as that would, but does not take apart at its end what it never used.
 SERVER = """
 import atexit, gc, json, os, runpy, signal, sys, threading
-import matplotlib.figure, torch._dynamo, torch.distributed.fsdp, tqdm
+import matplotlib.figure, torch._dynamo, torch.distributed.checkpoint.state_dict, torch.distributed.fsdp, tqdm
 
 def work(script, args, cwd, files, environment, first):
     signal.alarm(240) # ends it if it hangs
     for i, path in enumerate(files):
-        os.dup2(os.open(path, os.O_WRONLY if i else os.O_RDONLY), i)
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT if i else os.O_RDONLY), i)
     sys.stdin, sys.stdout = open(0, encoding='utf-8'), open(1, 'w', encoding='utf-8') # line by line on a terminal
     os.chdir(cwd)
     os.environ.update(environment)
@@ -103,7 +103,7 @@ SERVERS = [] # one, from the first run on
 class Run:
     """
     A script at work. wait() -> CompletedProcess with stdout and stderr as bytes; if live, .stdout is read before that.
-    text: its standard input. first: code to execute before it. files: the paths of a terminal, three times.
+    text: its standard input. first: code to execute before it. files: other paths for stdin, stdout and stderr.
     """
     starting = threading.Lock()
 
@@ -115,8 +115,7 @@ class Run:
         own[0].write_text(text, encoding='utf-8')
         os.mkfifo(own[1]) if live else own[1].touch()
         own[2].touch()
-        job = [report, *self.argv[1:2], self.argv[2:], cwd or os.getcwd(), [str(f) for f in files or own], environment,
-               first]
+        job = [report, self.argv[1], self.argv[2:], cwd or os.getcwd(), files or own, environment, first]
         with Run.starting:
             if not SERVERS:
                 SERVERS.append(subprocess.Popen([sys.executable, '-c', SERVER], stdin=subprocess.PIPE, env=ENV))
