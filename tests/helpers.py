@@ -149,6 +149,36 @@ def run(script, args, cwd=None, text='', environment={}, first=''):
                           capture_output=True, timeout=240, check=False)
 
 
+class ForkingSubprocess:
+    """What bench.py, compare.py and studies.py use of the module subprocess, for their runs of Python's scripts."""
+    PIPE, STDOUT = subprocess.PIPE, subprocess.STDOUT
+
+    @staticmethod
+    def run(command, cwd=None, **_):
+        done = Run(*command[1:2], command[2:], cwd or PROJECT).wait()
+        done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
+        return done
+
+    class Popen(Run):
+        def __init__(self, command, cwd=None, stdout=None, stderr=None, env=None, **_):
+            script, *args = [arg for arg in command[1:] if arg != '-u']
+            self.log = None if stdout == subprocess.PIPE else stdout
+            super().__init__(Path(cwd, script), args, cwd, environment=env or {}, live=not self.log)
+            self.returncode, self.send_signal = None, self.kill
+
+        def wait(self):
+            done = super().wait()
+            self.log and self.log.write((done.stdout + done.stderr).decode())
+            self.returncode = done.returncode
+            return self.returncode
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.wait()
+
+
 def end_server():
     """Its time then counts as this process's."""
     for server in SERVERS:

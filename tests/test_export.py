@@ -24,6 +24,10 @@ ARCHITECTURES = {mixer: dict(mixer=mixer) for mixer in [*MIXERS][:5] + OWN} | {
     'unet': dict(unet_layers=(1, 1)), 'hybrid': dict(mixer=('gated_delta', 'attention'), attention_window=5),
     'weights': dict(time_weighting='full', time_mixing=0.5), 'untied': dict(tie_weights=False, mlp='swiglu'),
     'no positions': dict(mixer='gated_delta', pos_emb='none'), 'rezero': dict(rezero=True, mixer='gmlp')}
+# both ways to export, a cache that grows, a state, and UNet's; the others take long
+FIRST = ['plain', 'gmlp', 'hybrid', 'unet', 'untied']
+OTHERS = [pytest.param(name, marks=pytest.mark.long('another architecture')) for name in ARCHITECTURES
+          if name not in FIRST]
 
 
 def opened(folder):
@@ -32,7 +36,7 @@ def opened(folder):
         return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
 
 
-@pytest.mark.parametrize('name', ARCHITECTURES)
+@pytest.mark.parametrize('name', FIRST + OTHERS)
 def test_every_architecture(tmp_path, name):
     """The same logits, with and without a cache, and the same greedy text; beams find what ours find."""
     model = random_model(V, std=0.2, **ARCHITECTURES[name])
@@ -158,6 +162,7 @@ def test_a_tokenizer_that_adds_tokens(tmp_path):
     assert tokenizer.parts['post_processor'] and as_fast(tokenizer).encode('the cat').ids == tokenizer.encode('the cat')
 
 
+@pytest.mark.long('imports transformers three times')
 def test_from_the_command_line(tmp_path):
     """An idea's file goes with its code; a folder with something in it stays as it is."""
     idea = (PROJECT / 'config/mixers/gated_delta.py').read_text().replace('class GatedDelta', 'class MyIdea')
@@ -180,6 +185,7 @@ def test_from_the_command_line(tmp_path):
     assert json.loads((tmp_path / 'folder/config.json').read_text())['gpt']['mixer'] == 'my_idea'
 
 
+@pytest.mark.long('a harness')
 def test_in_the_harness_that_everybody_quotes(tmp_path):
     """lm-evaluation-harness on tasks of local files: its answers and bits per byte are this project's."""
     lm_eval = pytest.importorskip('lm_eval')

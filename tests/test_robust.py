@@ -420,13 +420,13 @@ def test_any_prompt_survives_the_round_trip(text):
 def test_random_window_lengths(mixer, dataset, tmp_path):
     """Each step draws a length, a function of seed and step: a resumed run draws the same."""
     model = ['--unet_layers=1,1', '--mixer=mlp_mixer'] if mixer == 'unet' else [f'--mixer={mixer}']
-    args = [*model, '--min_block_size=3', '--max_iters=24', '--eval_interval=12']
+    args = [*model, '--min_block_size=3', '--max_iters=16', '--eval_interval=8']
     run(dataset, tmp_path / 'a', *args)
     tokens = [json.loads(line)['tokens'] for line in open(tmp_path / 'a' / 'metrics.jsonl') if '"loss"' in line]
     lengths = [(b - a) // 8 for a, b in zip([0, *tokens], tokens)] # 2 micro-batches of 4 sequences
     assert set(lengths) <= {3, 5, 7, 9, 10, 12, 14, 16} and len(set(lengths)) > 4
-    run(dataset, tmp_path / 'b', *args[:-2], '--eval_interval=12', '--max_iters=12')
-    run(dataset, tmp_path / 'b', '--init_from=resume', '--max_iters=24', '--eval_interval=12')
+    run(dataset, tmp_path / 'b', *args, '--max_iters=8')
+    run(dataset, tmp_path / 'b', '--init_from=resume', '--max_iters=16')
     same(tmp_path / 'a' / 'ckpt.pt', tmp_path / 'b' / 'ckpt.pt')
 
 
@@ -439,14 +439,14 @@ def test_window_lengths_are_compiled_at_most_once_each():
         backend = lambda graph, inputs: compiled.append(1) or graph.forward
         model = GPT(GPTConfig(block_size=32, vocab_size=11, n_layer=1, n_head=2, n_embd=8, mixer=mixer))
         fast = torch.compile(model, backend=backend, dynamic=False)
-        lengths = [4, 12, 24, 32]
+        lengths = [12, 32]
         graphs = []
         for _ in range(3):
             for T in lengths:
                 idx = torch.zeros(2, T, dtype=torch.long)
                 fast(idx, idx)
             graphs.append(len(compiled))
-        assert graphs == [4, 4, 4], mixer
+        assert graphs == [2, 2, 2], mixer
 
 
 OWN_MIXER = """
@@ -488,8 +488,7 @@ print(model.generate(idx[:, :2], 12, temperature=0.0).shape)
     assert done.returncode == 0 and 'torch.Size([1, 14])' in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize('ema', [0.0, 0.9])
-def test_a_mixer_with_a_buffer_can_be_opened_again(ema, tmp_path, monkeypatch):
+def test_a_mixer_with_a_buffer_can_be_opened_again(tmp_path, monkeypatch):
     import model
     from data.checkpoints import load_model, save_checkpoint, stored_config
     namespace = dict(vars(model))
@@ -498,8 +497,6 @@ def test_a_mixer_with_a_buffer_can_be_opened_again(ema, tmp_path, monkeypatch):
     exec(OWN_MIXER, namespace)
     network = model.GPT(model.GPTConfig(block_size=8, vocab_size=5, n_layer=1, n_head=1, n_embd=8, mixer='own'))
     content = dict(model=network.state_dict(), model_args=stored_config(network.config))
-    if ema:
-        content['average'] = {name: p.detach() for name, p in network.named_parameters()}
     save_checkpoint(tmp_path / 'ckpt.pt', content)
     again, _ = load_model(tmp_path / 'ckpt.pt')
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in network.state_dict().items())
@@ -556,7 +553,8 @@ def test_two_runs_in_one_folder_are_refused(dataset, tmp_path):
 
 def test_a_run_without_matplotlib_wandb_and_datasets(dataset, tmp_path):
     without = 'import sys; sys.modules.update(dict.fromkeys({}))'.format
-    done = run(dataset, tmp_path / 'out', '--max_iters=2', first=without(['matplotlib', 'matplotlib.figure', 'wandb', 'datasets']))
+    done = run(dataset, tmp_path / 'out', '--max_iters=2', 
+               first=without(['matplotlib', 'matplotlib.figure', 'wandb', 'datasets']))
     assert 'pip install matplotlib' in done.stdout
     assert (tmp_path / 'out' / 'ckpt.pt').exists() and not (tmp_path / 'out' / 'loss.png').exists()
     done = run(dataset, tmp_path / 'out', '--max_iters=2', first=without(['tqdm']), code=2) # which every run needs
