@@ -131,6 +131,8 @@ def run(words, tmp_path, monkeypatch, capsys):
         result = compare.read_run(folder, 0 if math.isfinite(loss) else 1) | dict(status=0, took=1.0)
         (folder / 'result.json').write_text(json.dumps(result))
     monkeypatch.setattr(compare, 'execute', execute)
+    draw = compare.draw
+    monkeypatch.setattr(compare, 'draw', lambda *args: script.draws and draw(*args)) # takes longer than all the rest
 
     def script(*arguments, status=None):
         for name, value in defaults.items():
@@ -152,11 +154,13 @@ def run(words, tmp_path, monkeypatch, capsys):
                                              + 0.001 * math.sin(7 * seed + len(key))
                                              + 0.05 * math.log2(factor / 2) ** 2)
     script.default_loss = script.loss
+    script.draws = False
     return script
 
 
 def test_verdicts(run, tmp_path):
     """A difference well below the seeds' own spread is found, as they are paired; the A/A arm is not one."""
+    run.draws = True
     first, better, worse, aa = run('--arms=qk_norm=True,mlp=swiglu', '--seeds=5', '--lrs=1,2,4', '--aa=True')
     assert first['arm'] == 'as it is' and 'difference' not in first
     assert better['difference'] == pytest.approx(-0.02, abs=2e-3)
@@ -175,6 +179,7 @@ def test_verdicts(run, tmp_path):
     for name in ('curves.png', 'learning_rates.png', 'differences.png'):
         assert (tmp_path / 'out' / name).stat().st_size > 5000
     assert 'qk_norm=True: better' in run.text and '| difference' in (tmp_path / 'out/table.md').read_text()
+    run.draws = False
     # again: nothing is trained; one seed and one arm more: these alone
     run('--arms=qk_norm=True,mlp=swiglu', '--seeds=5', '--lrs=1,2,4', '--aa=True')
     assert run.asked == []

@@ -24,10 +24,6 @@ ARCHITECTURES = {mixer: dict(mixer=mixer) for mixer in [*MIXERS][:5] + OWN} | {
     'unet': dict(unet_layers=(1, 1)), 'hybrid': dict(mixer=('gated_delta', 'attention'), attention_window=5),
     'weights': dict(time_weighting='full', time_mixing=0.5), 'untied': dict(tie_weights=False, mlp='swiglu'),
     'no positions': dict(mixer='gated_delta', pos_emb='none'), 'rezero': dict(rezero=True, mixer='gmlp')}
-# both ways to export, a cache that grows, a state, and UNet's; the others take long
-FIRST = ['plain', 'gmlp', 'hybrid', 'unet', 'untied']
-OTHERS = [pytest.param(name, marks=pytest.mark.long('another architecture')) for name in ARCHITECTURES
-          if name not in FIRST]
 
 
 def opened(folder):
@@ -36,7 +32,7 @@ def opened(folder):
         return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
 
 
-@pytest.mark.parametrize('name', FIRST + OTHERS)
+@pytest.mark.parametrize('name', ARCHITECTURES)
 def test_every_architecture(tmp_path, name):
     """The same logits, with and without a cache, and the same greedy text; beams find what ours find."""
     model = random_model(V, std=0.2, **ARCHITECTURES[name])

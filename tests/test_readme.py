@@ -54,7 +54,7 @@ def test_the_mixer_of_the_readme_trains_samples_and_is_tested(project):
     losses = [float(loss) for loss in re.findall(r'val loss ([\d.]+)', done.stdout)]
     assert losses[-1] < losses[0] - 0.5
     assert len(run(project, sample, '--num_samples=1', '--max_new_tokens=40').stdout) > 40
-    done = run(project, test, '-q', '-p', 'no:cacheprovider', '-k', 'flat') # UNets take long
+    done = run(project, test, '-q', '-p', 'no:cacheprovider', '-k', 'not compile')
     assert done.returncode == 0 and re.search(r'(\d+) passed', done.stdout)[1] != '0', done.stdout[-2000:]
 
 
