@@ -297,17 +297,18 @@ def test_sharded_and_plain_runs_continue_each_other(dataset, tmp_path):
         "out_dir = .*\n", '', (ROOT / 'config/mixers/linear_attention.py').read_text()).replace('chunk: int = 64',
                                                                                             'chunk: int = 5'))
     steps = [str(idea), '--dropout=0.0', '--dtype=float32', '--learning_rate=1e-3', '--gradient_accumulation_steps=4']
-    run(dataset, tmp_path / 'one', *steps, '--max_iters=8')
+    run(dataset, tmp_path / 'one', *steps, '--max_iters=4')
     for first, second in ('fsdp', 'ddp'), ('ddp', 'fsdp'):
         out = tmp_path / first
-        for parallel, more in (first, ['--max_iters=4']), (second, ['--max_iters=8', '--init_from=resume']):
+        for parallel, more in (first, ['--max_iters=2']), (second, ['--max_iters=4', '--init_from=resume']):
             run_two(dataset, out, *steps, *more, f'--parallel={parallel}')
         expected = {step: loss for step, loss, _, _ in losses(tmp_path / 'one') if loss}
         found = {step: loss for step, loss, _, _ in losses(out) if loss}
         assert found.keys() == expected.keys() and max(abs(found[s] - expected[s]) for s in expected) < 2e-5
-    run(dataset, tmp_path / 'ddp', '--init_from=resume', '--parallel=ddp', '--max_iters=10', *steps) # written by fsdp
+    run(dataset, tmp_path / 'ddp', '--init_from=resume', '--parallel=ddp', '--max_iters=5', *steps) # written by fsdp
     for i, more in enumerate(([], [str(idea)])): # matrices travel in 16 bits; a mixer that has others does not
-        narrow = [*more, '--dropout=0.0', '--dtype=bfloat16', '--max_iters=4', '--gradient_accumulation_steps=4']
+        narrow = [*more, '--n_layer=1', '--dropout=0.0', '--dtype=bfloat16', '--max_iters=4',
+                  '--gradient_accumulation_steps=4']
         run(dataset, tmp_path / f'narrow{i}', *narrow)
         run_two(dataset, tmp_path / f'sharded{i}', *narrow, '--parallel=fsdp')
         expected, found = (losses(tmp_path / f'{name}{i}')[-5:] for name in ('narrow', 'sharded'))
@@ -416,17 +417,17 @@ def test_any_prompt_survives_the_round_trip(text):
     assert tokenizer.decode(tokenizer.encode(text, allow_special=False)) == text
 
 
-@pytest.mark.parametrize('mixer', ['attention', 'gmlp', 'unet'])
+@pytest.mark.parametrize('mixer', ['attention', 'unet'])
 def test_random_window_lengths(mixer, dataset, tmp_path):
     """Each step draws a length, a function of seed and step: a resumed run draws the same."""
-    model = ['--unet_layers=1,1', '--mixer=mlp_mixer'] if mixer == 'unet' else [f'--mixer={mixer}']
+    model = ['--unet_layers=1', '--n_layer=1', '--mixer=mlp_mixer'] if mixer == 'unet' else []
     args = [*model, '--min_block_size=3', '--max_iters=16', '--eval_interval=8']
     run(dataset, tmp_path / 'a', *args)
     tokens = [json.loads(line)['tokens'] for line in open(tmp_path / 'a' / 'metrics.jsonl') if '"loss"' in line]
     lengths = [(b - a) // 8 for a, b in zip([0, *tokens], tokens)] # 2 micro-batches of 4 sequences
     assert set(lengths) <= {3, 5, 7, 9, 10, 12, 14, 16} and len(set(lengths)) > 4
     run(dataset, tmp_path / 'b', *args, '--max_iters=8')
-    run(dataset, tmp_path / 'b', '--init_from=resume', '--max_iters=16')
+    run(dataset, tmp_path / 'b', *args, '--init_from=resume')
     same(tmp_path / 'a' / 'ckpt.pt', tmp_path / 'b' / 'ckpt.pt')
 
 
@@ -484,8 +485,9 @@ for _ in range(20):
 assert loss.item() < first - 0.1
 print(model.generate(idx[:, :2], 12, temperature=0.0).shape)
 """
-    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and 'torch.Size([1, 14])' in done.stdout, done.stderr
+    (tmp_path / 'alone.py').write_text(code)
+    done = helpers.run(tmp_path / 'alone.py', [])
+    assert done.returncode == 0 and b'torch.Size([1, 14])' in done.stdout, done.stderr
 
 
 def test_a_mixer_with_a_buffer_can_be_opened_again(tmp_path, monkeypatch):
