@@ -79,23 +79,18 @@ def work(script, args, cwd, files, environment, first):
     sys.stderr.flush()
     os._exit(status)
 
+def report(path, child):
+    with open(path, 'w') as file:
+        print(child, file=file, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=file)
+
 gc.freeze()
-supervisors = []
 for line in sys.stdin:
-    supervisors.append(os.fork())
-    if supervisors[-1]:
-        continue
     path, *job = json.loads(line)
     child = os.fork()
     if child == 0:
         work(*job)
-    signal.alarm(300)
-    with open(path, 'w') as report:
-        print(child, file=report, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=report)
-    os._exit(0)
-for pid in supervisors:
-    os.waitpid(pid, 0)
+    threading.Thread(target=report, args=(path, child)).start()
 """
 SERVERS = [] # one, from the first run on
 
