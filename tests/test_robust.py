@@ -542,15 +542,17 @@ def test_a_deleted_setting_at_its_default_locks_nothing_out(tmp_path):
 
 @posix
 def test_two_runs_in_one_folder_are_refused(dataset, tmp_path):
-    from data.run import RunFolder
-    (tmp_path / 'out').mkdir()
-    folder = RunFolder(tmp_path / 'out')
-    folder.lock()
-    done = run(dataset, tmp_path / 'out', '--max_iters=2', code=2)
+    out = tmp_path / 'out'
+    first = start(dataset, out, '--max_iters=100000', '--eval_interval=100000')
+    for line in first.stdout:
+        if line.startswith('step 2:'):
+            break
+    done = run(dataset, out, '--max_iters=2', '--overwrite=True', code=2)
     assert 'another run is at work' in done.stderr and done.stderr.count('\n') == 1
-    assert not list((tmp_path / 'out').iterdir())
-    os.close(folder.locked) # as the end of a process does, however it ends
-    run(dataset, tmp_path / 'out', '--max_iters=2')
+    first.kill()
+    lines = (out / 'metrics.jsonl').read_text()
+    assert first.wait().returncode == -signal.SIGKILL and '"step": 2,' in lines
+    run(dataset, out, '--max_iters=2', '--overwrite=True') # its lock went with it
 
 
 def test_a_run_without_matplotlib_wandb_and_datasets(dataset, tmp_path):
