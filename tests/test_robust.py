@@ -420,7 +420,7 @@ def test_any_prompt_survives_the_round_trip(text):
 @pytest.mark.parametrize('mixer', ['attention', 'unet'])
 def test_random_window_lengths(mixer, dataset, tmp_path):
     """Each step draws a length, a function of seed and step: a resumed run draws the same."""
-    model = ['--unet_layers=1', '--n_layer=1', '--mixer=mlp_mixer'] if mixer == 'unet' else []
+    model = ['--n_layer=1', '--unet_layers=1', '--mixer=mlp_mixer'] if mixer == 'unet' else ['--n_layer=1']
     args = [*model, '--min_block_size=3', '--max_iters=16', '--eval_interval=8']
     run(dataset, tmp_path / 'a', *args)
     tokens = [json.loads(line)['tokens'] for line in open(tmp_path / 'a' / 'metrics.jsonl') if '"loss"' in line]
