@@ -2,10 +2,12 @@
 import json
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -44,68 +46,163 @@ def flags(**settings):
 
 
 # Importing torch takes longer than most of the runs. So they are forks of a process that has done it: each runs the
-# script as `python script` would, and ends as that would. The server answers with the exit status.
+# script as `python script` would, and ends as that would, but does not take apart at its end what it never used.
 SERVER = """
-import gc, json, os, runpy, signal, sys
-import matplotlib.figure, torch._dynamo, torch.distributed.fsdp, tqdm
-gc.freeze() # or each fork would spend a second on taking all of it apart
+import atexit, gc, json, os, runpy, signal, sys, threading
+import matplotlib.figure, torch._dynamo, torch.distributed.checkpoint.state_dict, torch.distributed.fsdp, tqdm
+
+def work(script, args, cwd, files, environment, first):
+    signal.alarm(240) # ends it if it hangs
+    for i, path in enumerate(files):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT if i else os.O_RDONLY), i)
+    sys.stdin, sys.stdout = open(0, encoding='utf-8'), open(1, 'w', encoding='utf-8') # line by line on a terminal
+    os.chdir(cwd)
+    os.environ.update(environment)
+    sys.argv, sys.path[0] = [script, *args], os.path.dirname(script)
+    exec(first, {})
+    try:
+        try:
+            runpy.run_path(script, run_name='__main__')
+            status = 0
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException:
+            status = 1
+            sys.excepthook(*sys.exc_info()) # may exit
+    except SystemExit as e:
+        if not isinstance(e.code, int | None):
+            raise
+        status = e.code or 0
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+def report(path, child):
+    with open(path, 'w') as file:
+        print(child, file=file, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=file)
+
+gc.freeze()
 for line in sys.stdin:
-    script, args, cwd, files, environment = json.loads(line)
+    path, *job = json.loads(line)
     child = os.fork()
     if child == 0:
-        break
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-else:
-    sys.exit()
-signal.alarm(240) # ends it if it hangs
-for i, path in enumerate(files):
-    os.dup2(os.open(path, os.O_RDWR), i)
-sys.stdin = open(0, encoding='utf-8')
-os.chdir(cwd)
-os.environ.update(environment)
-sys.argv, sys.path[0] = [script, *args], os.path.dirname(script)
-runpy.run_path(script, run_name='__main__')
+        work(*job)
+    threading.Thread(target=report, args=(path, child)).start()
 """
-IDLE = [] # servers
+SERVERS = [] # one, from the first run on
 
 
-def run(script, args, cwd=None, text='', command=(), environment={}):
-    """The script in a process -> CompletedProcess with stdout and stderr as bytes. text: its standard input."""
-    argv = [sys.executable, *command, str(PROJECT / script), *args]
-    if command or not hasattr(os, 'fork'):
-        return subprocess.run(argv, cwd=cwd, env=ENV, input=text.encode(), capture_output=True, timeout=240,
-                              check=False)
-    try: # not `if IDLE`: another thread may take the last one
-        server = IDLE.pop()
-    except IndexError:
-        server = subprocess.Popen([sys.executable, '-c', SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                  env=ENV)
-    with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder) / name for name in ('stdin', 'stdout', 'stderr')]
-        for path in files:
-            path.write_bytes(text.encode() if path.name == 'stdin' else b'')
-        job = [str(PROJECT / script), args, str(cwd or os.getcwd()), [str(path) for path in files], environment]
-        server.stdin.write(json.dumps(job).encode() + b'\n')
-        server.stdin.flush()
-        status = int(server.stdout.readline())
-        IDLE.append(server)
-        return subprocess.CompletedProcess(argv, status, *[path.read_bytes() for path in files[1:]])
+class Run:
+    """
+    A script at work. wait() -> CompletedProcess with stdout and stderr as bytes; if live, .stdout is read before that.
+    text: its standard input. first: code to execute before it. files: other paths for stdin, stdout and stderr.
+    """
+    starting = threading.Lock()
+
+    def __init__(self, script, args=(), cwd=None, text='', environment={}, first='', live=False, files=()):
+        self.folder = tempfile.TemporaryDirectory()
+        self.argv = [sys.executable, str(PROJECT / script), *map(str, args)]
+        report, *own = self.paths = [Path(self.folder.name) / name for name in ('report', 'stdin', 'stdout', 'stderr')]
+        os.mkfifo(report)
+        own[0].write_text(text, encoding='utf-8')
+        os.mkfifo(own[1]) if live else own[1].touch()
+        own[2].touch()
+        job = [report, self.argv[1], self.argv[2:], cwd or os.getcwd(), files or own, environment, first]
+        with Run.starting:
+            if not SERVERS:
+                SERVERS.append(subprocess.Popen([sys.executable, '-c', SERVER], stdin=subprocess.PIPE, env=ENV))
+            SERVERS[0].stdin.write(json.dumps(job, default=str).encode() + b'\n')
+            SERVERS[0].stdin.flush()
+        self.report = open(report, encoding='ascii')
+        self.pid = int(self.report.readline())
+        self.stdout = open(own[1], encoding='utf-8') if live else None
+
+    def kill(self, number=signal.SIGKILL):
+        os.kill(self.pid, number)
+
+    def wait(self):
+        out = self.stdout.read().encode() if self.stdout else b''
+        status = int(self.report.readline())
+        if not self.stdout:
+            out = self.paths[2].read_bytes()
+        done = subprocess.CompletedProcess(self.argv, status, out, self.paths[3].read_bytes())
+        self.report.close()
+        self.folder.cleanup()
+        return done
 
 
-def run_together(script, args, n=2):
+def run(script, args, cwd=None, text='', environment={}, first=''):
+    """The script in a process of its own -> CompletedProcess with stdout and stderr as bytes."""
+    if hasattr(os, 'fork'):
+        return Run(script, args, cwd, text, environment, first).wait()
+    code = f'{first}\nimport runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name="__main__")'
+    argv = [sys.executable, '-c', code, str(PROJECT / script), *map(str, args)]
+    return subprocess.run(argv, cwd=cwd, env=ENV | environment | dict(PYTHONPATH=str(PROJECT)), input=text.encode(),
+                          capture_output=True, timeout=240, check=False)
+
+
+class ForkingSubprocess:
+    """What bench.py, compare.py and studies.py use of the module subprocess, for their runs of Python's scripts."""
+    PIPE, STDOUT = subprocess.PIPE, subprocess.STDOUT
+
+    @staticmethod
+    def run(command, cwd=None, **_):
+        done = Run(*command[1:2], command[2:], cwd or PROJECT).wait()
+        done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
+        return done
+
+    class Popen(Run):
+        def __init__(self, command, cwd=None, stdout=None, stderr=None, env=None, **_):
+            script, *args = [arg for arg in command[1:] if arg != '-u']
+            self.log = None if stdout == subprocess.PIPE else stdout
+            super().__init__(Path(cwd, script), args, cwd, environment=env or {}, live=not self.log)
+            self.returncode, self.send_signal = None, self.kill
+
+        def wait(self):
+            done = super().wait()
+            self.log and self.log.write((done.stdout + done.stderr).decode())
+            self.returncode = done.returncode
+            return self.returncode
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.wait()
+
+
+def end_server():
+    """Its time then counts as this process's."""
+    for server in SERVERS:
+        server.stdin.close()
+        server.wait()
+
+
+def run_together(script, args, n=2, **options):
     """The script in n processes that exchange gradients, as torchrun starts them -> [CompletedProcess]."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         shared = dict(WORLD_SIZE=str(n), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free.getsockname()[1]))
     with ThreadPoolExecutor(n) as pool:
-        return list(pool.map(lambda rank: run(script, args, environment=shared | dict(RANK=rank, LOCAL_RANK=rank)),
-                             map(str, range(n))))
+        return list(pool.map(lambda rank: run(script, args, environment=shared | dict(RANK=rank, LOCAL_RANK=rank),
+                                              **options), map(str, range(n))))
 
 
-def train(folder, out='out', command=(), cwd=None, extra=(), **settings):
-    """train.py with TINY's settings on folder/data into folder/out -> what it printed; it must end well."""
-    args = flags(**{**TINY, 'dataset': folder / 'data', 'out_dir': folder / out, **settings})
-    return well(run('train.py', [*extra, *args], command=command, cwd=cwd))
+NO_PICTURES = 'import sys; sys.modules.update({"matplotlib": None, "matplotlib.figure": None})' # a third of the time
+
+
+def train(folder, out='out', n=1, files=(), cwd=None, first=NO_PICTURES, **settings):
+    """
+    train.py with these config files and TINY's settings on folder/data into folder/out, in n processes -> what it
+    printed; it must end well.
+    """
+    args = [*files, *flags(**{**TINY, 'dataset': folder / 'data', 'out_dir': folder / out, **settings})]
+    if n == 1:
+        return well(run('train.py', args, cwd, first=first))
+    return ''.join(map(well, run_together('train.py', args, n, cwd=cwd, first=first)))
 
 
 def well(process):
@@ -118,16 +215,20 @@ JOBS = {}
 
 def job(work):
     """
-    A fixture with what work(folder) returns. A process takes seconds to import torch, so each job runs once for all the
-    tests that ask for it, and two at a time in the background, in the order of the tests.
+    A fixture with what work(folder) returns. Each job runs once for all the tests that ask for it, and two at a time in
+    the background, in the order of the tests.
     """
     JOBS[work.__name__] = work
     return pytest.fixture(scope='module', name=work.__name__)(lambda jobs: jobs[work.__name__].result())
 
 
+def skipped(item):
+    return any(mark.name == 'skip' for mark in item.iter_markers())
+
+
 @pytest.fixture(scope='module')
 def jobs(request, tmp_path_factory):
-    asked = [name for item in request.session.items if item.path == request.path
+    asked = [name for item in request.session.items if item.path == request.path and not skipped(item)
              for name in [*item.fixturenames, *getattr(item, 'callspec', item).__dict__.get('params', {}).values()]]
     with ThreadPoolExecutor(2) as pool:
         yield {name: pool.submit(JOBS[name], tmp_path_factory.mktemp('job'))

@@ -2,11 +2,11 @@
 import importlib.util
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 
-PROJECT = Path(__file__).resolve().parent.parent
+from helpers import ForkingSubprocess, PROJECT
+
 TINY = ['--device=cpu', '--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=32', '--vocab_size=11',
         '--batch_size=2', '--repeats=1', '--steps=1', '--iterations=4', '--new_tokens=3', '--contexts=1,8',
         '--batches=1,2', '--variants=gmlp,unet', '--lengths=16,32']
@@ -48,9 +48,11 @@ def positive(row, *columns):
     return all(row[column] > 0 for column in columns)
 
 
-def test_train_with_a_real_worker(bench, peer):
+@pytest.mark.parametrize('afresh', [False, pytest.param(True, marks=pytest.mark.long('a worker of its own'))])
+def test_train(bench, peer, afresh):
     in_process = bench.script.run_worker
-    bench.script.run_worker = lambda job: (in_process if job['peer'] else bench.script.run_worker_afresh)(job)
+    if afresh:
+        bench.script.run_worker = lambda job: (in_process if job['peer'] else bench.script.run_worker_afresh)(job)
     (ours, theirs), = bench('train', peer, '--peer_compile=False', '--dropout=0.1').values()
     for row in ours, theirs:
         assert positive(row, 'tokens/s', 'MFU', 'GB', 'ms/step', 'loss', 'M parameters')
@@ -103,7 +105,8 @@ def test_scale(bench, tmp_path):
     assert (tmp_path / 'result.png').stat().st_size > 1000
 
 
-def test_startup(bench):
+def test_startup(bench, monkeypatch):
+    monkeypatch.setattr(bench.script, 'subprocess', ForkingSubprocess)
     (ours,), = bench('startup').values()
     assert 0 < ours['s to the first step'] < ours['s to the end'] and 1 < ours['val loss'] < 4
 

@@ -12,9 +12,10 @@ import pytest
 import scipy.stats
 
 import compare
+import helpers
 from data.run import RunFolder
 from data.tokenizers import ByteTokenizer
-from helpers import PROJECT, write_data
+from helpers import ForkingSubprocess, NO_PICTURES, PROJECT, well, write_data
 from model import MIXERS
 
 RNG = np.random.default_rng
@@ -71,8 +72,8 @@ def test_line():
 
 
 def test_false_alarms():
-    """Of 2000 comparisons of three arms that are like the first, 5% call one of them better or worse."""
-    rng, n, alarms = RNG(0), 2000, 0
+    """Of 800 comparisons of three arms that are like the first, 5% call one of them better or worse."""
+    rng, n, alarms = RNG(0), 800, 0
     for _ in range(n):
         base, *arms = rng.normal(1.5, 0.016, (4, 5))
         ps = compare.holm([compare.paired(base.tolist(), arm.tolist())['p'] for arm in arms])
@@ -130,6 +131,8 @@ def run(words, tmp_path, monkeypatch, capsys):
         result = compare.read_run(folder, 0 if math.isfinite(loss) else 1) | dict(status=0, took=1.0)
         (folder / 'result.json').write_text(json.dumps(result))
     monkeypatch.setattr(compare, 'execute', execute)
+    draw = compare.draw
+    monkeypatch.setattr(compare, 'draw', lambda *args: script.draws and draw(*args)) # takes longer than all the rest
 
     def script(*arguments, status=None):
         for name, value in defaults.items():
@@ -151,11 +154,13 @@ def run(words, tmp_path, monkeypatch, capsys):
                                              + 0.001 * math.sin(7 * seed + len(key))
                                              + 0.05 * math.log2(factor / 2) ** 2)
     script.default_loss = script.loss
+    script.draws = False
     return script
 
 
 def test_verdicts(run, tmp_path):
     """A difference well below the seeds' own spread is found, as they are paired; the A/A arm is not one."""
+    run.draws = True
     first, better, worse, aa = run('--arms=qk_norm=True,mlp=swiglu', '--seeds=5', '--lrs=1,2,4', '--aa=True')
     assert first['arm'] == 'as it is' and 'difference' not in first
     assert better['difference'] == pytest.approx(-0.02, abs=2e-3)
@@ -174,6 +179,7 @@ def test_verdicts(run, tmp_path):
     for name in ('curves.png', 'learning_rates.png', 'differences.png'):
         assert (tmp_path / 'out' / name).stat().st_size > 5000
     assert 'qk_norm=True: better' in run.text and '| difference' in (tmp_path / 'out/table.md').read_text()
+    run.draws = False
     # again: nothing is trained; one seed and one arm more: these alone
     run('--arms=qk_norm=True,mlp=swiglu', '--seeds=5', '--lrs=1,2,4', '--aa=True')
     assert run.asked == []
@@ -335,6 +341,27 @@ def start(words, out, *more):
                             env=os.environ | dict(OMP_NUM_THREADS='1'))
 
 
+def run_directly(words, tmp_path, seed):
+    """train.py with the settings that compare.py gives the second arm."""
+    return well(helpers.run('train.py', [
+        words, '--qk_norm=True', f'--seed={seed}', '--eval_tokens=64', '--device=cpu', '--dtype=float32',
+        '--peak_flops=1e12', '--eval_interval=2', f'--out_dir={tmp_path}/direct'], first=NO_PICTURES))
+
+
+def test_each_run_is_what_train_py_makes_of_the_same_settings(words, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, 'subprocess', ForkingSubprocess)
+    monkeypatch.setattr(compare, 'STOPPING', compare.threading.Event())
+    for name in compare.OWN:
+        monkeypatch.setattr(compare, name, getattr(compare, name)) # and back at the end
+    compare.main([str(words), f'--out={tmp_path}/out', '--arms=qk_norm=True', '--seeds=1', '--eval_tokens=64',
+                  '--jobs=2', '--device=cpu', '--dtype=float32', '--peak_flops=1e12'])
+    rows = json.loads((tmp_path / 'out/compare.json').read_text())['tables'][0]['rows']
+    assert all(1 < row['loss'] < 3.2 for row in rows) and not list(tmp_path.glob('out/runs/*/*.pt'))
+    text = run_directly(words, tmp_path, 1)
+    assert 'step 8: train loss' in text and f"val loss {rows[1]['losses'][0]:.4f}" in text
+
+
+@pytest.mark.long('eight processes')
 def test_real_runs(words, tmp_path):
     """Two at once; interrupted and gone on with; each one is what train.py makes of the same settings."""
     process = start(words, tmp_path / 'out', '--jobs=2')
@@ -352,13 +379,11 @@ def test_real_runs(words, tmp_path):
     assert all(path.read_bytes() == before for path, before in known.items())
     assert all(1 < loss < 3.2 for row in rows for loss in row['losses']) and len(rows[1]['losses']) == 2
     assert not list(tmp_path.glob('out/runs/*/*.pt')) # no weights are left behind
-    direct = subprocess.run(
-        [sys.executable, PROJECT / 'train.py', words, '--qk_norm=True', '--seed=2', '--eval_tokens=64', '--device=cpu',
-         '--dtype=float32', '--peak_flops=1e12', '--eval_interval=2', f'--out_dir={tmp_path}/direct'],
-        capture_output=True, text=True, check=True, env=os.environ | dict(OMP_NUM_THREADS='1'))
-    assert "step 8: train loss" in direct.stdout and f"val loss {rows[1]['losses'][1]:.4f}" in direct.stdout
+    text = run_directly(words, tmp_path, 2)
+    assert 'step 8: train loss' in text and f"val loss {rows[1]['losses'][1]:.4f}" in text
 
 
+@pytest.mark.long('submitit')
 def test_on_a_cluster(words, tmp_path):
     """By submitit, whose local executor stands in for SLURM."""
     pytest.importorskip('submitit')

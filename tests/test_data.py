@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import helpers
 from data import stream as hub
 from data import tokens as T
 from data.tokenizers import (EOT, ByteTokenizer, CharTokenizer, TiktokenTokenizer, load_tokenizer, read_argument,
@@ -897,8 +898,8 @@ def test_two_writers_at_once(tmp_path):
 def prepare(name, *arguments, error=None):
     """Runs data/<name>/prepare.py (or another script there) and returns what it prints; error: what it fails with."""
     script = ROOT / 'data' / (name if name.endswith('.py') else f'{name}/prepare.py')
-    result = subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True, encoding='utf-8',
-                            env={**os.environ, 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'}, timeout=120)
+    result = helpers.run(script, arguments)
+    result.stdout, result.stderr = result.stdout.decode(), result.stderr.decode()
     if error is None:
         assert result.returncode == 0, result.stderr
         return result.stdout
@@ -1595,7 +1596,7 @@ def test_recall_from_data_to_accuracy(tmp_path):
     small = [f'--out_dir={tmp_path}/run', f'--dataset={tmp_path}/short', '--block_size=8', '--n_embd=32',
              '--max_iters=300', '--eval_interval=300', '--device=cpu']
     files = ['config/recall.py', 'config/mixers/gated_delta.py']
-    subprocess.run([sys.executable, ROOT / 'train.py', *files, *small], check=True, cwd=ROOT, capture_output=True)
+    helpers.well(helpers.run('train.py', [*files, *small], cwd=ROOT, first=helpers.NO_PICTURES))
     printed = prepare('recall/evaluate.py', files[1], f'--out_dir={tmp_path}/run', f'--dataset={tmp_path}/short')
     answers, examples, state = printed.splitlines()[1:]
     assert float(answers.split()[-1].rstrip('%')) > 60 # guessing one of two values gives 50%

@@ -158,6 +158,7 @@ def test_a_tokenizer_that_adds_tokens(tmp_path):
     assert tokenizer.parts['post_processor'] and as_fast(tokenizer).encode('the cat').ids == tokenizer.encode('the cat')
 
 
+@pytest.mark.long('imports transformers three times')
 def test_from_the_command_line(tmp_path):
     """An idea's file goes with its code; a folder with something in it stays as it is."""
     idea = (PROJECT / 'config/mixers/gated_delta.py').read_text().replace('class GatedDelta', 'class MyIdea')
@@ -180,6 +181,7 @@ def test_from_the_command_line(tmp_path):
     assert json.loads((tmp_path / 'folder/config.json').read_text())['gpt']['mixer'] == 'my_idea'
 
 
+@pytest.mark.long('a harness')
 def test_in_the_harness_that_everybody_quotes(tmp_path):
     """lm-evaluation-harness on tasks of local files: its answers and bits per byte are this project's."""
     lm_eval = pytest.importorskip('lm_eval')

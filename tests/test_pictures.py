@@ -44,7 +44,7 @@ def test_from_pictures_to_samples(tmp_path):
     for x, y in [Split(tmp_path / 'data', 'train').batch(0, 30, 17, 'epoch'),
                  *Split(tmp_path / 'data', 'val').fixed_batches(99, 99, 17)]:
         assert (x[:, 0] == GREYS.eot).all() and (x[:, 1:] < 4).all() and (y[:, -1] == GREYS.eot).all()
-    said = train(tmp_path, sampling='epoch', block_size=17, sample_tokens=16, max_iters=5)
+    said = train(tmp_path, first='', sampling='epoch', block_size=17, sample_tokens=16, max_iters=5)
     last = [line for line in metrics(tmp_path / 'out') if 'val_loss' in line][-1]
     assert last['bits_per_dimension'] == pytest.approx(last['val_loss'] * 17 / 16 / math.log(2))
     assert 'bits per dimension' in said and (tmp_path / 'out/loss.png').exists()

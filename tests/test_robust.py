@@ -23,10 +23,11 @@ from data.writer import Writer
 from data.checkpoints import load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
+STEPS = 60
 SMALL = ['--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_size=4',
-         '--gradient_accumulation_steps=2', '--dropout=0.1', '--eval_interval=40', '--eval_iters=2',
-         '--warmup_iters=5', '--max_iters=120', '--lr_decay_iters=120', '--learning_rate=1e-2', '--device=cpu',
-         '--peak_flops=1e12']
+         '--gradient_accumulation_steps=2', '--dropout=0.1', '--eval_interval=20', '--eval_iters=2',
+         '--warmup_iters=5', f'--max_iters={STEPS}', f'--lr_decay_iters={STEPS}', '--learning_rate=1e-2',
+         '--device=cpu', '--peak_flops=1e12']
 posix = pytest.mark.skipif(os.name != 'posix', reason='signals and limits of POSIX')
 
 
@@ -40,18 +41,19 @@ def dataset(tmp_path_factory):
     return folder
 
 
-def command(dataset, out, *more, script='train.py'):
-    return [sys.executable, str(ROOT / script), f'--dataset={dataset}', f'--out_dir={out}', *SMALL, *more]
+def arguments(dataset, out, *more):
+    return [f'--dataset={dataset}', f'--out_dir={out}', *SMALL, *more]
 
 
-def run(dataset, out, *more, code=0, **kwargs):
-    if kwargs:
-        done = subprocess.run(command(dataset, out, *more), capture_output=True, text=True, timeout=240, **kwargs)
-    else: # a fork that has imported torch already
-        done = helpers.run('train.py', command(dataset, out, *more)[2:])
-        done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
+def run(dataset, out, *more, code=0, first=helpers.NO_PICTURES, **options):
+    done = helpers.run('train.py', arguments(dataset, out, *more), first=first, **options)
+    done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
     assert done.returncode == code, done.stdout[-2000:] + done.stderr[-4000:]
     return done
+
+
+def start(dataset, out, *more):
+    return helpers.Run('train.py', arguments(dataset, out, *more), first=helpers.NO_PICTURES, live=True)
 
 
 def same(a, b):
@@ -73,25 +75,19 @@ def losses(out):
 def whole(dataset, tmp_path_factory):
     """The run that nothing interrupted."""
     out = tmp_path_factory.mktemp('whole') / 'out'
-    run(dataset, out, '--snapshot_interval=60')
+    run(dataset, out)
     return out
-
-
-def test_snapshots_are_kept(whole):
-    assert sorted(p.name for p in whole.glob('step-*.pt')) == ['step-120.pt', 'step-60.pt']
-    assert load_checkpoint(whole / 'step-60.pt')['iter_num'] == 60
-    same(whole / 'step-120.pt', whole / 'ckpt.pt')
 
 
 @posix
 def test_kill_at_random_moments_loses_at_most_an_interval(dataset, whole, tmp_path):
     out, interval, rng = tmp_path / 'out', 3, random.Random(1)
-    kills = int(os.environ.get('KILLS', 4))
-    steps = max(120, 12 * kills)
+    kills = int(os.environ.get('KILLS', 3))
+    steps = max(STEPS, 12 * kills)
     long = [f'--max_iters={steps}', f'--checkpoint_interval={interval}', '--init_from=auto']
     done = 0
     while done < kills:
-        process = subprocess.Popen(command(dataset, out, *long), stdout=subprocess.PIPE, text=True)
+        process = start(dataset, out, *long)
         step, wanted = 0, rng.randint(1, 9) # kill somewhere after so many more lines
         for line in process.stdout:
             if ': loss ' in line:
@@ -99,9 +95,10 @@ def test_kill_at_random_moments_loses_at_most_an_interval(dataset, whole, tmp_pa
                 if wanted == 0:
                     time.sleep(rng.random() * 0.05)
                     process.kill()
-        if process.wait() == 0:
+        status = process.wait().returncode
+        if status == 0:
             break # finished before its time: the rest of the kills has no run to hit
-        assert process.returncode == -signal.SIGKILL
+        assert status == -signal.SIGKILL
         done += 1
         saved = (step - 1) // interval * interval # for certain: a step is told before its checkpoint is written
         if saved:
@@ -109,7 +106,7 @@ def test_kill_at_random_moments_loses_at_most_an_interval(dataset, whole, tmp_pa
     run(dataset, out, *long)
     print(f'{done} kills survived')
     assert done == kills
-    if steps == 120:
+    if steps == STEPS:
         same(out / 'ckpt.pt', whole / 'ckpt.pt')
         same(out / 'best.pt', whole / 'best.pt')
         assert losses(out) == losses(whole)
@@ -121,10 +118,6 @@ def test_auto_begins_again_what_was_killed_before_its_first_checkpoint(dataset, 
     (out / 'metrics.jsonl').write_text('{"step": 1, "tokens": 128, "seconds": 0.1, "loss": 9.0}\n', encoding='utf-8')
     (out / 'ckpt.pt.tmp').write_bytes(b'half')
     assert 'left no ckpt.pt' in run(dataset, out, '--max_iters=2', code=2).stderr
-    (out / 'step-1.pt').write_bytes(b'kept')
-    assert 'left no ckpt.pt' in run(dataset, out, '--max_iters=2', '--init_from=auto', code=2).stderr
-    assert (out / 'step-1.pt').read_bytes() == b'kept'
-    (out / 'step-1.pt').unlink()
     run(dataset, out, '--max_iters=2', '--init_from=auto')
     assert load_checkpoint(out / 'ckpt.pt')['iter_num'] == 2 and 9.0 not in [loss for _, loss, _, _ in losses(out)]
 
@@ -133,14 +126,14 @@ def test_auto_begins_again_what_was_killed_before_its_first_checkpoint(dataset, 
 @pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT', 'SIGUSR1'])
 def test_signals_save_and_exit_with_the_customary_code(name, dataset, whole, tmp_path):
     out = tmp_path / 'out'
-    process = subprocess.Popen(command(dataset, out, '--max_iters=100000', '--eval_interval=100000'),
-                               stdout=subprocess.PIPE, text=True)
+    process = start(dataset, out, '--max_iters=100000', '--eval_interval=100000')
     for line in process.stdout:
         if line.startswith('step 7:'):
-            process.send_signal(getattr(signal, name))
+            process.kill(getattr(signal, name))
             break
-    rest = process.stdout.read()
-    assert process.wait() == 128 + getattr(signal, name)
+    done = process.wait()
+    rest = done.stdout.decode()
+    assert done.returncode == 128 + getattr(signal, name)
     step = load_checkpoint(out / 'ckpt.pt')['iter_num']
     assert step >= 7 and f'{name}: saving step {step}' in rest
     if name == 'SIGTERM': # and the run goes on as if nothing had been
@@ -150,32 +143,29 @@ def test_signals_save_and_exit_with_the_customary_code(name, dataset, whole, tmp
 
 @posix
 def test_a_second_ctrl_c_leaves_at_once(dataset, tmp_path):
-    process = subprocess.Popen(
-        command(dataset, tmp_path / 'out', '--max_iters=100000', '--gradient_accumulation_steps=4000'),
-        stdout=subprocess.PIPE, text=True)
+    process = start(dataset, tmp_path / 'out', '--max_iters=100000', '--gradient_accumulation_steps=40000')
     for line in process.stdout:
         if line.startswith('step 0'):
             break
-    time.sleep(0.5) # into the first step, which takes minutes
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.5)
-    assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=20) == -signal.SIGINT
+    time.sleep(0.3) # into the first step, which takes many minutes
+    process.kill(signal.SIGINT)
+    time.sleep(0.3)
+    process.kill(signal.SIGINT) # which it lives to see
+    assert process.wait().returncode == -signal.SIGINT
     assert not (tmp_path / 'out' / 'ckpt.pt').exists()
 
 
 @posix
 def test_a_full_disk_keeps_the_old_checkpoint_and_training_goes_on(dataset, whole, tmp_path):
-    import resource
     out = tmp_path / 'out'
-    run(dataset, out, '--max_iters=40')
-    size = (out / 'ckpt.pt').stat().st_size
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2)) # as a disk without room for it
-    done = run(dataset, out, '--init_from=resume', '--checkpoint_interval=10', code=1, preexec_fn=limit)
+    run(dataset, out, '--max_iters=20')
+    half = (out / 'ckpt.pt').stat().st_size // 2
+    limit = f'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({half}, {half}))' # a disk without room for it
+    done = run(dataset, out, '--init_from=resume', '--checkpoint_interval=5', code=1, first=limit)
     assert done.stdout.count('ckpt.pt could not be written: ') > 3 and '; the old one is kept' in done.stdout
-    assert 'step 120: loss' in done.stdout and 'error: the state of step 120 is not on disk' in done.stdout
-    assert load_checkpoint(out / 'ckpt.pt')['iter_num'] == 40 and not list(out.glob('*.tmp'))
+    assert (f'step {STEPS}: loss' in done.stdout
+            and f'error: the state of step {STEPS} is not on disk' in done.stdout)
+    assert load_checkpoint(out / 'ckpt.pt')['iter_num'] == 20 and not list(out.glob('*.tmp'))
     run(dataset, out, '--init_from=resume') # there is room again
     same(out / 'ckpt.pt', whole / 'ckpt.pt')
 
@@ -247,7 +237,7 @@ def test_steps_that_blow_up_are_skipped_and_explained(dataset, tmp_path):
 
 def test_dry_run_writes_nothing_and_says_what_a_run_costs(dataset, tmp_path):
     done = run(dataset, tmp_path / 'out', '--dry_run')
-    assert 'dry run passed: 120 steps take about' in done.stdout and not list(tmp_path.iterdir())
+    assert f'dry run passed: {STEPS} steps take about' in done.stdout and not list(tmp_path.iterdir())
     bad = tmp_path / 'bad'
     bad.mkdir()
     np.full(1000, 3, '<u2').tofile(bad / 'train.bin')
@@ -269,7 +259,7 @@ def test_resuming_lists_changes_and_refuses_those_that_make_no_sense(dataset, wh
     import shutil
     out = tmp_path / 'out'
     shutil.copytree(whole, out)
-    done = run(dataset, out, '--init_from=resume', '--learning_rate=5e-3', '--max_iters=121')
+    done = run(dataset, out, '--init_from=resume', '--learning_rate=5e-3', f'--max_iters={STEPS + 1}')
     assert 'changed  learning_rate=0.005, was 0.01' in done.stdout
     for change, words in [('--n_head=4', 'n_head=4 instead of 2'), ('--mlp=relu2', "mlp='relu2' instead of 'gelu'"),
                           ('--n_layer=3', 'n_layer=3 instead of 2')]:
@@ -279,21 +269,20 @@ def test_resuming_lists_changes_and_refuses_those_that_make_no_sense(dataset, wh
         writer.write('train', [0, 1] * 200)
         writer.write('val', [0, 1] * 50)
     assert 'weights were trained with' in run(other, out, '--init_from=resume', code=2).stderr
-    run(other, out, '--init_from=resume', '--allow_changes', '--max_iters=123')
+    run(other, out, '--init_from=resume', '--allow_changes', f'--max_iters={STEPS + 3}')
     config = json.loads((out / 'config.json').read_text())
     assert config['torch'] == torch.__version__ and len(config['data']) == 2 and config['resolved']['device'] == 'cpu'
 
 
-def torchrun(dataset, out, *more, restarts=0, **kwargs):
+def torchrun(dataset, out, *more, restarts=0):
     launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
-              f'--max_restarts={restarts}']
-    return subprocess.Popen(launch + command(dataset, out, *more)[1:], stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, **kwargs)
+              f'--max_restarts={restarts}', str(ROOT / 'train.py'), *arguments(dataset, out, *more)]
+    return subprocess.Popen(launch, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=helpers.ENV)
 
 
 def run_two(dataset, out, *more, code=0):
     """Two processes -> what the first said."""
-    one, other = helpers.run_together('train.py', command(dataset, out, *more)[2:])
+    one, other = helpers.run_together('train.py', arguments(dataset, out, *more), first=helpers.NO_PICTURES)
     said = one.stdout.decode() + one.stderr.decode()
     assert one.returncode == other.returncode == code, said[-3000:] + other.stderr.decode()[-3000:]
     return said
@@ -308,17 +297,18 @@ def test_sharded_and_plain_runs_continue_each_other(dataset, tmp_path):
         "out_dir = .*\n", '', (ROOT / 'config/mixers/linear_attention.py').read_text()).replace('chunk: int = 64',
                                                                                             'chunk: int = 5'))
     steps = [str(idea), '--dropout=0.0', '--dtype=float32', '--learning_rate=1e-3', '--gradient_accumulation_steps=4']
-    run(dataset, tmp_path / 'one', *steps, '--max_iters=8')
+    run(dataset, tmp_path / 'one', *steps, '--max_iters=4')
     for first, second in ('fsdp', 'ddp'), ('ddp', 'fsdp'):
         out = tmp_path / first
-        for parallel, more in (first, ['--max_iters=4']), (second, ['--max_iters=8', '--init_from=resume']):
+        for parallel, more in (first, ['--max_iters=2']), (second, ['--max_iters=4', '--init_from=resume']):
             run_two(dataset, out, *steps, *more, f'--parallel={parallel}')
         expected = {step: loss for step, loss, _, _ in losses(tmp_path / 'one') if loss}
         found = {step: loss for step, loss, _, _ in losses(out) if loss}
         assert found.keys() == expected.keys() and max(abs(found[s] - expected[s]) for s in expected) < 2e-5
-    run(dataset, tmp_path / 'ddp', '--init_from=resume', '--parallel=ddp', '--max_iters=10', *steps) # written by fsdp
+    run(dataset, tmp_path / 'ddp', '--init_from=resume', '--parallel=ddp', '--max_iters=5', *steps) # written by fsdp
     for i, more in enumerate(([], [str(idea)])): # matrices travel in 16 bits; a mixer that has others does not
-        narrow = [*more, '--dropout=0.0', '--dtype=bfloat16', '--max_iters=4', '--gradient_accumulation_steps=4']
+        narrow = [*more, '--n_layer=1', '--dropout=0.0', '--dtype=bfloat16', '--max_iters=4',
+                  '--gradient_accumulation_steps=4']
         run(dataset, tmp_path / f'narrow{i}', *narrow)
         run_two(dataset, tmp_path / f'sharded{i}', *narrow, '--parallel=fsdp')
         expected, found = (losses(tmp_path / f'{name}{i}')[-5:] for name in ('narrow', 'sharded'))
@@ -329,16 +319,16 @@ def test_sharded_and_plain_runs_continue_each_other(dataset, tmp_path):
 
 def test_accumulation_that_does_not_divide(dataset, tmp_path):
     process = run(dataset, tmp_path / 'out', '--gradient_accumulation_steps=5', code=2,
-                  env=os.environ | dict(RANK='0', LOCAL_RANK='0', WORLD_SIZE='4'))
+                  environment=dict(RANK='0', LOCAL_RANK='0', WORLD_SIZE='4'))
     assert process.stderr == ("error: gradient_accumulation_steps=5 is not divisible by the 4 processes: take 8\n")
     assert not (tmp_path / 'out').exists()
 
 
 @posix
 def test_muon_over_processes(dataset, tmp_path):
-    """Two processes take the steps of one, with clipping by rows and an average; sharded weights are refused."""
-    steps = ['--dropout=0.0', '--dtype=float32', '--learning_rate=1e-3', '--optimizer=muon', '--ema=0.9',
-             '--adaptive_clip=0.1', '--max_iters=8']
+    """Two processes take the steps of one, with clipping by rows; sharded weights are refused."""
+    steps = ['--dropout=0.0', '--dtype=float32', '--learning_rate=1e-3', '--optimizer=muon', '--adaptive_clip=0.1',
+             '--max_iters=8']
     run(dataset, tmp_path / 'one', *steps)
     run_two(dataset, tmp_path / 'two', *steps)
     expected, found = ({step: loss for step, loss, _, _ in losses(tmp_path / name) if loss} for name in ('one', 'two'))
@@ -352,17 +342,27 @@ def test_muon_over_processes(dataset, tmp_path):
 @posix
 def test_several_processes_end_as_one_does(dataset, tmp_path):
     """With its words, its exit status and its temporary files removed, though they skip Python's teardown."""
+    bad = ['--learning_rate=1e30', '--warmup_iters=0', '--max_bad_steps=5', '--dtype=float32']
+    assert 'stopping after 5 such steps' in run_two(dataset, tmp_path / 'bad', *bad, code=1)
+    assert 'dry run passed' in run_two(dataset, tmp_path / 'dry', '--dry_run')
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['bad']
+
+
+@posix
+@pytest.mark.long('torchrun, twice')
+def test_torchrun_sees_how_its_processes_end(dataset, tmp_path):
     process = torchrun(dataset, tmp_path / 'bad', '--learning_rate=1e30', '--warmup_iters=0', '--max_bad_steps=5',
                        '--dtype=float32')
     text = process.communicate()[0]
     assert process.returncode == 1 and 'stopping after 5 such steps' in text and 'exitcode  : 1 ' in text, text[-3000:]
     process = torchrun(dataset, tmp_path / 'dry', '--dry_run')
     text = process.communicate()[0]
-    assert (process.returncode == 0 and 'dry run passed' in text
-            and sorted(p.name for p in tmp_path.iterdir()) == ['bad']), text[-3000:]
+    assert process.returncode == 0 and 'dry run passed' in text, text[-3000:]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['bad']
 
 
 @posix
+@pytest.mark.long('torchrun, whose processes start twice')
 def test_a_lost_rank_is_replaced_and_the_run_goes_on(dataset, tmp_path):
     out = tmp_path / 'out'
     process = torchrun(dataset, out, '--init_from=auto', '--checkpoint_interval=5', '--max_iters=60',
@@ -417,17 +417,17 @@ def test_any_prompt_survives_the_round_trip(text):
     assert tokenizer.decode(tokenizer.encode(text, allow_special=False)) == text
 
 
-@pytest.mark.parametrize('mixer', ['attention', 'gmlp', 'unet'])
+@pytest.mark.parametrize('mixer', ['attention', 'unet'])
 def test_random_window_lengths(mixer, dataset, tmp_path):
     """Each step draws a length, a function of seed and step: a resumed run draws the same."""
-    model = ['--unet_layers=1,1', '--mixer=mlp_mixer'] if mixer == 'unet' else [f'--mixer={mixer}']
-    args = [*model, '--min_block_size=3', '--max_iters=24', '--eval_interval=12']
+    model = ['--n_layer=1', '--unet_layers=1', '--mixer=mlp_mixer'] if mixer == 'unet' else ['--n_layer=1']
+    args = [*model, '--min_block_size=3', '--max_iters=16', '--eval_interval=8']
     run(dataset, tmp_path / 'a', *args)
     tokens = [json.loads(line)['tokens'] for line in open(tmp_path / 'a' / 'metrics.jsonl') if '"loss"' in line]
     lengths = [(b - a) // 8 for a, b in zip([0, *tokens], tokens)] # 2 micro-batches of 4 sequences
     assert set(lengths) <= {3, 5, 7, 9, 10, 12, 14, 16} and len(set(lengths)) > 4
-    run(dataset, tmp_path / 'b', *args[:-2], '--eval_interval=12', '--max_iters=12')
-    run(dataset, tmp_path / 'b', '--init_from=resume', '--max_iters=24', '--eval_interval=12')
+    run(dataset, tmp_path / 'b', *args, '--max_iters=8')
+    run(dataset, tmp_path / 'b', *args, '--init_from=resume')
     same(tmp_path / 'a' / 'ckpt.pt', tmp_path / 'b' / 'ckpt.pt')
 
 
@@ -440,14 +440,14 @@ def test_window_lengths_are_compiled_at_most_once_each():
         backend = lambda graph, inputs: compiled.append(1) or graph.forward
         model = GPT(GPTConfig(block_size=32, vocab_size=11, n_layer=1, n_head=2, n_embd=8, mixer=mixer))
         fast = torch.compile(model, backend=backend, dynamic=False)
-        lengths = [4, 12, 24, 32]
+        lengths = [12, 32]
         graphs = []
         for _ in range(3):
             for T in lengths:
                 idx = torch.zeros(2, T, dtype=torch.long)
                 fast(idx, idx)
             graphs.append(len(compiled))
-        assert graphs == [4, 4, 4], mixer
+        assert graphs == [2, 2, 2], mixer
 
 
 OWN_MIXER = """
@@ -485,12 +485,12 @@ for _ in range(20):
 assert loss.item() < first - 0.1
 print(model.generate(idx[:, :2], 12, temperature=0.0).shape)
 """
-    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and 'torch.Size([1, 14])' in done.stdout, done.stderr
+    (tmp_path / 'alone.py').write_text(code)
+    done = helpers.run(tmp_path / 'alone.py', [])
+    assert done.returncode == 0 and b'torch.Size([1, 14])' in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize('ema', [0.0, 0.9])
-def test_a_mixer_with_a_buffer_can_be_opened_again(ema, tmp_path, monkeypatch):
+def test_a_mixer_with_a_buffer_can_be_opened_again(tmp_path, monkeypatch):
     import model
     from data.checkpoints import load_model, save_checkpoint, stored_config
     namespace = dict(vars(model))
@@ -499,8 +499,6 @@ def test_a_mixer_with_a_buffer_can_be_opened_again(ema, tmp_path, monkeypatch):
     exec(OWN_MIXER, namespace)
     network = model.GPT(model.GPTConfig(block_size=8, vocab_size=5, n_layer=1, n_head=1, n_embd=8, mixer='own'))
     content = dict(model=network.state_dict(), model_args=stored_config(network.config))
-    if ema:
-        content['average'] = {name: p.detach() for name, p in network.named_parameters()}
     save_checkpoint(tmp_path / 'ckpt.pt', content)
     again, _ = load_model(tmp_path / 'ckpt.pt')
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in network.state_dict().items())
@@ -544,28 +542,27 @@ def test_a_deleted_setting_at_its_default_locks_nothing_out(tmp_path):
 
 @posix
 def test_two_runs_in_one_folder_are_refused(dataset, tmp_path):
-    from data.run import RunFolder
-    (tmp_path / 'out').mkdir()
-    folder = RunFolder(tmp_path / 'out')
-    folder.lock()
-    done = run(dataset, tmp_path / 'out', '--max_iters=2', code=2)
+    out = tmp_path / 'out'
+    first = start(dataset, out, '--max_iters=100000', '--eval_interval=100000')
+    for line in first.stdout:
+        if line.startswith('step 2:'):
+            break
+    done = run(dataset, out, '--max_iters=2', '--overwrite=True', code=2)
     assert 'another run is at work' in done.stderr and done.stderr.count('\n') == 1
-    assert not list((tmp_path / 'out').iterdir())
-    os.close(folder.locked) # as the end of a process does, however it ends
-    run(dataset, tmp_path / 'out', '--max_iters=2')
+    first.kill()
+    lines = (out / 'metrics.jsonl').read_text()
+    assert first.wait().returncode == -signal.SIGKILL and '"step": 2,' in lines
+    run(dataset, out, '--max_iters=2', '--overwrite=True') # its lock went with it
 
 
 def test_a_run_without_matplotlib_wandb_and_datasets(dataset, tmp_path):
-    code = ('import runpy, sys; del sys.argv[0]; sys.path.insert(0, sys.argv[0].rpartition("/")[0]); '
-            'sys.modules.update(dict.fromkeys(["matplotlib", "matplotlib.figure", "wandb", "datasets"])); '
-            'runpy.run_path(sys.argv[0], run_name="__main__")')
-    args = command(dataset, tmp_path / 'out', '--max_iters=2')[1:]
-    done = subprocess.run([sys.executable, '-c', code, *args], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0 and 'pip install matplotlib' in done.stdout, done.stderr
+    without = 'import sys; sys.modules.update(dict.fromkeys({}))'.format
+    done = run(dataset, tmp_path / 'out', '--max_iters=2', 
+               first=without(['matplotlib', 'matplotlib.figure', 'wandb', 'datasets']))
+    assert 'pip install matplotlib' in done.stdout
     assert (tmp_path / 'out' / 'ckpt.pt').exists() and not (tmp_path / 'out' / 'loss.png').exists()
-    code = code.replace('"datasets"', '"tqdm"') # which every run needs
-    done = subprocess.run([sys.executable, '-c', code, *args], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 2 and done.stderr.count('\n') == 1 and 'pip install -r requirements.txt' in done.stderr
+    done = run(dataset, tmp_path / 'out', '--max_iters=2', first=without(['tqdm']), code=2) # which every run needs
+    assert done.stderr.count('\n') == 1 and 'pip install -r requirements.txt' in done.stderr
 
 
 @posix

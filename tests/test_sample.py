@@ -2,8 +2,6 @@
 import os
 import select
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,9 +10,11 @@ import torch
 
 from data.checkpoints import save_pretrained, stored_config
 from data.tokenizers import ByteTokenizer, CharTokenizer, load_tokenizer
-from helpers import (ENV, JOBS, PROJECT, V, WORDS, flags, job, jobs, random_model, run, tree, well,  # noqa: F401
+from helpers import (JOBS, V, WORDS, Run, flags, job, jobs, random_model, run, tree, well,  # noqa: F401
                      write_checkpoint, write_malicious, write_nano, write_nano_data)
 from model import GPT, GPTConfig
+
+posix = pytest.mark.skipif(os.name != 'posix', reason='needs signals and a pseudo-terminal')
 
 # After each byte comes the next one of this cycle: no byte is in it twice, é and 日 have two and three.
 CYCLE = b'ab' + 'é'.encode() + b'c' + '日'.encode() + b'dEND. '
@@ -257,61 +257,59 @@ def test_tiktoken(tiktoken):
 # ---------------------------------------------------------------------------------------------------------------------
 # streaming
 
+@posix
 def test_streams(tmp_path):
     """The text comes while it is generated: a few of very many tokens are read. Ctrl-C then ends it quietly."""
     write_cycle(tmp_path)
     args = flags(out_dir=tmp_path / 'out', device='cpu', start='a', temperature=0, max_new_tokens=10 ** 6)
-    with subprocess.Popen([sys.executable, str(PROJECT / 'sample.py'), *args], stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, env=ENV) as process:
-        first = os.read(process.stdout.fileno(), 1 << 16)
-        text = first + process.stdout.read(200)
-        process.send_signal(signal.SIGINT) if os.name == 'posix' else process.kill()
-        process.stdout.read()
-        said = process.stderr.read().decode()
+    process = Run('sample.py', args, live=True)
+    first = os.read(process.stdout.fileno(), 1 << 16)
+    text = first + os.read(process.stdout.fileno(), 200)
+    process.kill(signal.SIGINT)
+    done = process.wait()
     assert len(first) < 4096 # not a buffer full
     assert text == (b'a' + follow('a', len(text)))[:len(text)]
-    if os.name == 'posix':
-        assert process.returncode == 130 and 'Traceback' not in said
+    assert done.returncode == 130 and b'Traceback' not in done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # chat
 
-@pytest.mark.skipif(os.name != 'posix', reason='needs a pseudo-terminal')
+@posix
 def test_ctrl_c_stops_the_answer_and_keeps_the_chat(tmp_path):
     import pty
     write_cycle(tmp_path)
     args = flags(out_dir=tmp_path / 'out', device='cpu', temperature=0, max_new_tokens=10 ** 6, interactive=True,
                  user_prefix='Q', bot_prefix='a')
     terminal, inside = pty.openpty()
-    with subprocess.Popen([sys.executable, str(PROJECT / 'sample.py'), *args], stdin=inside, stdout=inside,
-                          stderr=inside, env=ENV, start_new_session=True) as process:
-        os.close(inside)
-        shown, seen = b'', 0
-        def read_until(word):
-            nonlocal shown, seen
-            while word not in shown[seen:]:
-                assert select.select([terminal], [], [], 30)[0], (word, shown[-500:])
-                shown += os.read(terminal, 4096)
-            seen = shown.index(word, seen) + len(word)
+    process = Run('sample.py', args, files=[os.ttyname(inside)] * 3)
+    shown, seen = b'', 0
 
-        def write(line):
-            time.sleep(0.5) # readline shows its prompt before it listens, and what came until then may be lost
-            os.write(terminal, line)
-        read_until(b'/reset forgets')
+    def read_until(word):
+        nonlocal shown, seen
+        while word not in shown[seen:]:
+            assert select.select([terminal], [], [], 30)[0], (word, shown[-500:])
+            shown += os.read(terminal, 4096)
+        seen = shown.index(word, seen) + len(word)
+
+    def write(line):
+        time.sleep(0.3) # readline shows its prompt before it listens, and what came until then may be lost
+        os.write(terminal, line)
+    read_until(b'/reset forgets')
+    read_until(b'Q')
+    for _ in range(2): # the chat goes on after the first one
+        write(b'ab\n')
+        read_until('日'.encode())
+        process.kill(signal.SIGINT)
+        read_until(b'(stopped)')
         read_until(b'Q')
-        for _ in range(2): # the chat goes on after the first one
-            write(b'ab\n')
-            read_until('日'.encode())
-            process.send_signal(signal.SIGINT)
-            read_until(b'(stopped)')
-            read_until(b'Q')
-        write(b'/help\n')
-        read_until(b'Ctrl-D')
-        read_until(b'Q')
-        time.sleep(0.5)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
+    write(b'/help\n')
+    read_until(b'Ctrl-D')
+    read_until(b'Q')
+    time.sleep(0.3)
+    process.kill(signal.SIGINT)
+    assert process.wait().returncode == 130
+    os.close(inside)
     os.close(terminal)
     assert b'Traceback' not in shown
 

@@ -1,17 +1,17 @@
 """tests/studies.py runs: each study, tiny, on the CPU, with a dataset of few characters. No timing is checked."""
 import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
+import bench
 from data.checkpoints import save_checkpoint
 from data.tokenizers import CharTokenizer
 from data.writer import Writer
+from helpers import ForkingSubprocess, PROJECT
 from model import GPT, GPTConfig
 
-PROJECT = Path(__file__).resolve().parent.parent
 TINY = ['--device=cpu', '--n_layer=1', '--n_head=2', '--n_embd=16', '--iterations=4']
 LINES = [(1.0, 'number of parameters: 0.8M'), (1.5, 'step 0: train loss 4.1, val loss 4.2'), (2.5, 'iter 1: loss 4.1'),
          (4.5, 'iter 4: loss 4.0'), (5.0, 'step 4: train loss 3.9, val loss 3.8'), (6.0, '')]
@@ -70,6 +70,8 @@ def test_recipe(studies, told, words, tmp_path):
 
 
 def test_arithmetic(studies, monkeypatch):
+    for module in studies.script, bench: # bench.py's run_train
+        monkeypatch.setattr(module, 'subprocess', ForkingSubprocess)
     few = {'few examples': (dict(examples=2000, scratch=False), {})}
     monkeypatch.setattr(studies.script, 'ARITHMETIC', few)
     (row,), = studies('arithmetic', '--seeds=1,', '--block_size=64', '--problems=40')
