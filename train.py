@@ -171,7 +171,7 @@ else:
     args = {field.name: settings.config[field.name] for field in fields(GPTConfig)}
     network = GPT(GPTConfig(**dict(args, vocab_size=settings.given.get('vocab_size', data.vocab_size))))
 settings.update(**vars(network.config))
-data.check(network.config.vocab_size, block_size, sampling)
+notes += data.check(network.config.vocab_size, block_size, sampling)
 costs = {T: cost(network, T, machine.torch_dtype, machine.kind) for T in window_lengths()} # FLOPs and bytes a token
 model, more = machine.wrap(network.to(machine.device), compile, backend, len(costs)) # as it trains and evaluates
 notes += more
@@ -233,7 +233,7 @@ def mean_loss(batches):
         with machine.autocast:
             losses.append(model(*machine.put(x, y))[1]) # read at the end, so that nothing waits here
         counts.append((y >= 0).sum() * counts_here)
-        run.stop = machine.agree(run.stop)
+        run.stop = machine.agree(run.asked_to_stop)
         if run.stop:
             break
     model.train()
@@ -325,7 +325,7 @@ def explain_bad_steps(x, y, norm):
         run.say(f"stopping after {n} such steps; the weights are those before them. What usually helps: a lower "
                 f"learning_rate (now {learning_rate:g}), a longer warmup_iters ({warmup_iters}), "
                 f"grad_clip ({grad_clip:g}), dtype=bfloat16 or float32 instead of float16")
-        run.stop = 1
+        run.asked_to_stop = 1
 
 
 def describe(flops, kept):
@@ -390,8 +390,8 @@ if eval_only:
 if dry_run: # all data are read, and three steps taken in a folder that is removed
     data.scan(state.model.config.vocab_size, run.speaks)
     planned, max_iters, eval_tokens, sample_tokens = max_iters - state.step, state.step + 3, 1, 0
-run.begin(state, settings, resuming, data=data.fingerprints(), resolved=dict(
-    device=machine.device, dtype=machine.dtype, compile=machine.compiled, world=machine.world))
+run.begin(state, settings, data, resuming, resolved=dict(device=machine.device, dtype=machine.dtype,
+                                                         compile=machine.compiled, world=machine.world))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
@@ -436,7 +436,7 @@ while not run.stop:
             explain_bad_steps(x, y, norm)
     if due(checkpoint_interval):
         save(run.latest)
-    run.stop = machine.agree(run.stop) # all processes at the same step
+    run.stop = machine.agree(run.asked_to_stop) # all processes at the same step
 
 batches.close()
 if state.step > state.first_step:

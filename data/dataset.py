@@ -4,8 +4,8 @@ from functools import cached_property
 
 from tqdm import tqdm
 
-from data.tokenizers import difference, load_tokenizer, tokenizer_of, with_line_ends
-from data.tokens import DataError, Split, dataset_folder, load_meta
+from data.tokenizers import difference, load_tokenizer, read_argument, tokenizer_of, with_line_ends
+from data.tokens import DataError, Split, dataset_folder, load_meta, odd_masks
 
 
 class Dataset:
@@ -45,13 +45,17 @@ class Dataset:
         return size if size < 1024 else math.ceil(size / 64) * 64
 
     def check(self, vocab_size, block_size, sampling):
-        """DataError unless the tokens fit a model. What is read in a moment is checked as a whole and at once."""
+        """
+        DataError unless the tokens fit a model. What is read in a moment is checked as a whole and at once. -> lines to
+        show: what is odd about the masks.
+        """
         for split in (self.train, self.val):
             split.vocab_size = vocab_size # of every batch
             if split.n_tokens <= 1e8:
                 split.scan(vocab_size)
         self.train.batch(0, 1, block_size, sampling) # long enough for a window?
         next(self.val.fixed_batches(1, 1, block_size))
+        return [f'warning: {line}' for line in odd_masks((self.train, self.val))]
 
     def scan(self, vocab_size, shown):
         """Reads all tokens. DataError at the first that is not below vocab_size."""
@@ -74,7 +78,7 @@ class Dataset:
             raise DataError(f"sample_tokens needs a tokenizer to read and write with, and dataset={self.name!r} names "
                             "none: --sample_tokens=0")
         try:
-            ids = self.tokenizer.encode(with_line_ends(text))
+            ids = self.tokenizer.encode(with_line_ends(read_argument(text, 'it')))
         except ValueError as e:
             raise DataError(f"sample_prompt={text!r}: {e}; or --sample_tokens=0") from None
         if not ids:

@@ -30,12 +30,14 @@ class Run:
 
     latest, best  paths of the checkpoints: the latest, and the one of the lowest validation loss
     metrics       path of metrics.jsonl, one JSON object a line
-    stop          exit status with which the run is to end soon; 0: it is not
+    asked_to_stop, stop  exit status with which the run is to end soon, by a signal's word and by that of all
+                         processes; 0: it is not
     """
     def __init__(self, out_dir, speaks=True):
         self.out_dir, self.speaks, self.locked = out_dir, speaks, None
         self.move(find_path(out_dir))
-        self.stop, self.unwritten, self.silent, self.last_plot = 0, set(), False, time.perf_counter()
+        self.asked_to_stop, self.stop = 0, 0
+        self.unwritten, self.silent, self.last_plot = set(), False, time.perf_counter()
         self.bar, self.logs = tqdm(disable=True), {'metrics.jsonl': self.append}
         with suppress(AttributeError): # a notebook's
             sys.stdout.reconfigure(errors='backslashreplace') # a terminal may lack some characters
@@ -85,7 +87,7 @@ class Run:
         config = {k: v for k, v in checkpoint.get('config', {}).items() if k not in strange}
         return checkpoint | dict(config=config)
 
-    def begin(self, state, settings, resuming, **about):
+    def begin(self, state, settings, data, resuming, **about):
         """
         Makes the folder, or rids it of what a new run replaces or a resumed one writes again; keeps the code and the
         settings, with what else decides the numbers (about).
@@ -114,7 +116,8 @@ class Run:
         if changed := self.keep_code(settings.files, state.step):
             self.say(f"note     the code has changed: {', '.join(changed)}; {self.code()[-2]} has what made the run so "
                      "far")
-        about |= dict(python=sys.version.split()[0], torch=torch.__version__, git=git_commit())
+        versions = dict(python=sys.version.split()[0], torch=torch.__version__, git=git_commit())
+        about |= versions | dict(data=data.fingerprints())
         replace_file(self.path / 'config.json', json.dumps(config | about, indent=1))
 
     def code(self):
@@ -226,7 +229,7 @@ class Run:
     def catch_signals(self):
         """From here on Ctrl-C, kill, a lost terminal and a scheduler's warning let the run save what it has."""
         def on_signal(number, frame):
-            self.stop = 128 + number
+            self.asked_to_stop = 128 + number
             signal.signal(number, signal.SIG_DFL) # a second one ends it at once
         for name in ('SIGINT', 'SIGTERM', 'SIGUSR1', 'SIGHUP'):
             number = getattr(signal, name, signal.SIGTERM) # Windows lacks some
