@@ -272,7 +272,7 @@ def resolve(device, dtype):
     try:
         kind = torch.device(device).type
         torch.empty(1, device=device)
-        if kind == 'cuda':
+        if kind == 'cuda' and ':' in device: # torch refuses to set 'cuda', which is the current one
             torch.cuda.set_device(device) # streams, graphs and measurements are the current device's
     except (RuntimeError, AssertionError) as e: # what torch raises for a device that is not there
         raise ValueError(f"device={device!r} is not there ({str(e).splitlines()[0]}): use --device=auto") from None
