@@ -1,4 +1,4 @@
-"""Settings of a script, changed by config files and the command line: typed, checked, explained by --help.
+"""Settings of a script, changed by config files and the command line. They are typed, checked and listed by --help.
 
     batch_size = 12 # sequences in a micro-batch [1, inf)
     top_k: int | None = 200 # keep only the k most likely tokens; None: all [1, inf)
@@ -6,9 +6,9 @@
 
     python script.py config/a.py config/b.py --batch_size=32 --flag
 
-An interval at the end of a comment is where a number must lie; a round bracket leaves its end out. Config files are
-Python and run with the rights of whoever starts the script. Later files win over earlier ones, and the command line
-wins over files wherever it stands.
+An interval at the end of a comment gives the allowed range of a number; a round bracket excludes its end. Config files
+are Python and run with the rights of the user. Later files override earlier ones, and the command line overrides files,
+whatever the order.
 """
 import ast
 import builtins
@@ -33,23 +33,25 @@ import warnings
 from contextlib import suppress
 
 PROJECT = os.path.dirname(os.path.abspath(__file__))
-PLAIN = bool | int | float | str | tuple | None # all that a setting can hold
+PLAIN = bool | int | float | str | tuple | None # what a setting can hold
 WORDS = {'true': True, 'false': False, '1': True, '0': False, 'inf': float('inf'), '-inf': -float('inf')}
-BOUNDS = {'[': operator.le, '(': operator.lt, ']': operator.ge, ')': operator.gt} # bound OK number
+BOUNDS = {'[': operator.le, '(': operator.lt, ']': operator.ge, ')': operator.gt} # called as (bound, number)
 
 
 class Setting(typing.NamedTuple):
     default: object
-    hint: object # what it may be: int, float | None, tuple[int, ...], Literal['cosine', 'linear']
+    hint: object # allowed type: int, float | None, tuple[int, ...], Literal['cosine', 'linear']
     comment: str
-    group: str # its title in --help
+    group: str # its heading in --help
 
 
 class Settings:
     """What configure() made of a script's settings.
 
-    config: every setting's value by name; given: those that a file or the command line set; replaced: for each flag,
-    the value that holds without it; files: paths of the config files.
+    config    {name: value} of all settings
+    given     the part of config that a file or the command line set
+    replaced  for each flag, the value that it replaced
+    files     paths of the config files
     """
     def __init__(self, namespace, own, known, given, flags, files):
         self.namespace, self.own, self.known, self.files = namespace, own, known, files
@@ -58,30 +60,30 @@ class Settings:
         self.update(**flags)
 
     def update(self, **values):
-        """Sets values, in the script too."""
+        """Sets values, also in the script's namespace."""
         self.config.update(values)
         self.namespace.update({name: self.config[name] for name in self.own})
 
     def refuse(self, rules):
-        """One ValueError for all rules (condition, message) that hold; a message is formatted with the settings."""
+        """Raises one ValueError for all (condition, message) whose condition holds; settings fill the messages."""
         broken = [message.format(**self.config) for condition, message in rules if condition]
         if broken:
             raise ValueError('; '.join(broken))
 
     def take(self, stored, but):
-        """A checkpoint's settings hold where nothing else was asked for, except some names -> what differs, in lines."""
+        """Takes over a checkpoint's settings, except given ones and the names in but. Returns lines on what differs."""
         lines, taken = [], {}
         for name in self.known.keys() & stored.keys() - set(but):
             try:
                 taken[name] = fit(stored[name], self.known[name].hint)
             except TypeError:
-                lines.append(f"{name}={self.config[name]!r}: the checkpoint's {stored[name]!r} is no choice any more")
+                lines.append(f"{name}={self.config[name]!r}: the checkpoint's {stored[name]!r} is no longer a choice")
         self.update(**taken | self.given)
         return lines + [f'{name}={value!r}, was {taken[name]!r}' for name, value in self.given.items()
                         if taken.get(name, value) != value]
 
     def shorten(self, total, *parts):
-        """A flag that lowers total lowers the parts by the same share, unless flags set them, or the first -> lines."""
+        """If a flag lowered total, lowers the parts in proportion, but for those that flags set -> lines to show."""
         share = min(1.0, self.config[total] / max(1, self.replaced.get(total, self.config[total])))
         free = [] if parts[0] in self.replaced else [name for name in parts if name not in self.replaced]
         old = {name: self.config[name] for name in free if self.config[name]}
@@ -93,18 +95,18 @@ class Settings:
 # mistakes ------------------------------------------------------------------------------------------------------------
 
 def fail(*messages):
-    """Print each message as one line `error: ...` on stderr and exit with status 2."""
+    """Prints each message as one line `error: ...` on stderr and exits with status 2."""
     for message in messages:
         print('error:', ' '.join(str(message).split()), file=sys.stderr)
     sys.exit(2)
 
 
 def explain_errors(files=(), hint=lambda error: '', trace=False):
-    """From here on a user's mistake that nobody catches ends in one line and status 2, and Ctrl-C quietly in 130.
+    """From now on, an uncaught user mistake prints one line and exits with 2; Ctrl-C exits silently with 130.
 
-    Mistakes are an OSError, an ImportError, a ValueError that the project itself raises, and whatever the code of these
-    config files raises, such as a mixer's: its line begins with the place, and trace=True shows its traceback, too.
-    Anything else is a bug and keeps its traceback, with what hint(error) says below it.
+    Mistakes are OSError, ImportError, a ValueError raised by this project, and any exception from code in the config
+    files, such as a mixer's. The line for the latter starts with its location; trace=True also prints the traceback.
+    Any other exception is a bug: it keeps its traceback, followed by hint(error).
     """
     known = {os.path.abspath(path): path for path in files}
 
@@ -125,7 +127,7 @@ def explain_errors(files=(), hint=lambda error: '', trace=False):
 
 
 def in_words(error):
-    """What an exception says, without the "[Errno 2]" that an OSError begins with."""
+    """The message of an exception, without the "[Errno 2]" at the start of an OSError."""
     if isinstance(error, OSError) and error.strerror:
         names = [repr(name) for name in (error.filename, error.filename2) if name is not None]
         return ': '.join([error.strerror, *names])
@@ -133,15 +135,16 @@ def in_words(error):
 
 
 def configure(namespace, dataclass=None, argv=None, adopt=lambda cls: None, foreign=()):
-    """A script's settings from its defaults, config files and the command line -> Settings.
+    """Returns the Settings of a script, from its defaults, the config files and the command line.
 
     namespace: globals() of the script. Its settings are the module-level assignments above the call, except names that
         start with an underscore or are in capitals, and values that are not PLAIN (lists count as tuples).
-    dataclass: each of its fields (all need defaults) is a setting too. A default in the script wins over the field's.
-    adopt: called with each class that a config file has; it may add fields to dataclass. What it returns, a name or
-        None, is what the class means as a value. ValueError refuses the class.
-    foreign: names of another script's settings. Of a file that sets one of them only out_dir is taken.
-    Mistakes are reported all at once: status 2, nothing changed.
+    dataclass: each of its fields (all need defaults) is also a setting. The script's default overrides the field's.
+    argv: sys.argv[1:] by default.
+    adopt: called with each class defined in a config file; it may add fields to dataclass. It returns the name that
+        stands for the class as a setting's value, or None, and raises ValueError to reject the class.
+    foreign: names of another script's settings. From a file that sets one of them, only out_dir is used.
+    All mistakes are reported together; the script then exits with status 2 and has changed nothing.
     """
     argv = sys.argv[1:] if argv is None else argv
     own, known = find_settings(namespace, dataclass)
@@ -169,7 +172,7 @@ def configure(namespace, dataclass=None, argv=None, adopt=lambda cls: None, fore
 
 
 def settings_of(script):
-    """The settings of a script beside this file as a namespace for configure(), without running the script."""
+    """The settings of a script in this folder, as a namespace for configure(); the script is not run."""
     path = os.path.join(PROJECT, script)
     with tokenize.open(path) as f:
         body = ast.parse(f.read()).body
@@ -182,9 +185,9 @@ def settings_of(script):
 
 
 def yield_if_busy():
-    """Call before torch is imported: waiting threads sleep instead of spin if other processes want this CPU.
+    """Makes waiting threads sleep instead of spin if other processes use this CPU. Call before importing torch.
 
-    Measured on 2 cores: beside one busy process training is 1.7 to 2.0 times as fast so, but alone 4 to 24% slower.
+    Measured on 2 cores: training is 1.7 to 2.0 times as fast beside one busy process, but 4 to 24% slower if alone.
     """
     running = []
     with suppress(OSError): # not Linux
@@ -199,7 +202,7 @@ def yield_if_busy():
 # settings, read from the source --------------------------------------------------------------------------------------
 
 def find_settings(namespace, dataclass):
-    """Names of the script's own settings, and {name: Setting} of these and the dataclass' fields, in source order."""
+    """Names of the script's own settings, and {name: Setting} for them and the dataclass fields, in source order."""
     with tokenize.open(namespace['__file__']) as f:
         script = scan(f.read())
     fields = {f.name: f for f in dataclasses.fields(dataclass)} if dataclass else {}
@@ -211,7 +214,7 @@ def find_settings(namespace, dataclass):
     for name, (annotation, comment, group) in script.items():
         try:
             default = fit(namespace[name], PLAIN)
-        except (KeyError, TypeError): # not assigned yet: below the call; a device, a module: no setting
+        except (KeyError, TypeError): # assigned below the call, or no plain value such as a module
             continue
         hint = eval(annotation, namespace) if annotation else hints.get(name)
         known[name] = Setting(default, hint, comment or notes.get(name, ('', '', ''))[1], group)
@@ -225,7 +228,7 @@ def find_settings(namespace, dataclass):
     for name, setting in known.items():
         try:
             known[name] = setting._replace(default=fit(setting.default, setting.hint))
-        except TypeError: # no annotation, or one that says more than a type: the default's type it is
+        except TypeError: # no annotation, or one that is no type: use the default's type
             kind = PLAIN if setting.default is None else type(setting.default)
             if kind is tuple and setting.default:
                 kind = tuple[typing.Union[tuple(map(type, setting.default))], ...]
@@ -235,12 +238,12 @@ def find_settings(namespace, dataclass):
 
 @functools.cache
 def scan_classes(source): # parsed once for all classes: inspect.getsource parses the whole file for each
-    """{class: scan of its body} of a script's source."""
+    """{class name: scan of its body} for a script's source."""
     return {node.name: scan(source, node.body) for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
 
 
 def scan_class(cls):
-    """scan of the class' body; {} for one that was typed in, which has no source."""
+    """scan of the class body; {} if the class has no source, as in an interactive session."""
     try:
         with tokenize.open(inspect.getsourcefile(cls)) as f:
             return scan_classes(f.read()).get(cls.__name__, {})
@@ -249,7 +252,7 @@ def scan_class(cls):
 
 
 def scan(source, body=None):
-    """{name: (annotation, comment, group)} of the assignments at the top level of a script or in a class' body.
+    """{name: (annotation, comment, group)} of the assignments at the top level of a script or in a class body.
 
     The comment stands behind the value, and in deeper indented lines under it; the group in the nearest lines above.
     """
@@ -276,34 +279,34 @@ def scan(source, body=None):
 # types ---------------------------------------------------------------------------------------------------------------
 
 def parts(hint):
-    """What a hint allows, as a list: the parts of a union, or the hint itself."""
+    """List of the members of a union, or of the hint itself."""
     return list(typing.get_args(hint)) if typing.get_origin(hint) in (typing.Union, types.UnionType) else [hint]
 
 
 def choices(hint):
-    """The values that the Literals in a hint allow, as a list."""
+    """List of the values that the Literals in a hint allow."""
     return [choice for part in parts(hint) if typing.get_origin(part) is typing.Literal
             for choice in typing.get_args(part)]
 
 
 def options(hint):
-    """The types that a hint allows, as a list; a choice counts as its type."""
+    """List of the types that a hint allows, including the types of its choices."""
     types = [part for part in parts(hint) if typing.get_origin(part) is not typing.Literal]
     return types + [type(choice) for choice in choices(hint)]
 
 
 def fit(value, hint):
-    """value as hint wants it: int for float and whole float for int converted, list to tuple.
+    """Returns value converted to hint: an int to float, a whole float to int, a list to tuple.
 
-    Raises TypeError where it does not fit: bool for int, a value that is none of the choices, and nan or more than
-    64 bits for anything.
+    Raises TypeError if it does not fit: a bool for an int, a value that is not among the choices, nan, or an int of
+    more than 64 bits.
     """
     allowed = options(hint)
     inner = [(typing.get_args(part) or (PLAIN,))[0] for part in allowed
              if (typing.get_origin(part) or part) in (tuple, list)]
     if isinstance(value, (tuple, list)) and inner:
         return tuple(fit(element, inner[0]) for element in value)
-    if isinstance(value, float): # numpy's float64 is one too, but not plain
+    if isinstance(value, float): # numpy's float64 is a float too, but not a plain one
         value = int(value) if float not in allowed and int in allowed and value.is_integer() else float(value)
     if value != value or type(value) is int and value.bit_length() > 64:
         raise TypeError('no number that fits')
@@ -316,16 +319,16 @@ def fit(value, hint):
 
 
 def parse(text, hint):
-    """The command line's text as hint wants it; raises TypeError."""
+    """Converts text from the command line to hint. Raises TypeError."""
     word = text.strip()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore') # Python warns of texts like '\d' and 1or
+            warnings.simplefilter('ignore') # Python warns about texts such as '\d' and 1or
             value = ast.literal_eval(word)
         several = (value,)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         value = several = WORDS.get(word, text)
-    if isinstance(value, str) or set(options(hint)) <= {str}: # as it is: a run's name may be 2024
+    if isinstance(value, str) or set(options(hint)) <= {str}: # unchanged: the name of a run may be 2024
         value = text
     if not word or (str, ...) in map(typing.get_args, parts(hint)): # words without quotes
         several = tuple(filter(None, word.split(',')))
@@ -338,7 +341,7 @@ def parse(text, hint):
 
 
 def outside(name, value, setting):
-    """What is wrong with a number, or one of several, outside of the interval at the end of a comment; ''."""
+    """Error message for a number (or one of a tuple) outside the interval at the end of the comment, or ''."""
     found = re.search(r'([\[(])(\S+), (\S+)([\])])$', setting.comment)
     numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if type(v) in (int, float)]
     bounds = [(BOUNDS[found[1]], float(found[2])), (BOUNDS[found[4]], float(found[3]))] if found else []
@@ -349,7 +352,7 @@ def outside(name, value, setting):
 # arguments and files -------------------------------------------------------------------------------------------------
 
 def read_arguments(argv, folder, known):
-    """Sort arguments into config files (paths), flags (values by name) and mistakes. folder: the script's."""
+    """Sorts arguments into config files (paths), flags (values by name) and mistakes. folder: that of the script."""
     def find(arg): # as data.tokens.find_path does
         places = (arg,) if arg.startswith(('./', '../')) else (arg, os.path.join(folder, arg))
         return next((path for path in places if os.path.isfile(path)), None)
@@ -367,7 +370,7 @@ def read_arguments(argv, folder, known):
             else:
                 mistakes.append(f'no config file {arg!r} here or in {folder}; a setting is written --key=value')
         elif not equals and rest and not (rest[0].startswith('--') or rest[0].endswith('.py') or find(rest[0])):
-            value = rest.pop(0) # which must not count as a config file that is missing
+            value = rest.pop(0) # so that it is not reported as a missing config file
             spaced = f'--{name} {value!r}: write = instead of the space, --{name}={value}'
             mistakes.append(spaced if name in known else unknown)
         elif name not in known:
@@ -383,19 +386,19 @@ def read_arguments(argv, folder, known):
 
 
 def run_file(path, known, mistakes):
-    """Execute a config file, which can read the values in known. Returns what it assigned; {} if it fails."""
+    """Executes a config file, which can read the values in known. Returns what it assigned; {} if it fails."""
     place = os.path.abspath(path)
-    # a module where inspect and torch.compile look for it, under a name that hides no other
+    # inspect and torch.compile look for a module in sys.modules; this name cannot shadow another module
     module = types.ModuleType(f'config:{os.path.splitext(os.path.basename(path))[0]}')
     sys.modules[module.__name__], assigned = module, vars(module)
-    # The known values join its builtins, so its globals are exactly what it assigned, equal to the default or not.
+    # The known values go into its builtins, so its globals are exactly what it assigned, even if equal to the default.
     assigned.update({'__builtins__': {**vars(builtins), **known}, '__file__': place})
     try:
         with open(path, 'rb') as f:
             exec(compile(f.read(), place, 'exec'), assigned)
         return assigned
     except Exception as e:
-        # a SyntaxError has run nothing yet
+        # after a SyntaxError there are no frames, since nothing ran
         frames = traceback.extract_tb(e.__traceback__)
         lines = [f.lineno for f in frames if f.filename == place] or [getattr(e, 'lineno', None)]
         where = f'{path}:{lines[-1]}' if lines[-1] else path
@@ -404,14 +407,14 @@ def run_file(path, known, mistakes):
 
 
 def adopt_classes(path, assigned, adopt, mistakes):
-    """Hand a file's classes to adopt, and put their names in the place of classes that are values of settings."""
+    """Passes a file's classes to adopt, and replaces classes that are values of settings by their names."""
     names = {}
     for cls in {value for value in assigned.values() if isinstance(value, type)}:
         try:
             names[cls] = adopt(cls) or cls
         except ValueError as e:
             mistakes.append(f'{path}: {e}')
-            names[cls] = cls.__name__ # so that nothing more is said of it
+            names[cls] = cls.__name__ # so that it is reported only once
 
     def name_of(value):
         if isinstance(value, (tuple, list)):
@@ -425,7 +428,7 @@ def check_file(path, assigned, known, foreign, mistakes):
     """The settings among what a file assigned, by name. Adds to mistakes."""
     with tokenize.open(path) as f:
         tree = ast.parse(f.read())
-    # what the file imports is no setting: only what it assigns
+    # only names that the file assigns are settings, not those it imports
     lines = {node.id: f':{node.lineno}' for node in ast.walk(tree)
              if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     if any(name in foreign and name not in known for name in assigned):
@@ -455,14 +458,14 @@ def nearest(name, known, dashes=''):
 
 
 def type_name(hint):
-    """The choices and types of a hint: "cosine | linear", "int | None"."""
+    """The choices and types of a hint as text: "cosine | linear", "int | None"."""
     names = [inspect.formatannotation(part).replace('typing.', '').replace('NoneType', 'None')
              for part in parts(hint) if typing.get_origin(part) is not typing.Literal]
     return ' | '.join([str(choice) for choice in choices(hint)] + names)
 
 
 def misfit(name, value, setting, dashes=''):
-    """What to say of a value that does not fit its setting."""
+    """Error message for a value that does not fit its setting."""
     if choices(setting.hint):
         return f"{name}={value!r} is not one of {type_name(setting.hint).replace(' | ', ', ')}"
     way = example(name, setting) if dashes else f'{name} = {setting.default!r}'
@@ -470,7 +473,7 @@ def misfit(name, value, setting, dashes=''):
 
 
 def example(name, setting):
-    """--name=default, in a form that shells and parse() take where there is one."""
+    """--name=default, where possible in a form that shells and parse() accept."""
     value = str(setting.default)
     if isinstance(setting.default, tuple) and setting.default:
         value = ','.join(map(str, setting.default))
@@ -478,7 +481,7 @@ def example(name, setting):
 
 
 def show_help(namespace, known):
-    """Print the script's docstring, then the settings by group: default, comment, type. Status 0."""
+    """Prints the script's docstring and the settings by group (default, comment, type); exits with status 0."""
     width = max(60, min(shutil.get_terminal_size().columns, 120))
     left = min(34, max((len(example(*item)) for item in known.items()), default=0) + 4)
     script, group = os.path.basename(namespace['__file__']), ''
@@ -489,13 +492,13 @@ def show_help(namespace, known):
             group = setting.group
             lines += ['', textwrap.fill(group, width)]
         head = f'  {example(name, setting)}'
-        if len(head) > left - 2: # too long to stand beside its comment
+        if len(head) > left - 2: # too long for one line with its comment
             lines.append(head)
             head = ''
         text = f'{setting.comment} ({type_name(setting.hint)})'.strip()
         lines.append(textwrap.fill(text, width, initial_indent=head.ljust(left), subsequent_indent=' ' * left))
     sys.stdout.reconfigure(errors='backslashreplace') # a terminal may lack some of the characters
     if hasattr(signal, 'SIGPIPE'):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL) # nobody may read on, as with | head
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL) # the reader may stop early, as in | head
     print('\n'.join(lines), flush=True)
     sys.exit(0)

@@ -1,13 +1,13 @@
 """
-A GPT whose token mixer is a setting: the whole network in one file.
+A GPT whose token mixer is a setting. The whole network is in this file.
 
-Reading order: the configuration, the cache, what mixers share, the mixers from the simplest on, the registry MIXERS,
-Block, the UNet, GPT, generation. Below the line "machinery" is what nobody needs to add a mixer.
+Reading order: configuration, cache, what mixers share, the mixers (simplest first), the registry MIXERS, Block, UNet,
+GPT, generation. To add a mixer you need nothing below the line "Machinery".
 
-To try an idea, write a Mixer in a file of its own (see config/mixers/), or here, and add it to MIXERS: it trains,
-samples, reports MFU and is tested.
+To try an idea, write a Mixer in its own file (see config/mixers/), or write it here and add it to MIXERS. It then
+trains, samples, reports MFU and gets tested.
 
-One letter means one thing in the whole file: B batch, T tokens in this call, S tokens so far (past and present),
+Each letter has one meaning in the whole file: B batch, T tokens in this call, S tokens so far (past and present),
 C channels (n_embd), H heads, D channels of a head, V vocabulary.
 """
 
@@ -33,45 +33,45 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass
 class GPTConfig:
-    """The architecture. An illegal combination raises ValueError: the fields, their values and the way out."""
+    """The architecture. An invalid combination raises ValueError with the fields, their values and a way out."""
     block_size: int = 1024 # longest sequence, in tokens
     vocab_size: int = 50304 # GPT-2's 50257, rounded up to a multiple of 64 for faster matrix products
-    n_layer: int = 12 # blocks; with unet_layers: blocks at the narrowest level
-    n_head: int = 12 # heads of every mixer
-    n_embd: int = 768 # channels
+    n_layer: int = 12 # blocks; with unet_layers: blocks at the innermost level
+    n_head: int = 12 # heads in every mixer
+    n_embd: int = 768 # channels: the width of the residual stream
     dropout: float = 0.0 # 0 is good for pretraining, 0.1 or more for finetuning
-    recompute: bool | Literal['cheap'] = False # activation checkpointing: keep each block's input and run it again in
-        # backward; cheap: what torch.compile computes between matrix products, and not them
-    bias: bool = True # biases in Linear and LayerNorm, as in GPT-2; False is a bit better and faster
-    tie_weights: bool = True # one matrix for the embedding and the head
-    mixer: str | tuple[str, ...] = 'attention' # how tokens talk to each other: a name in MIXERS; several: a pattern
-        # that the layers repeat. The settings of a mixer are declared in its class
-    pos_emb: Literal['learned', 'rope', 'relative', 'learned+relative', 'none'] = 'learned' # relative: a bias per
-        # head and distance
-    mlp: Literal['gelu', 'gelu_tanh', 'relu2', 'swiglu', 'none'] = 'gelu' # gelu_tanh is what OpenAI's GPT-2 has
+    recompute: bool | Literal['cheap'] = False # activation checkpointing: keep each block's input and rerun the
+        # block in the backward pass; cheap: with torch.compile, recompute all but the matrix products
+    bias: bool = True # biases in Linear and LayerNorm, as in GPT-2; False is slightly better and faster
+    tie_weights: bool = True # one matrix for both the token embedding and the head
+    mixer: str | tuple[str, ...] = 'attention' # how tokens exchange information: a name in MIXERS, or several for a
+        # pattern that the layers repeat. A mixer's own settings are declared in its class
+    pos_emb: Literal['learned', 'rope', 'relative', 'learned+relative', 'none'] = 'learned' # relative: a
+        # learned bias per head and distance
+    mlp: Literal['gelu', 'gelu_tanh', 'relu2', 'swiglu', 'none'] = 'gelu' # OpenAI's GPT-2 uses gelu_tanh
     mlp_ratio: float = 4.0 # hidden channels of the MLP, as a multiple of n_embd
-    narrow_residual: bool = False # keep the residual stream in the 16 bits of matrix products, where these have 16
-    rezero: bool = False # scale every residual branch by one learned number that starts at zero
+    narrow_residual: bool = False # with 16-bit matrix products, keep the residual stream in 16 bits too
+    rezero: bool = False # scale each residual branch by a learned scalar that starts at zero (arXiv 2003.04887)
     time_mixing: float = 0.0 # fraction of a mixer's input channels taken from the previous token
     time_mixing_alternate: bool = False # shift the first channels in even layers, the last ones in odd layers
-    unet_layers: tuple[int, ...] = () # blocks at each resolution on the way down (and up), outermost first; (): flat
-    unet_up_layers: tuple[int, ...] | None = None # blocks on the way up, outermost first; None: as unet_layers
-    unet_factor: int | tuple[int, ...] = 2 # tokens merged into one at each level: one number, or one a level
+    unet_layers: tuple[int, ...] = () # blocks per level on the way down (and up), outermost first; (): no UNet
+    unet_up_layers: tuple[int, ...] | None = None # blocks per level on the way up; None: the same as unet_layers
+    unet_factor: int | tuple[int, ...] = 2 # tokens merged into one at each level: one number, or one per level
 
     def __post_init__(self):
         if isinstance(self.mixer, str) and ',' in self.mixer: # from the command line
             self.mixer = tuple(self.mixer.split(','))
-        for name in ('mixer', 'unet_layers', 'unet_up_layers', 'unet_factor'): # JSON and config files bring lists
+        for name in ('mixer', 'unet_layers', 'unet_up_layers', 'unet_factor'): # JSON and config files give lists
             if isinstance(getattr(self, name), list):
                 setattr(self, name, tuple(getattr(self, name)))
         check_config(self)
 
     def mixers(self):
-        """-> the classes of the pattern."""
+        """The mixer classes of the layer pattern."""
         return [MIXERS[name] for name in ((self.mixer,) if isinstance(self.mixer, str) else self.mixer)]
 
     def unet_levels(self):
-        """-> (blocks down, blocks up, factor): tuples with one entry a level, outermost first."""
+        """Returns (blocks down, blocks up, factors): tuples with one entry per level, outermost first."""
         down = tuple(self.unet_layers)
         up = down if self.unet_up_layers is None else tuple(self.unet_up_layers)
         factors = (self.unet_factor,) * len(down) if isinstance(self.unet_factor, int) else tuple(self.unet_factor)
@@ -79,14 +79,14 @@ class GPTConfig:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The cache: what a module remembers of the past while text is generated
+# The cache: what a module remembers of earlier tokens during generation
 
 class Cache:
     """
-    A module's memory of the tokens before. It is empty at the start of a sequence. Each call of the module adds T more
-    tokens, whatever T is. Every tensor has the batch first, so that a beam search can reorder it.
+    A module's memory of earlier tokens, empty at the start of a sequence. Each call of the module adds T tokens, for
+    any T. The batch is the first dimension of every tensor, so that beam search can reorder it.
     """
-    mask = None # added to attention scores; None: every row that append returns is a token
+    mask = None # added to attention scores; None: every row returned by append is a real token
 
     def __init__(self):
         self.children, self.states, self.buffers, self.length = {}, {}, {}, 0
@@ -96,20 +96,20 @@ class Cache:
         return self.children.setdefault(name, Cache())
 
     def advance(self, T, limit=math.inf):
-        """-> the positions of the next T tokens, an index into a table. ValueError beyond limit tokens."""
+        """Positions of the next T tokens, as an index into a table. ValueError beyond limit tokens."""
         start, self.length = self.length, self.length + T
         if self.length > limit:
             raise ValueError(f"a sequence of {self.length} tokens is longer than block_size={limit}")
         return slice(start, self.length)
 
     def append(self, name, new, window=None):
-        """Appends new (B, ..., T, D) along time -> all so far (B, ..., S, D); with window at least the last window."""
+        """Appends new (B, ..., T, D) along time; returns all so far (B, ..., S, D), or at least the last `window`."""
         buffer, past = self.buffers.get(name, (None, 0))
         if window and past >= 2 * window:
             buffer, past = buffer[..., past - window + 1:past, :], window - 1
         S = past + new.size(-2)
         if buffer is None or S > buffer.size(-2):
-            # grow to a power of two: most appends then copy nothing old and allocate nothing
+            # grow to a power of two, so that most appends neither allocate nor copy old tokens
             grown = new.new_empty(*new.shape[:-2], max(16, 1 << (S - 1).bit_length()), new.size(-1))
             if past:
                 grown[..., :past, :] = buffer[..., :past, :]
@@ -119,29 +119,29 @@ class Cache:
         return buffer[..., :S, :]
 
     def get(self, name, default):
-        """What put stored under this name; at the start of a sequence, default."""
+        """What put stored under this name, or default at the start of a sequence."""
         return self.states.get(name, default)
 
     def put(self, name, *tensors):
-        """Stores tensors of a fixed size for the next call."""
+        """Stores tensors of fixed size for the next call."""
         self.states[name] = tuple(t.clone() for t in tensors) # a view would keep the whole chunk alive
 
     def reorder(self, rows):
-        """Row i of the batch becomes what rows[i] was."""
+        """Replaces row i of the batch by the old row rows[i]."""
         for child in self.children.values():
             child.reorder(rows)
         self.states = {name: tuple(t[rows] for t in tensors) for name, tensors in self.states.items()}
         self.buffers = {name: (buffer[rows], length) for name, (buffer, length) in self.buffers.items()}
 
     def n_bytes(self):
-        """Bytes of what it remembers."""
+        """Size of the cached tensors in bytes."""
         kept = [t for tensors in self.states.values() for t in tensors]
         kept += [buffer[..., :length, :] for buffer, length in self.buffers.values()]
         return sum(t.nbytes for t in kept) + sum(child.n_bytes() for child in self.children.values())
 
 
 class NoCache(Cache):
-    """In training each sequence is whole: it starts at position 0, and nothing is remembered."""
+    """For training: every sequence is complete and starts at position 0, so nothing is remembered."""
     def child(self, name):
         return self
 
@@ -161,19 +161,19 @@ NO_CACHE = NoCache()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the mixers share. Linear and Dropout are torch's, with what a CPU needs: see the end of the file.
+# What the mixers share. Linear and Dropout are torch's, adapted for CPUs: see the end of the file.
 
 class Mixer(nn.Module):
     """
-    Base of all token mixers: forward(x, cache=NO_CACHE) maps x (B, T, C) to (B, T, C). No output may depend on a later
-    token. block_size is the longest sequence that the mixer meets: in a UNet, less than the config's.
+    Base class of token mixers: forward(x, cache=NO_CACHE) maps x (B, T, C) to (B, T, C). No output may depend on later
+    tokens. block_size is the longest sequence that this mixer will see; inside a UNet it is less than the config's.
 
-    A subclass defines mix(x) for whole sequences: decoding then recomputes the past, which is right but slow. Or it
-    defines forward and keeps what it needs in the cache. Its settings are annotated names with defaults in its body,
-    as in `chunk: int = 64 # tokens done at once`; it reads them from config, and other mixers refuse them.
+    A subclass defines either mix(x) for whole sequences (decoding then recomputes the past: correct but slow) or
+    forward, which keeps what it needs in the cache. Its settings are annotated class attributes with defaults, such as
+    `chunk: int = 64 # tokens per chunk`. It reads them from config; with any other mixer, setting them is an error.
     """
     pos_embs = ('learned', 'none') # 'rope' and 'relative' act on queries and keys, which not every mixer has
-    bounded = True # by block_size; False: decoding may go on for ever, in constant memory
+    bounded = True # by block_size; False: it can decode forever in constant memory
 
     def __init__(self, config, block_size):
         super().__init__()
@@ -187,12 +187,12 @@ class Mixer(nn.Module):
 
 
 def causal_init(n_head, block_size, std=0.02):
-    """A lower-triangular (H, T, T) table. Small: at a scale of 1/sqrt(t) MLP-Mixer ends at a loss 0.6 higher."""
+    """A lower-triangular (H, T, T) table. Keep std small: with 1/sqrt(t), MLP-Mixer's loss ends 0.6 higher."""
     return (torch.randn(n_head, block_size, block_size) * std).tril()
 
 
 def row_blocks(T):
-    """A triangle's rows in at most 8 blocks (first, end). Rows [first, end) only read the columns below end."""
+    """Splits a triangle's T rows into at most 8 blocks (first, end); rows [first, end) only read columns below end."""
     size = max(256, math.ceil(T / 8))
     return [(i, min(i + size, T)) for i in range(0, T, size)]
 
@@ -202,7 +202,7 @@ def mix_time(W, x):
     H, T, S = W.shape
     B, D = x.size(0), x.size(3)
     W = W.tril(S - T)
-    x = x.permute(1, 2, 0, 3).reshape(H, S, B * D) # once: every product below reads it as it lies
+    x = x.permute(1, 2, 0, 3).reshape(H, S, B * D) # one copy, in the layout that every product below reads
     # only the blocks on and below the diagonal are multiplied
     rows = [W[:, i:j, :S - T + j] @ x[:, :S - T + j] for i, j in row_blocks(T)]
     return torch.cat(rows, dim=1).view(H, T, B, D).permute(2, 0, 1, 3)
@@ -224,7 +224,7 @@ class TimeLinear(nn.Module):
 
 
 class Rope(nn.Module):
-    """Rotary position embedding (arXiv 2104.09864): turns the pairs (d, d + D/2) of x (B, T, H, D) by position."""
+    """Rotary position embedding (arXiv 2104.09864): rotates the pairs (d, d + D/2) of x (B, T, H, D) by position."""
     def __init__(self, D, block_size, base=10000.0):
         super().__init__()
         frequency = base ** (-torch.arange(0, D, 2).float() / D)
@@ -242,25 +242,25 @@ def toeplitz(a, T, S):
     """M[h, i, j] = a[h, distance from j to the i-th of the last T of S positions]: a (H, block_size) -> (H, T, S)."""
     past = S - T
     ring = torch.cat([a[:, :past + 1].flip(1), a.new_zeros(a.size(0), T), a[:, past + 1:S].flip(1)], dim=1)
-    # (H, S + T), read in rows of S + T - 1, of which each is turned one step further: no gather, a cheap backward pass
+    # (H, S + T), read in rows of S + T - 1, so each row is shifted by one more. No gather: the backward pass is cheap
     rows = ring[:, None].expand(-1, T, -1).reshape(a.size(0), -1)[:, :T * (S + T - 1)]
     return rows.view(a.size(0), T, S + T - 1)[:, :, :S]
 
 
 def causal_softmax(scores):
-    """Softmax of scores (..., T, S) over the positions up to each token's own; the T are the last of the S."""
+    """Softmax of scores (..., T, S) over the positions up to each token's own; the T tokens are the last of S."""
     T, S = scores.shape[-2:]
-    # added: unlike masked_fill, this costs nothing in the backward pass
+    # adding the causal mask costs nothing in the backward pass, unlike masked_fill
     mask = scores.new_full((T, S), float('-inf')).triu(S - T + 1)
-    # softmax sums in float32 inside, so 16 bits do. Autocast does not know the meta device, where costs are counted
+    # softmax accumulates in float32, so 16-bit input will do. Autocast lacks the meta device, where costs are counted
     with torch.autocast(scores.device.type.replace('meta', 'cpu'), enabled=False):
         return (scores + mask).softmax(dim=-1)
 
 
 def causal_attention(q, k, v, dropout=0.0, mask=None, window=None):
     """
-    Attention of the last T of S tokens: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D), each to the last window
-    tokens. A cache's mask replaces the causal one.
+    Attention of the last T of S tokens, each to the last `window` tokens: q (B, H, T, D), k and v (B, H, S, D) ->
+    (B, H, T, D). A cache's mask replaces the causal mask.
     """
     T, S = q.size(2), k.size(2)
     if mask is None and (1 < T < S or window and S > window):
@@ -270,10 +270,10 @@ def causal_attention(q, k, v, dropout=0.0, mask=None, window=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Token mixers, the simplest first
+# Token mixers, simplest first
 
 class MLPMixer(Mixer):
-    """MLP-Mixer (arXiv 2105.01601) made causal: in each head two triangular layers along time, with a GELU between."""
+    """MLP-Mixer (arXiv 2105.01601) made causal: per head, two triangular layers along time with a GELU between."""
     def __init__(self, config, block_size):
         super().__init__(config, block_size)
         self.n_head = config.n_head
@@ -291,12 +291,12 @@ class MLPMixer(Mixer):
 
 class GatedMLP(Mixer):
     """
-    gMLP (arXiv 2105.08050) made causal: the channels are split into u and v, v is mixed along time and gates u. The
-    gate starts as the identity. It brings its own MLP: mlp='none' gives the paper's block. gmlp_attn adds a tiny
-    attention to the gate (the paper's aMLP).
+    gMLP (arXiv 2105.08050) made causal: the channels are split into u and v; v is mixed along time and then gates u.
+    The gate starts as the identity. gMLP includes a channel MLP, so mlp='none' gives the paper's block. gmlp_attn adds
+    a tiny attention to the gate (the paper's aMLP).
     """
-    gmlp_ratio: float = 4.0 # channels before the split in two halves, as a multiple of n_embd
-    gmlp_tanh: bool = False # tanh on the gate
+    gmlp_ratio: float = 4.0 # channels before the split into halves, as a multiple of n_embd
+    gmlp_tanh: bool = False # apply tanh to the gate
     gmlp_attn: int = 0 # head size of the tiny attention added to the gate (the paper uses 64); 0 is off
 
     def __init__(self, config, block_size):
@@ -323,7 +323,7 @@ class GatedMLP(Mixer):
         E = cls.half_width(config)
         if E < 1 or E % config.n_head:
             raise ValueError(f"gmlp_ratio={config.gmlp_ratio} of n_embd={config.n_embd} gives a gate of {E} channels, "
-                             f"which n_head={config.n_head} does not divide")
+                             f"not divisible by n_head={config.n_head}")
         if config.gmlp_attn < 0:
             raise ValueError(f"gmlp_attn={config.gmlp_attn} is a head size: 0 (off) or more")
 
@@ -347,24 +347,24 @@ class CausalSelfAttention(Mixer):
     Multi-head attention. With time_weighting (minGPT-tuned), y_i = sum_{j<=i} softmax_j(q_i k_j / sqrt(D)) w_ij v_j:
     'full' learns every w_ij, 'circulant' learns w_ij = alpha_{i-j} beta_j; all start at one. qk_norm: arXiv 2010.04245.
     """
-    time_weighting: Literal['none', 'circulant', 'full'] = 'none' # learned weights after the softmax
-    qk_norm: bool = False # normalize queries and keys, then scale by one learned number a head
-    attention_window: int | None = None # each token sees the last so many, itself too; None: all
+    time_weighting: Literal['none', 'circulant', 'full'] = 'none' # learned weights that multiply the softmax
+    qk_norm: bool = False # normalize queries and keys, then scale by a learned number per head
+    attention_window: int | None = None # each token sees this many tokens, itself included; None: all
     pos_embs = ('learned', 'rope', 'relative', 'learned+relative', 'none')
 
     def __init__(self, config, block_size):
         super().__init__(config, block_size)
         H, D = config.n_head, config.n_embd // config.n_head
         own = {name: getattr(config if name in own_settings(type(self)) else type(self), name)
-               for name in own_settings(CausalSelfAttention)} # what a subclass does not declare is off
+               for name in own_settings(CausalSelfAttention)} # settings that a subclass does not declare are off
         self.n_head, self.window, self.time_weighting = H, own['attention_window'], own['time_weighting']
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias, parts=3)
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.attn_dropout, self.resid_dropout = Dropout(config.dropout), Dropout(config.dropout)
         self.rope = Rope(D, block_size) if config.pos_emb == 'rope' else None
-        # tables of zeros and ones: switched on over trained weights, they leave the logits as they were
+        # these start at zeros or ones: enabling them on trained weights leaves the logits unchanged
         self.relative = nn.Parameter(torch.zeros(H, block_size)) if 'relative' in config.pos_emb else None
-        self.qk_scale = nn.Parameter(torch.ones(H, 1, 1)) if own['qk_norm'] else None # how sharp a head can become
+        self.qk_scale = nn.Parameter(torch.ones(H, 1, 1)) if own['qk_norm'] else None # how sharp attention can get
         if self.time_weighting == 'full':
             self.weight = nn.Parameter(torch.ones(H, block_size, block_size).tril())
         elif self.time_weighting == 'circulant':
@@ -376,12 +376,12 @@ class CausalSelfAttention(Mixer):
         super().check(config)
         D = config.n_embd // config.n_head
         if config.pos_emb == 'rope' and D % 2:
-            raise ValueError(f"pos_emb='rope' turns pairs of channels, but a head has n_embd/n_head={D} channels: "
+            raise ValueError(f"pos_emb='rope' rotates pairs of channels, but a head has n_embd/n_head={D} channels: "
                              "make that even")
         if config.attention_window is not None and config.attention_window < 1:
             raise ValueError(f"attention_window={config.attention_window} must be at least 1, or None for all tokens")
         if config.attention_window and (config.time_weighting != 'none' or 'relative' in config.pos_emb):
-            raise ValueError(f"attention_window={config.attention_window} forgets where tokens stand, which "
+            raise ValueError(f"attention_window={config.attention_window} loses token positions, which "
                              "time_weighting and pos_emb='relative' need: leave it at None")
 
     def forward(self, x, cache=NO_CACHE):
@@ -391,7 +391,7 @@ class CausalSelfAttention(Mixer):
         if self.qk_scale is not None:
             q, k = (F.rms_norm(t, t.shape[-1:], eps=1e-6).to(v.dtype) for t in (q, k))
             q = q * self.qk_scale.squeeze(2).to(q.dtype)
-        if self.rope is not None: # before the heads come first: afterwards a GPU would copy them once more
+        if self.rope is not None: # before the transpose: after it, a GPU would make another copy
             q, k = self.rope(q, positions), self.rope(k, positions)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v)) # (B, H, T, D)
         k, v = cache.append('k', k, self.window), cache.append('v', v, self.window)
@@ -406,20 +406,20 @@ class CausalSelfAttention(Mixer):
         if self.time_weighting == 'circulant':
             v = v * self.beta[:, :v.size(2), None].to(v.dtype)
         T, past = q.size(2), k.size(2) - q.size(2)
-        q, k, v = (t if past else t.contiguous() for t in (q, k, v)) # once: all blocks then read them as they lie
-        # blocks skip most of the scores that causality removes
+        q, k, v = (t if past else t.contiguous() for t in (q, k, v)) # one copy for all blocks of rows
+        # blocks skip most of the scores that the causal mask would remove
         rows = [self.weights(q[:, :, i:j], k[:, :, :past + j]) @ v[:, :, :past + j] for i, j in row_blocks(T)]
         return rows[0] if len(rows) == 1 else torch.cat(rows, dim=2)
 
     def bias(self, T, S):
-        """What is added to the scores of the last T of S tokens: (H, T, S), or None."""
+        """Term added to the scores of the last T of S tokens: (H, T, S), or None."""
         return None if self.relative is None else toeplitz(self.relative, T, S)
 
     def weights(self, q, k):
         """The weight of each of the S values in each of the last T outputs: (B, H, T, S)."""
         T, S = q.size(2), k.size(2)
         bias, scores = self.bias(T, S), (q / math.sqrt(q.size(-1))) @ k.transpose(2, 3) # (B, H, T, S)
-        scores = scores if bias is None else scores + bias.to(scores.dtype) # 16 bits: the sum over B reads its gradient
+        scores = scores if bias is None else scores + bias.to(scores.dtype) # 16 bits: its gradient's sum reads less
         att = self.attn_dropout(causal_softmax(scores).to(q.dtype))
         if self.time_weighting == 'full':
             att = att * self.weight[:, S - T:S, :S]
@@ -431,16 +431,16 @@ class CausalSelfAttention(Mixer):
 class Container(CausalSelfAttention):
     """
     CONTAINER (arXiv 2106.01401): (alpha softmax(q k) + beta tril(A)) v, where A is a learned affinity of positions.
-    Dropout acts on the softmax alone.
+    Dropout acts on the softmax only.
     """
-    qk_norm: bool = False # normalize queries and keys, then scale by one learned number a head
+    qk_norm: bool = False # normalize queries and keys, then scale by a learned number per head
 
     def __init__(self, config, block_size):
         super().__init__(config, block_size)
         H = config.n_head
         self.affinity = nn.Parameter(causal_init(H, block_size))
         self.alpha = nn.Parameter(torch.ones(H, 1, 1))
-        self.beta = nn.Parameter(torch.full((H, 1, 1), 0.1)) # attention leads at the start
+        self.beta = nn.Parameter(torch.full((H, 1, 1), 0.1)) # attention dominates at the start
 
     def attend(self, q, k, v, mask=None):
         T, S = q.size(2), k.size(2)
@@ -450,11 +450,11 @@ class Container(CausalSelfAttention):
 
 class Synthesizer(CausalSelfAttention):
     """
-    Synthesizer (arXiv 2005.00743): attention whose scores do not compare tokens. 'dense': token i proposes its row of
-    scores by an MLP; 'random': the rows are learned outright. synthesizer_attn mixes in q k by learned shares.
+    Synthesizer (arXiv 2005.00743): attention whose scores do not compare tokens. 'dense': an MLP predicts a token's row
+    of scores; 'random': the rows are parameters. synthesizer_attn mixes in dot-product scores with learned weights.
     """
-    synthesizer: Literal['dense', 'random'] = 'dense' # dense: weights from each token; random: learned outright
-    synthesizer_attn: bool = False # mix its scores with dot-product attention's
+    synthesizer: Literal['dense', 'random'] = 'dense' # dense: each token predicts its scores; random: learned table
+    synthesizer_attn: bool = False # mix in the scores of dot-product attention
 
     def __init__(self, config, block_size):
         super().__init__(config, block_size)
@@ -468,7 +468,7 @@ class Synthesizer(CausalSelfAttention):
         else:
             self.table = nn.Parameter(causal_init(H, block_size))
         if self.dot_product:
-            self.mixture = nn.Parameter(torch.zeros(2, H, 1, 1)) # a softmax over the two terms, equal at the start
+            self.mixture = nn.Parameter(torch.zeros(2, H, 1, 1)) # softmax weights of the two terms, equal at the start
 
     @classmethod
     def check(cls, config):
@@ -488,14 +488,14 @@ class Synthesizer(CausalSelfAttention):
             own, dot = self.mixture.softmax(0) # shares (H, 1, 1)
             q, k = qk if self.rope is None else (self.rope(t.transpose(1, 2), positions).transpose(1, 2) for t in qk)
             q, k = (dot * q).to(v.dtype), cache.append('k', k)
-        if self.dense: # attention with one learned key for each position; attention divides by sqrt(D)
+        if self.dense: # attention with one learned key per position; sqrt(D) cancels attention's division
             rows = self.rows[:, :, :S].transpose(1, 2).contiguous().to(v.dtype).expand(B, -1, -1, -1) # (B, H, S, D)
             proposal = (own * heads(F.relu(self.c_fc(x))) * math.sqrt(v.size(3))).to(v.dtype) # (B, H, T, D)
-            # side by side, one product of queries and keys is the sum of both
+            # concatenated, one query-key product gives the sum of both scores
             q, k = (torch.cat([q, proposal], 3) * math.sqrt(2), torch.cat([k, rows], 3)) if qk else (proposal, rows)
         if self.dense or self.dot_product:
             y = self.attend(q, k, v)
-        else: # the same weights, and the same dropout, for all sequences
+        else: # all sequences share the same weights and the same dropout
             y = mix_time(self.attn_dropout(causal_softmax(self.bias(T, S)).to(v.dtype)), v)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
@@ -512,15 +512,15 @@ MIXERS = {
     'attention': CausalSelfAttention,
     'container': Container,
     'synthesizer': Synthesizer,
-} # add_mixer adds those of config files
+} # add_mixer adds the ones defined in config files
 
 
 def check_config(c):
-    """Raises ValueError for an architecture that cannot be built, or that has a setting which nothing reads."""
+    """Raises ValueError for an architecture that cannot be built or that has a setting which nothing reads."""
     for name in [c.mixer] if isinstance(c.mixer, str) else c.mixer:
         if name not in MIXERS:
-            raise ValueError(f"mixer={name!r} is not one of {', '.join(MIXERS)}; one of a file's own needs that file, "
-                             "as in config/mixers/NAME.py")
+            raise ValueError(f"mixer={name!r} is not one of {', '.join(MIXERS)}; a mixer defined in a file of its "
+                             "own needs that file, as in config/mixers/NAME.py")
     choices = {name: typing.get_args(hint) for name, hint in typing.get_type_hints(GPTConfig).items()
                if typing.get_origin(hint) is Literal}
     for name, allowed in choices.items():
@@ -544,7 +544,7 @@ def check_config(c):
                          f"try n_embd={math.ceil(c.n_embd / c.n_head) * c.n_head}")
     longest = max([c.n_layer, *c.unet_layers, *(c.unet_up_layers or ())]) if c.unet_layers else c.n_layer
     if not c.mixers() or len(c.mixers()) > longest:
-        raise ValueError(f"mixer={c.mixer!r} is a pattern of {len(c.mixers())} layers, and there are {longest}")
+        raise ValueError(f"mixer={c.mixer!r} is a pattern of {len(c.mixers())} layers, but there are only {longest}")
     check_every_setting_is_read(c)
     if not any(c.pos_emb in cls.pos_embs for cls in c.mixers()):
         raise ValueError(f"pos_emb={c.pos_emb!r} acts on queries and keys, which mixer={c.mixer!r} lacks: use "
@@ -558,7 +558,7 @@ def check_config(c):
 # Blocks and stacks of blocks
 
 class TimeMixing(nn.Module):
-    """Takes a part of the channels from the previous token (minGPT-tuned); before the first token there are zeros."""
+    """Takes some channels from the previous token (minGPT-tuned); the first token gets zeros."""
     def __init__(self, config, layer):
         super().__init__()
         n = round(config.time_mixing * config.n_embd)
@@ -597,18 +597,18 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Token mixer, then MLP, each on a normalized residual branch."""
+    """Token mixer, then MLP, each on a pre-norm residual branch."""
     def __init__(self, config, layer, block_size):
         super().__init__()
         has_mlp = config.mlp != 'none'
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.shift = TimeMixing(config, layer) if config.time_mixing else None
         pattern = config.mixers()
-        # called attn whatever it is: GPT-2's weights load by name
+        # named attn whatever it is, since GPT-2's weights load by name
         self.attn = pattern[layer % len(pattern)](config, block_size)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias) if has_mlp else None
         self.mlp = MLP(config) if has_mlp else None
-        # ReZero, arXiv 2003.04887: one number a branch
+        # ReZero (arXiv 2003.04887): one scalar per branch
         self.scales = nn.Parameter(torch.zeros(1 + has_mlp)) if config.rezero else None
 
     def forward(self, x, cache=NO_CACHE):
@@ -624,7 +624,7 @@ class Block(nn.Module):
 
 
 class Stack(nn.ModuleList):
-    """n blocks, one after the other, on sequences of up to block_size tokens."""
+    """n blocks in a row, for sequences of up to block_size tokens."""
     def __init__(self, config, n, block_size):
         super().__init__(Block(config, layer, block_size) for layer in range(n))
         self.recompute = config.recompute is True
@@ -640,11 +640,11 @@ class Stack(nn.ModuleList):
 
 class UNet(nn.Module):
     """
-    Blocks at full resolution around a shorter sequence in which one token stands for `factor` (nanoGPT's UNet thread;
-    Hourglass, arXiv 2110.13711), and so on inwards. No output sees a later token, at any length: coarse token i is made
-    from the fine tokens that END at position factor * i (zeros before the start), and serves factor * i and the
-    factor - 1 positions after it. Merging tokens into their own first position instead would show each the next one.
-    In decoding, the inner level runs once every `factor` tokens.
+    Blocks at full resolution around an inner level in which one token stands for `factor` tokens, and so on inwards
+    (nanoGPT's UNet thread; Hourglass, arXiv 2110.13711). No output sees a later token, at any length: coarse token i is
+    computed from the fine tokens that END at position factor * i (zeros before the start) and is used at factor * i and
+    the factor - 1 positions after it. Merging tokens into their group's first position would leak the next token.
+    During decoding, the inner level runs once every `factor` tokens.
     """
     def __init__(self, config, block_size, level=0):
         super().__init__()
@@ -664,13 +664,13 @@ class UNet(nn.Module):
         B, T, C = x.size()
         f = self.factor
         x = self.down(x, cache.child('down'))
-        # the last f - 1 tokens of the past, and the coarse vectors for the next positions of this level
+        # the last f - 1 tokens, and the coarse vectors that are ready for the next positions of this level
         past, ready = cache.get('state', (x.new_zeros(B, f - 1, C), x.new_zeros(B, 0, C)))
         tokens = torch.cat([past, x], dim=1)
         n = math.ceil((T - ready.size(1)) / f) # coarse tokens that start in this chunk
         if n > 0:
             groups = tokens[:, ready.size(1):ready.size(1) + n * f].reshape(B, n, f * C)
-            inner = self.inner(self.merge(groups).to(x.dtype), cache.child('inner')) # (B, n, C), as wide as outside
+            inner = self.inner(self.merge(groups).to(x.dtype), cache.child('inner')) # (B, n, C): as wide as this level
             ready = torch.cat([ready, self.expand(inner).view(B, n * f, C)], dim=1)
         cache.put('state', tokens[:, T:], ready[:, T:])
         return self.up(x + ready[:, :T], cache.child('up')) # the skip connection
@@ -681,8 +681,8 @@ class UNet(nn.Module):
 class GPT(nn.Module):
     """
     A language model: forward(idx, targets=None) -> (logits, loss). Without targets, logits are (B, T, V) for every
-    position and loss is None. With targets (B, T), where -1 is ignored, loss is the mean cross-entropy in nats a token
-    and logits are None: in training nobody reads them, and they can be the largest tensor of all.
+    position and loss is None. With targets (B, T), where -1 is ignored, loss is the mean cross-entropy in nats per
+    token and logits are None: training does not need them, and they can be the largest tensor of all.
     """
     def __init__(self, config):
         super().__init__()
@@ -699,7 +699,7 @@ class GPT(nn.Module):
         self.lm_head = Linear(C, config.vocab_size, bias=False)
         if config.tie_weights:
             self.transformer.wte.weight = self.lm_head.weight
-        # GPT-2's initialization: what a block adds to the residual stream shrinks with their number
+        # GPT-2's initialization: the more blocks, the less each adds to the residual stream
         n_blocks = sum(isinstance(m, Block) for m in self.modules())
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -707,7 +707,7 @@ class GPT(nn.Module):
                 nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * n_blocks) if residual else 0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        # without tables of positions a sequence has no end
+        # without position tables, sequences have no maximum length
         self.bounded = config.pos_emb != 'none' or bool(config.unet_layers) or any(m.bounded for m in config.mixers())
 
     def hidden(self, idx, cache=NO_CACHE):
@@ -760,13 +760,13 @@ class GPT(nn.Module):
         return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k, **options)], dim=1)
 
     def get_num_params(self, non_embedding=True):
-        """Number of parameters; non_embedding leaves out the position table (as nanoGPT; the head shares wte)."""
+        """Number of parameters; non_embedding leaves out wpe, as in nanoGPT. wte counts, since the head uses it."""
         n = sum(p.numel() for p in self.parameters())
         return n - self.transformer.wpe.weight.numel() if non_embedding and self.transformer.wpe is not None else n
 
     @classmethod
     def from_pretrained(cls, name, override_args=None):
-        """GPT-2's weights by name or from a folder, as nanoGPT has it: see data/checkpoints.py."""
+        """GPT-2's weights by name or from a folder; the interface is nanoGPT's. See data/checkpoints.py."""
         from data.checkpoints import load_model
         return load_model(name, **(override_args or {}))[0].train()
 
@@ -774,7 +774,7 @@ class GPT(nn.Module):
         return configure_optimizers(self, *args, **options)
 
     def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops):
-        """Model FLOPs utilization (arXiv 2204.02311) of fwdbwd_per_iter sequences in dt seconds, of peak_flops."""
+        """Model FLOPs utilization (arXiv 2204.02311): fwdbwd_per_iter sequences in dt seconds, against peak_flops."""
         return cost(self)[0] * self.config.block_size * fwdbwd_per_iter / dt / peak_flops
 
 
@@ -783,14 +783,14 @@ class GPT(nn.Module):
 
 class Window:
     """
-    What the model has read of a growing sequence: at most block_size tokens. When the window is full it restarts from
-    its last half, which is read again: the same for every mixer, and much cheaper than sliding it by one.
+    The part of a growing sequence that the model sees: at most block_size tokens. A full window restarts from its last
+    half, which is read again. This works for every mixer and is much cheaper than sliding the window by one token.
     """
     def __init__(self, model, use_cache=True, decoder=None):
         self.model, self.use_cache, self.decoder, self.cache = model, use_cache, decoder, None
 
     def next_logits(self, out):
-        """Logits (B, V) of the token after out (B, T), of which the last call had the beginning."""
+        """Logits (B, V) of the token after out (B, T), which must extend the last call's."""
         n, block_size = out.size(1), self.model.config.block_size
         if self.cache is None or n - self.start > block_size and self.model.bounded:
             begin = n - block_size if self.model.bounded else 0
@@ -852,15 +852,15 @@ def pick(logits, temperature, top_k, top_p, min_p, generator):
 # Machinery: you need none of this to add a mixer
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Mixers' settings, and the checks of a config
+# Settings of mixers, and the checks of a config
 
 def own_settings(cls):
-    """{name: type} of the settings that a Mixer's class declares."""
+    """{name: type} of the settings that a Mixer class declares."""
     return inspect.get_annotations(cls)
 
 
 def declare_settings(cls):
-    """Makes the settings of a Mixer's class fields of GPTConfig. ValueError if another one has such a name."""
+    """Adds the settings of a Mixer class to the fields of GPTConfig. ValueError if a name is taken."""
     hints = typing.get_type_hints(cls)
     for name in own_settings(cls):
         if name not in vars(cls):
@@ -872,7 +872,7 @@ def declare_settings(cls):
         GPTConfig.__annotations__[name] = hints[name]
         setattr(GPTConfig, name, vars(cls)[name])
         GPTConfig.declared_by[name] = cls
-    for name in ('__init__', '__repr__', '__eq__', '__match_args__'): # dataclass makes them again, with the new fields
+    for name in ('__init__', '__repr__', '__eq__', '__match_args__'): # dataclass makes new ones, with the new fields
         if name in vars(GPTConfig):
             delattr(GPTConfig, name)
     dataclass(GPTConfig)
@@ -880,8 +880,8 @@ def declare_settings(cls):
 
 def add_mixer(cls):
     """
-    A Mixer of a config file: adds it to MIXERS by its name in snake_case, and its settings to GPTConfig -> that name.
-    For any other class None. ValueError if it cannot be one.
+    Adds a config file's Mixer to MIXERS under its snake_case name, and its settings to GPTConfig. Returns that name, or
+    None for any other class. ValueError if the mixer is unusable.
     """
     if not issubclass(cls, Mixer) or cls is Mixer:
         return None
@@ -905,7 +905,7 @@ for _cls in MIXERS.values():
 
 
 def check_every_setting_is_read(c):
-    """A setting that only another choice reads would silently do nothing."""
+    """Refuses settings that the chosen architecture ignores: they would silently do nothing."""
     if c.recompute != 'cheap' and not isinstance(c.recompute, bool):
         raise ValueError(f"recompute={c.recompute!r} is not one of True, False, cheap")
     unread = {}
@@ -1003,8 +1003,8 @@ def beam_search(model, idx, max_new_tokens, beams=4, length_penalty=1.0, repetit
 
 class StaticCache(Cache):
     """
-    Buffers of block_size tokens from the start, whose length is a tensor. Nothing then depends on how long the context
-    has become: a step can be captured once as a CUDA graph.
+    Buffers with room for block_size tokens; the current length is a tensor. No shape depends on the length of the
+    context, so a step can be captured once as a CUDA graph.
     """
     def __init__(self, block_size, position, mask):
         super().__init__()
@@ -1020,7 +1020,7 @@ class StaticCache(Cache):
         return self.buffers[name].index_copy_(-2, self.position, new)
 
     def load(self, cache):
-        """Takes over what a Cache holds."""
+        """Copies the contents of a Cache."""
         for name, child in cache.children.items():
             self.child(name).load(child)
         for name, (buffer, n) in cache.buffers.items():
@@ -1091,7 +1091,7 @@ class Decoder:
 
 
 def attention_for_every_length(device):
-    """Leaves out cuDNN's attention, torch's first choice on an H100: it plans anew for every length, tens of ms."""
+    """Disables cuDNN's attention, torch's first choice on an H100: it plans anew for every length, tens of ms."""
     if device.type != 'cuda':
         return nullcontext()
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
@@ -1102,9 +1102,9 @@ def attention_for_every_length(device):
 
 def optimizer_groups(model):
     """
-    -> {group: [(name, parameter)]}: embeddings, hidden (the matrices of Linear layers), head (if it is not the
-    embedding), rest. Weight decay is for the first three: a rule such as dim() >= 2 would pull time weights from one
-    to zero.
+    Returns {group: [(name, parameter)]}: embeddings, hidden (the matrices of Linear layers), head (unless tied to the
+    embedding), rest. Weight decay is for the first three. A rule such as dim() >= 2 would also pull time weights, which
+    start at one, towards zero.
     """
     kinds = {id(m.weight): 'hidden' for m in model.modules() if isinstance(m, nn.Linear)}
     kinds[id(model.lm_head.weight)] = 'head'
@@ -1119,9 +1119,8 @@ def optimizer_groups(model):
 def configure_optimizers(model, weight_decay, learning_rate, betas, device_type, optimizer='adamw', momentum=0.95,
                          hidden_lr=None):
     """
-    adamw (as nanoGPT has it) | muon (hidden matrices, AdamW for the rest) | sm3. hidden_lr: the learning rate of the
-    matrices of Linear layers; None: learning_rate. A group's lr_scale is its learning rate as a multiple of
-    learning_rate, for a schedule.
+    optimizer: adamw (as in nanoGPT) | muon (hidden matrices; AdamW for the rest) | sm3. hidden_lr: learning rate of the
+    matrices of Linear layers; None: learning_rate. A schedule multiplies the learning rate by each group's lr_scale.
     """
     groups = []
     for name, named in optimizer_groups(model).items():
@@ -1141,9 +1140,9 @@ def configure_optimizers(model, weight_decay, learning_rate, betas, device_type,
 class Muon(torch.optim.AdamW):
     """
     Muon (kellerjordan.github.io/posts/muon) for the groups marked muon, AdamW for the others. A matrix's update is its
-    Nesterov momentum made nearly orthogonal by five Newton-Schulz steps, and as long as AdamW's would be (arXiv
-    2502.16982), so that both take the same learning rates. As torch.optim.Muon, but matrices of one shape are done at
-    once, and the matrices stacked in one parameter alone; parts: {parameter: how many}, 1 if it is not there.
+    Nesterov momentum, made nearly orthogonal by five Newton-Schulz steps and scaled to the size of AdamW's update
+    (arXiv 2502.16982), so that both use the same learning rates. Like torch.optim.Muon, but matrices of equal shape are
+    batched, and matrices stacked in one parameter are treated separately; parts: {parameter: how many}, default 1.
     """
     def __init__(self, groups, lr, betas, fused, momentum, parts):
         super().__init__(groups, lr=lr, betas=betas, fused=fused)
@@ -1166,7 +1165,7 @@ class Muon(torch.optim.AdamW):
         for p in group['params']:
             if p.grad is None:
                 continue
-            if not self.state[p]: # AdamW's loading looks for a step
+            if not self.state[p]: # AdamW's load_state_dict expects a step
                 self.state[p] |= dict(momentum_buffer=torch.zeros_like(p), step=torch.zeros(()))
             buffer = self.state[p]['momentum_buffer']
             grad = p.grad if bad is None else p.grad.masked_fill_(bad > 0, 0.0)
@@ -1185,12 +1184,12 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonalize_together(matrices):
-    """orthogonalize of a list of equal shapes, shared out over the processes if there are several."""
+    """orthogonalize for a list of matrices of equal shape, sharded over the processes if there are several."""
     world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     n = math.ceil(len(matrices) / world)
     first = n * dist.get_rank() if world > 1 else 0
     own = matrices[first:first + n]
-    done = orthogonalize(torch.stack(own + matrices[:1] * (n - len(own)))) # every process sends as many
+    done = orthogonalize(torch.stack(own + matrices[:1] * (n - len(own)))) # padded: all must send as many
     if world == 1:
         return done
     together = done.new_empty(n * world, *done.shape[1:])
@@ -1202,7 +1201,7 @@ def orthogonalize(x, steps=5, eps=1e-7):
     """x (N, rows, columns), rows <= columns: each U S V^T -> about U V^T, in bfloat16, singular values near 1."""
     x = x.bfloat16()
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
-    for _ in range(steps): # the quintic's slope at zero is as large as it can be, so small singular values grow fast
+    for _ in range(steps): # the quintic's slope at zero is as large as possible, so small singular values grow fast
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return x
@@ -1210,9 +1209,9 @@ def orthogonalize(x, steps=5, eps=1e-7):
 
 class SM3(torch.optim.Optimizer):
     """
-    SM3-II (arXiv 1901.11150): Adagrad with one sum of squared gradients a row and one a column; the smaller of the two
-    bounds each entry's own sum. Only the momentum is then as large as the weights: half of Adam's memory. The sums only
-    grow, so learning rates are larger than Adam's, 0.1 say, and need no decay.
+    SM3-II (arXiv 1901.11150): Adagrad with one sum of squared gradients per row and one per column; the smaller of the
+    two bounds each entry's own sum. Only the momentum is as large as the weights: half of Adam's memory. The sums never
+    shrink, so learning rates are larger than Adam's (e.g. 0.1) and need no decay.
     """
     def __init__(self, groups, lr, momentum=0.9):
         super().__init__(groups, dict(lr=lr, weight_decay=0.0))
@@ -1230,7 +1229,7 @@ class SM3(torch.optim.Optimizer):
         state, dims = self.state[p], range(p.dim())
         if not state:
             state['momentum_buffer'] = torch.zeros_like(p)
-            for d in dims: # an accumulator along each dimension, shaped so that it broadcasts
+            for d in dims: # one accumulator per dimension, shaped to broadcast
                 state[f'sum_{d}'] = p.new_zeros([n if d == i else 1 for i, n in enumerate(p.shape)])
         bound = state['sum_0']
         for d in dims[1:]:
@@ -1244,15 +1243,15 @@ class SM3(torch.optim.Optimizer):
             largest = squares.amax(dim=others, keepdim=True) if others else squares
             state[f'sum_{d}'] = largest if bad is None else torch.where(bad > 0, state[f'sum_{d}'], largest)
         buffer = state['momentum_buffer'].lerp_(update, 1 - self.momentum)
-        moved = p.mul(1 - lr * weight_decay).add_(update.lerp(buffer, self.momentum), alpha=-lr) # Nesterov's
+        moved = p.mul(1 - lr * weight_decay).add_(update.lerp(buffer, self.momentum), alpha=-lr) # Nesterov
         p.copy_(moved if bad is None else torch.where(bad > 0, p, moved))
 
 
 @torch.no_grad()
 def clip_adaptively(model, ratio):
     """
-    Adaptive gradient clipping (arXiv 2102.06171): the gradient of each row is at most ratio times as long as the row,
-    and a row counts for at least 0.001. The head is left out, as in the paper. ratio=0 is off.
+    Adaptive gradient clipping (arXiv 2102.06171): limits the norm of each row's gradient to ratio times the norm of
+    the row, which counts as at least 0.001. The head is not clipped, as in the paper. ratio=0 is off.
     """
     for p in model.parameters() if ratio else ():
         if p.grad is not None and p is not model.lm_head.weight:
@@ -1264,7 +1263,7 @@ def clip_adaptively(model, ratio):
 # Cost, memory and diagnosis
 
 class FusedAttention(TorchFunctionMode):
-    """On the meta device attention keeps what a GPU's kernel keeps: torch takes its unfused formula there."""
+    """Lets attention on the meta device save what a GPU kernel saves; torch would use its unfused formula there."""
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.scaled_dot_product_attention:
             return torch.ops.aten._scaled_dot_product_efficient_attention(
@@ -1273,7 +1272,7 @@ class FusedAttention(TorchFunctionMode):
 
 
 def checked(mixer, name):
-    """The mixer's method; ValueError if what it returns is no tensor of x's shape."""
+    """The mixer's method, with a ValueError if it does not return a tensor of x's shape."""
     method = getattr(mixer, name)
     def call(x, *args, **options):
         y = method(x, *args, **options)
@@ -1287,10 +1286,10 @@ def checked(mixer, name):
 
 def cost(model, T=None, dtype=torch.float32, device_type=None):
     """
-    -> (FLOPs a token, bytes a token that are kept for the backward pass), at length T (default block_size), on
-    device_type (default: where the weights are). Counted on a copy without memory, so that it is right for any mixer:
-    matrix products of the forward pass, times three for forward and backward. What a compiler saves is not seen.
-    ValueError if a mixer returns another shape than it got.
+    Returns (FLOPs per token, bytes of activation memory per token) at length T (default: block_size) on device_type
+    (default: that of the weights). Counted on a meta-device copy, so it is right for any mixer: the matrix products of
+    the forward pass, times three for forward and backward. It does not see what a compiler optimizes away. ValueError
+    if a mixer changes the shape of its input.
     """
     config = model.config
     T, device_type = T or config.block_size, device_type or model.lm_head.weight.device.type
@@ -1311,14 +1310,14 @@ def cost(model, T=None, dtype=torch.float32, device_type=None):
     attention = nullcontext() if device_type == 'cpu' else FusedAttention()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), attention:
         model(idx, idx)
-    if config.recompute is True: # checkpoint keeps these beside autograd
+    if config.recompute is True: # checkpoint() keeps these, unseen by the hooks
         n_blocks = sum(isinstance(m, Block) for m in model.modules())
         kept['inputs'] = torch.empty(n_blocks, T, config.n_embd, device='meta', dtype=dtype).untyped_storage()
     return 3 * counter.get_total_flops() / T, (sum(s.nbytes() for s in kept.values()) - weights) / T
 
 
 def first_nonfinite(model, idx, targets):
-    """The name of the first module whose output is not finite in a forward pass, or None."""
+    """Name of the first module whose output is not finite in a forward pass, or None."""
     found = []
     def look(name):
         def hook(module, args, output):
@@ -1345,17 +1344,17 @@ LOGITS_AT_ONCE = 2 ** 26 # 256 MB in float32; not in the class, where torch.comp
 
 class LinearCrossEntropy(torch.autograd.Function):
     """
-    Mean cross-entropy of the logits x @ weight.T without ever holding them all: x (N, C), weight (V, C), targets (N,)
-    with -1 for none. Rows are done in chunks, and each chunk's gradient at once, while its logits are there.
+    Mean cross-entropy of the logits x @ weight.T without ever holding all of them: x (N, C), weight (V, C), targets
+    (N,) with -1 ignored. Works in chunks of rows; a chunk's gradient is computed while its logits are in memory.
     """
     @staticmethod
     def forward(ctx, x, weight, targets, with_grad):
         w, kind = weight.to(x.dtype), x.device.type
-        if kind != 'meta' and torch.is_autocast_enabled(kind): # the matrix products in 16 bits, as autocast does them
+        if kind != 'meta' and torch.is_autocast_enabled(kind): # matrix products in 16 bits, as under autocast
             x, w = (t.to(torch.get_autocast_dtype(kind)) for t in (x, weight))
-        # few chunks: each adds to the whole gradient of weight. Up to 8192 rows: a compiler would hold all logits
+        # few chunks: each adds to the whole gradient of weight. At most 8192 rows, or a compiler would hold all logits
         rows = min(8192, max(1, LOGITS_AT_ONCE // weight.size(0), math.ceil(x.size(0) / 4)))
-        n = (targets >= 0).sum().clamp(min=1) # a batch without targets has the loss 0
+        n = (targets >= 0).sum().clamp(min=1) # a batch without targets has loss 0
         loss = x.new_zeros((), dtype=torch.float32 if x.dtype != torch.float64 else x.dtype)
         grad_x, grad_w = torch.empty_like(x) if with_grad else None, None
         for i in range(0, x.size(0), rows):
@@ -1368,7 +1367,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             if with_grad:
                 scale = valid.to(loss.dtype) * 1024 / n # 1 / n alone is too small for float16
                 grad = log_probs.exp_().mul_(scale).to(x.dtype) # of the logits
-                # last: before, compilers would keep float32
+                # last: earlier, compilers would keep float32
                 grad.scatter_(1, target, ((right.exp() - 1) * scale).to(x.dtype))
                 grad_x[i:i + rows] = grad @ w
                 product = grad.t() @ part
@@ -1383,12 +1382,12 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a CPU needs
+# Adaptations for CPUs
 
 class Linear(nn.Linear):
     """
-    As torch's, but decoding one token in bfloat16 on a CPU reads the weights at the memory's speed, 1.6 times faster.
-    parts: number of matrices stacked in the weight (3 for QKV); Muon treats each alone.
+    torch's, except that decoding one token in bfloat16 on a CPU runs at memory bandwidth, 1.6 times faster.
+    parts: number of matrices stacked in the weight (3 for QKV); Muon treats each separately.
     """
     def __init__(self, n_in, n_out, bias=True, parts=1):
         super().__init__(n_in, n_out, bias=bias)
@@ -1404,8 +1403,8 @@ class Linear(nn.Linear):
 
 class Dropout(nn.Module):
     """
-    Inverted dropout. torch draws a float for every element, which takes half of a training step on a CPU. There, 16
-    random bits an element do: p is off by less than 1e-5, and the scale is that of the probability drawn.
+    Inverted dropout. torch draws a float per element, which takes half of a training step on a CPU. On CPUs this draws
+    only 16 random bits per element: p is off by less than 1e-5, and the scale accounts for that.
     """
     def __init__(self, p):
         super().__init__()
@@ -1418,15 +1417,15 @@ class Dropout(nn.Module):
             return F.dropout(x, self.p)
         dropped = round(self.p * 65536) # of the 65536 values
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2 ** 63, None).view(torch.int16)
-        # compared as integers: from bool the conversion is not vectorized
+        # compared as integers: converting from bool is not vectorized
         keep = bits[:x.numel()].view(x.shape).ge_(dropped - 32768)
         return x * keep.to(x.dtype).mul_(65536 / (65536 - dropped))
 
 
 def fused_attention_pays(q, v, dropout):
     """
-    On a CPU the fused kernel has no dropout and no queries wider than the values, and it trains short sequences more
-    slowly in bfloat16.
+    Whether to use the fused kernel. On a CPU it supports neither dropout nor queries wider than the values, and in
+    bfloat16 it is slower at training on short sequences.
     """
     if q.device.type != 'cpu':
         return True
@@ -1436,7 +1435,7 @@ def fused_attention_pays(q, v, dropout):
 
 
 def fused_attention(q, k, v, mask, dropout, is_causal):
-    """torch's attention; in float32 where its backward pass in bfloat16 takes 7 times as long: on a CPU."""
+    """torch's attention. On a CPU it trains in float32, since the bfloat16 backward pass takes 7 times as long."""
     if q.device.type != 'cpu' or q.dtype != torch.bfloat16 or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
     with torch.autocast('cpu', enabled=False):
@@ -1447,10 +1446,10 @@ def fused_attention(q, k, v, mask, dropout, is_causal):
 
 def keep_freed_memory():
     """
-    Has glibc keep what is freed for the next allocation instead of returning it to the system, as it does with large
-    blocks: fresh pages in every step are a fifth of a CPU's training time. Elsewhere than on glibc it does nothing.
+    Makes glibc keep freed memory for the next allocation instead of returning it to the system, as it does with large
+    blocks: fresh pages in every step cost a fifth of the training time on a CPU. Without glibc it does nothing.
     """
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if sys.platform == 'linux' else None
     if mallopt:
         mallopt(-1, -1) # M_TRIM_THRESHOLD: never
-        mallopt(-4, 0) # M_MMAP_MAX: no block of its own for a large one
+        mallopt(-4, 0) # M_MMAP_MAX: no separate mapping for large blocks

@@ -1,13 +1,13 @@
 """
 Trains a GPT on a dataset folder of token files. From any directory:
 
-    python train.py config/quick.py                          on a GPU, or small on a CPU
+    python train.py config/quick.py                          a quick start on a GPU or a CPU
     python train.py config/train_shakespeare_char.py --n_layer=4 --mixer=gmlp
-    python train.py --out_dir=out-x --init_from=resume       goes on where that run stopped, with its settings
+    python train.py --out_dir=out-x --init_from=resume       continues that run with its own settings
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 
-Config files and --key=value change the settings below; --help lists them all. out_dir gets ckpt.pt (the latest),
-best.pt (the lowest validation loss), config.json, metrics.jsonl and loss.png.
+Config files and --key=value change the settings below; --help lists them all. The run writes to out_dir: ckpt.pt (the
+latest state), best.pt (the lowest validation loss), config.json, metrics.jsonl and loss.png.
 """
 import math
 import random
@@ -17,7 +17,7 @@ from typing import Literal
 
 from configurator import configure, explain_errors, yield_if_busy
 
-explain_errors() # a missing package, or Ctrl-C while torch is imported
+explain_errors() # also for a missing package, or Ctrl-C while torch is imported
 yield_if_busy()
 import torch
 
@@ -32,37 +32,37 @@ from model import (BUILT_IN, GPT, MIXERS, GPTConfig, add_mixer, clip_adaptively,
 
 # ---------------------------------------------------------------------------------------------------------------------
 # files and evaluation
-out_dir = 'out' # a run's folder
-overwrite = False # start from scratch even if out_dir holds a run, which is deleted
-init_from = 'scratch' # scratch | resume | auto (resume if there is something to resume) | gpt2, gpt2-medium,
-    # gpt2-large, gpt2-xl | a checkpoint, a run's folder, or one in Hugging Face's layout, to finetune
+out_dir = 'out' # folder of the run
+overwrite = False # start from scratch even if out_dir holds a run; that run is deleted
+init_from = 'scratch' # scratch | resume | auto (resume if there is a checkpoint) | to finetune: gpt2, gpt2-medium,
+    # gpt2-large, gpt2-xl, a checkpoint, a run's folder, or a folder in Hugging Face's format
 eval_interval = 2000 # steps between evaluations [1, inf)
-eval_iters = 200 # batches in an evaluation: fixed windows, the same every time [1, inf)
-eval_tokens = 0 # tokens in an evaluation, whatever batch_size and block_size are; 0: see eval_iters [0, inf)
+eval_iters = 200 # batches per evaluation; always the same fixed windows [1, inf)
+eval_tokens = 0 # tokens per evaluation, independent of batch_size and block_size; 0: use eval_iters [0, inf)
 eval_only = False # evaluate the whole validation split and exit
 always_save_checkpoint = True # save ckpt.pt before every evaluation; False: at the end and every checkpoint_interval
-checkpoint_interval = 0 # steps between saves of ckpt.pt; 0: see always_save_checkpoint [0, inf)
+checkpoint_interval = 0 # steps between saves of ckpt.pt; 0: only as always_save_checkpoint says [0, inf)
 allow_changes = False # use a checkpoint even if the architecture or tokenizer differs
 allow_leak = False # train even if the network is not causal
-proof: float | Literal['auto', 'full', 'quick'] = 'auto' # seconds to look for leaks; full: at every cut of the text;
-    # quick: at one batch of cuts; auto: 2% of the run, from 10 to 20 seconds [0, inf)
-dry_run = False # scan the data, take three steps, write a checkpoint, read it back, and say how long the run takes
-max_bad_steps = 20 # stop after this many steps in a row whose gradient is not finite; each is skipped [1, inf)
-patience = 0 # stop after this many evaluations without a better validation loss; 0: never [0, inf)
+proof: float | Literal['auto', 'full', 'quick'] = 'auto' # time limit of the search for leaks, in seconds; full: test
+    # every cut of the text; quick: one batch of cuts; auto: 2% of the run, between 10 and 20 seconds [0, inf)
+dry_run = False # scan the data, take three steps, write and reload a checkpoint, and estimate the time of the run
+max_bad_steps = 20 # stop after this many non-finite gradients in a row; such steps are skipped [1, inf)
+patience = 0 # early stopping: evaluations without a lower validation loss; 0: never stop [0, inf)
 log_interval = 1 # steps between log lines [1, inf)
-sample_tokens = 0 # tokens of generated text to show at each evaluation; 0: none [0, inf)
-sample_prompt = '\n' # what that text continues; \n is a line end
-# logging beside metrics.jsonl
+sample_tokens = 0 # tokens of text to generate and print at each evaluation; 0: none [0, inf)
+sample_prompt = '\n' # the prompt for that text; \n is a newline
+# logging in addition to metrics.jsonl
 wandb_log = False # WANDB_MODE=offline works without a network
 wandb_project = 'owt'
 wandb_run_name = 'gpt2'
 # data
-dataset = 'openwebtext' # a folder in data/, or any folder given with a slash
-sampling: Literal['random', 'epoch'] = 'random' # random: windows with replacement; epoch: each window once an epoch
-gradient_accumulation_steps = 5 * 8 # micro-batches a step, over all processes together [1, inf)
-batch_size = 12 # sequences in a micro-batch [1, inf)
-block_size = 1024 # tokens of context
-min_block_size = 0 # above 0: each step draws one of 8 window lengths from here to block_size [0, inf)
+dataset = 'openwebtext' # a folder in data/, or a path with a slash
+sampling: Literal['random', 'epoch'] = 'random' # random: with replacement; epoch: each window once per epoch
+gradient_accumulation_steps = 5 * 8 # micro-batches per step, summed over all processes [1, inf)
+batch_size = 12 # sequences per micro-batch [1, inf)
+block_size = 1024 # context length in tokens
+min_block_size = 0 # above 0: each step draws one of 8 context lengths from this to block_size [0, inf)
 # model; more settings at the end
 n_layer = 12
 n_head = 12
@@ -70,35 +70,35 @@ n_embd = 768
 dropout = 0.0 # 0 is good for pretraining, 0.1 or more for finetuning
 bias = False # biases in LayerNorm and Linear layers
 # optimizer
-optimizer: Literal['adamw', 'muon', 'sm3'] = 'adamw' # muon: of hidden matrices, AdamW for the rest; sm3: half of
+optimizer: Literal['adamw', 'muon', 'sm3'] = 'adamw' # muon: for hidden matrices, AdamW for the rest; sm3: half of
     # Adam's memory
-learning_rate = 6e-4 # the highest [0, inf)
-hidden_lr: float | None = None # of Linear layers' matrices; None: learning_rate [0, inf)
-max_iters = 600000 # steps [0, inf)
-weight_decay = 1e-1 # of Linear and Embedding matrices, nothing else [0, inf)
-beta1 = 0.9 # AdamW's, also beside Muon [0, 1)
-beta2 = 0.95 # [0, 1)
-momentum = 0.95 # muon's and sm3's, Nesterov's way [0, 1)
+learning_rate = 6e-4 # peak learning rate [0, inf)
+hidden_lr: float | None = None # peak learning rate of Linear layers' matrices; None: learning_rate [0, inf)
+max_iters = 600000 # training steps [0, inf)
+weight_decay = 1e-1 # for the matrices of Linear and Embedding layers only [0, inf)
+beta1 = 0.9 # of AdamW, including its share under muon [0, 1)
+beta2 = 0.95 # of AdamW [0, 1)
+momentum = 0.95 # Nesterov momentum of muon and sm3 [0, 1)
 grad_clip = 1.0 # clip the gradient norm to this; 0 is off [0, inf)
 adaptive_clip = 0.0 # adaptive clipping (arXiv 2102.06171): limit per row, as a fraction of the row's norm; 0 is off
     # [0, inf)
 # learning rate schedule
-decay_lr = True # False: constant after the warmup
-schedule: Literal['cosine', 'cosine_floor', 'linear', 'wsd'] = 'cosine' # cosine_floor: minGPT's, to zero but never
-    # below min_lr; wsd: warmup, stable, linear decay over the last wsd_decay_iters
+decay_lr = True # False: constant after warmup
+schedule: Literal['cosine', 'cosine_floor', 'linear', 'wsd'] = 'cosine' # cosine_floor: minGPT's cosine to zero, clamped
+    # at min_lr; wsd: warmup, stable, then linear decay over the last wsd_decay_iters steps
 warmup_iters = 2000 # steps of linear warmup [0, inf)
-lr_decay_iters: int | None = None # the step at which min_lr is reached; None: max_iters [0, inf)
-wsd_decay_iters = 60000 # length of wsd's decay [0, inf)
-min_lr = 6e-5 # about learning_rate / 10 [0, inf)
+lr_decay_iters: int | None = None # step at which min_lr is reached; None: max_iters [0, inf)
+wsd_decay_iters = 60000 # steps of wsd's decay [0, inf)
+min_lr = 6e-5 # final learning rate, about learning_rate / 10 [0, inf)
 # machine
 seed = 1337
 device = 'auto' # auto | cpu | cuda | cuda:1 | mps
-dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto' # auto: what the machine multiplies fast
-deterministic = False # on a GPU: slower kernels that give a resumed run the same bits; a CPU's always do
+dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto' # auto: the fastest on this machine
+deterministic = False # on a GPU: slower kernels that make a resumed run bit-identical; a CPU needs no setting
 compile: bool | Literal['auto'] = 'auto' # torch.compile; auto: on a GPU
-peak_flops: float | Literal['auto', 'measure'] = 'auto' # FLOP/s that MFU is a share of; auto: a table of GPUs (0, inf)
-parallel: Literal['ddp', 'fsdp'] = 'ddp' # under torchrun: each process holds the model, or they share it out
-backend: Literal['auto', 'nccl', 'gloo'] = 'auto' # torch.distributed's
+peak_flops: float | Literal['auto', 'measure'] = 'auto' # peak FLOP/s, for MFU; auto: from a table of GPUs (0, inf)
+parallel: Literal['ddp', 'fsdp'] = 'ddp' # under torchrun: replicate the model (ddp) or shard it (fsdp)
+backend: Literal['auto', 'nccl', 'gloo'] = 'auto' # of torch.distributed
 # ---------------------------------------------------------------------------------------------------------------------
 settings = configure(globals(), GPTConfig, adopt=add_mixer)
 
@@ -106,7 +106,7 @@ settings = configure(globals(), GPTConfig, adopt=add_mixer)
 # What run is this?
 
 def hint_at_memory(error):
-    """What usually helps, under the traceback of a run that is out of memory."""
+    """Advice printed below the traceback of a run that is out of memory."""
     known = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
     return known and (f"out of memory: halve batch_size={batch_size} and double gradient_accumulation_steps="
                       f"{gradient_accumulation_steps} (the same steps), or lower block_size={block_size}, n_layer or "
@@ -114,12 +114,12 @@ def hint_at_memory(error):
 
 
 def window_lengths():
-    """The lengths of training windows: few, since a compiler may compile each."""
+    """The lengths of training windows: only a few, since each may be compiled separately."""
     n = 8 if min_block_size else 1
     return sorted({round(block_size + (min_block_size - block_size) * i / 7) for i in range(n)})
 
 
-# what a resumed run does not take from its checkpoint
+# settings that a resumed run does not take from its checkpoint
 OF_THIS_COMMAND = ('out_dir', 'init_from', 'overwrite', 'eval_only', 'dry_run', 'allow_changes')
 
 explain_errors(settings.files, hint_at_memory)
@@ -127,7 +127,7 @@ run = Run(out_dir, speaks=process_number() == 0)
 resuming = init_from == 'resume' or init_from == 'auto' and run.has_checkpoint()
 run.claim(resuming or overwrite or eval_only, restart=init_from == 'auto', lock=not eval_only)
 checkpoint, notes = {}, []
-if resuming: # the run's settings hold where nothing else was asked for
+if resuming: # keep the run's settings except for those given now
     checkpoint = run.load()
     notes += [f"changed  {line}" for line in settings.take(checkpoint['config'], OF_THIS_COMMAND)]
 else:
@@ -146,8 +146,8 @@ settings.refuse([
      "momentum={momentum}: only optimizer='muon' and 'sm3' read it, and optimizer='adamw' is set (its momentum is "
      "beta1)"),
     (trained_by != optimizer,
-     f"optimizer={{optimizer!r}} cannot go on with the state of optimizer={trained_by!r}: resume with that, or begin a "
-     "new run with --init_from=FOLDER"),
+     f"optimizer={{optimizer!r}} cannot continue from the state of optimizer={trained_by!r}: resume with that, or "
+     "start a new run with --init_from=FOLDER"),
     (machine.sharded and optimizer != 'adamw',
      "optimizer={optimizer!r} works on whole matrices, and parallel='fsdp' shares them out: use --parallel=ddp"),
     (gradient_accumulation_steps % machine.world > 0,
@@ -156,7 +156,7 @@ settings.refuse([
 ])
 data = Dataset(dataset, checkpoint, allow_changes)
 if sample_tokens:
-    data.prompt(sample_prompt) # one that cannot be read would end the run at its first evaluation
+    data.prompt(sample_prompt) # fail now, not at the first evaluation
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Build it
@@ -172,33 +172,33 @@ else:
     network = GPT(GPTConfig(**dict(args, vocab_size=settings.given.get('vocab_size', data.vocab_size))))
 settings.update(**vars(network.config))
 notes += data.check(network.config.vocab_size, block_size, sampling)
-costs = {T: cost(network, T, machine.torch_dtype, machine.kind) for T in window_lengths()} # FLOPs and bytes a token
-model, more = machine.wrap(network.to(machine.device), compile, backend, len(costs)) # as it trains and evaluates
+costs = {T: cost(network, T, machine.torch_dtype, machine.kind) for T in window_lengths()} # FLOPs and bytes per token
+model, more = machine.wrap(network.to(machine.device), compile, backend, len(costs)) # for training and evaluation
 notes += more
 state = State(network, network.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), machine.kind,
                                                     optimizer, momentum, hidden_lr), machine.scaler)
 if resuming:
     notes += state.restore(checkpoint, settings.config)
 notes += state.judge_by(f'{data.val.fingerprint()} {eval_tokens or eval_iters * batch_size} {block_size}')
-del checkpoint, network # the checkpoint's memory
+del checkpoint, network # frees the checkpoint's memory
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What the loop calls
 
 def load(step):
     """
-    This process's micro-batches of a step, each (x, y, the step's targets as a multiple of this one's): a function of
-    seed and step, so resuming needs no state. The mean over the targets of a whole step is what it descends.
+    This process's micro-batches of a step, as (x, y, targets in the step / targets in y): a function of seed and step,
+    so resuming needs no state. The loss of a step is the mean over all of its targets.
     """
     lengths, n = window_lengths(), gradient_accumulation_steps
     T = lengths[0] if len(lengths) == 1 else random.Random(f'{seed} {step}').choice(lengths)
     first = state.first_samples + (step - state.first_step) * n * batch_size
     order = dict(block_size=T, sampling=sampling, seed=seed, stride=block_size)
-    n_targets = max(1, data.train.count_targets(first, n * batch_size, **order)) # of all processes
+    n_targets = max(1, data.train.count_targets(first, n * batch_size, **order)) # over all processes
     micro_batches = []
     for i in range(machine.rank, n, machine.world):
         x, y = data.train.batch(first + i * batch_size, batch_size, **order)
-        parts = n_targets / max(1, (y >= 0).sum()) / machine.world # DDP and FSDP take the mean over processes
+        parts = n_targets / max(1, (y >= 0).sum()) / machine.world # DDP and FSDP average over processes
         micro_batches.append((*machine.put(x, y), parts))
     return micro_batches
 
@@ -225,13 +225,13 @@ def get_lr(step):
 
 @torch.no_grad()
 def mean_loss(batches):
-    """Mean cross-entropy over (x, y) batches, shared out over the processes; every target counts the same."""
+    """Mean cross-entropy over (x, y) batches, split among the processes; every target has equal weight."""
     model.eval()
     losses, counts = [], []
     for (x, y, *_), counts_here in machine.deal(batches):
         run.tick(text=f"evaluating, batch {len(losses) + 1}")
         with machine.autocast:
-            losses.append(model(*machine.put(x, y))[1]) # read at the end, so that nothing waits here
+            losses.append(model(*machine.put(x, y))[1]) # read at the end: no synchronization here
         counts.append((y >= 0).sum() * counts_here)
         run.stop = machine.agree(run.asked_to_stop)
         if run.stop:
@@ -256,14 +256,14 @@ def eval_batches(split):
 
 
 def evaluate():
-    """Training and validation loss, best.pt if it is the best one, the picture, a sample."""
-    if state.evaluated == state.step: # as a resumed run's first step
+    """Computes training and validation loss; saves best.pt if it improved; plots and samples."""
+    if state.evaluated == state.step: # the first step of a resumed run
         return
     state.seconds += machine.lap()[0]
     if always_save_checkpoint and state.step > state.first_step:
-        save(run.latest) # first: an evaluation can fail, too
+        save(run.latest) # before evaluating, which can fail too
     train_loss, val_loss = (mean_loss(eval_batches(split)) for split in (data.train, data.val))
-    if run.stop: # it was not finished
+    if run.stop: # the evaluation was interrupted
         return
     better = state.keep_score(val_loss)
     bits = bits_of(val_loss, eval_batches(data.val))
@@ -302,7 +302,7 @@ def save(path):
 
 
 def report(loss, lr, norm):
-    """The log line of a step. Reading the loss waits for the device: nothing else in a step does."""
+    """Logs a step. Reading the loss waits for the device, which nothing else in a step does."""
     loss, norm = machine.reduce(loss) / machine.world, norm.item()
     seconds, tokens_per_s, mfu = machine.lap()
     state.seconds += seconds
@@ -315,12 +315,12 @@ def report(loss, lr, norm):
 
 
 def explain_bad_steps(x, y, norm):
-    """Says where the first number that is not finite comes from. After too many in a row the run ends."""
+    """Says which module produced the first non-finite number. Too many such steps in a row end the run."""
     with machine.autocast:
         where = None if machine.sharded else first_nonfinite(state.model, x, y)
     n = int(machine.bad_steps)
     run.say(f"warning: step skipped, {n} in a row: gradient norm {norm.item():.4g}; first output that is not finite: "
-            f"{where or 'none in a forward pass, so it is the backward'}")
+            f"{where or 'none in the forward pass, so it is in the backward pass'}")
     if n >= max_bad_steps:
         run.say(f"stopping after {n} such steps; the weights are those before them. What usually helps: a lower "
                 f"learning_rate (now {learning_rate:g}), a longer warmup_iters ({warmup_iters}), "
@@ -329,7 +329,7 @@ def explain_bad_steps(x, y, norm):
 
 
 def describe(flops, kept):
-    """What this run is, in a few lines. flops, and bytes kept for the backward pass: of a token."""
+    """Describes this run in a few lines. flops and kept (bytes of activation memory) are per token."""
     network, n_params = state.model, state.model.get_num_params(False)
     n_rest = sum(p.numel() for _, p in optimizer_groups(network)['rest'])
     embeddings = [m.weight.numel() for m in (network.transformer.wte, network.transformer.wpe) if m is not None]
@@ -354,27 +354,27 @@ def describe(flops, kept):
 
 
 def prove_causal():
-    """Looks for an output that sees a later token, with real text, the batch and the networks that will train."""
+    """Looks for an output that depends on a later token, using real text, the real batch and the real networks."""
     windows, _ = machine.put(*data.train.batch(0, 2 * batch_size, block_size, sampling, seed))
-    passes = 3 * max_iters * gradient_accumulation_steps / machine.world # of the run, in forward passes
+    passes = 3 * max_iters * gradient_accumulation_steps / machine.world # length of the run in forward passes
     limits = dict(auto=(20, passes), full=(math.inf, math.inf), quick=(0, math.inf)).get(proof, (proof, math.inf))
     machine.exchange_gradients(machine.sharded) # no step follows
-    with machine.autocast: # DDP's network: compiled within it, gradients are exchanged during the backward pass
+    with machine.autocast: # test DDP's wrapper: it compiles the network its own way, to overlap the gradient exchange
         found = find_leak(state.model, windows, batch_size, machine.compiled and (model, model), *limits)
     if found.leak and not allow_leak:
-        raise ValueError(f"the network is not causal: {found.leak}; its losses would mean nothing. To train it all the "
-                         "same, --allow_leak=True")
+        raise ValueError(f"the network is not causal: {found.leak}; its losses would mean nothing. To train it "
+                         "anyway, --allow_leak=True")
     run.say(f"causal   {found}{', with compiling' if machine.compiled else ''}")
 
 
 def evaluate_all():
-    """--eval_only: the whole validation split."""
+    """--eval_only: evaluates the whole validation split."""
     loss = mean_loss(data.val.all_batches(batch_size, block_size))
     bits = bits_of(loss, data.val.all_batches(batch_size, block_size))
     n = sum(n for _, _, n in data.val.all_batches(batch_size, block_size))
     run.say(f"whole validation split, {n:,} tokens: loss {loss:.4f}, perplexity "
             f"{torch.tensor(loss).exp():.4g}{in_words(bits)}")
-    if resuming: # the folder is this run's
+    if resuming: # the folder belongs to this run
         run.log(state, whole_val_loss=loss, **bits)
 
 
@@ -387,7 +387,7 @@ prove_causal()
 if eval_only:
     evaluate_all()
     machine.exit(0)
-if dry_run: # all data are read, and three steps taken in a folder that is removed
+if dry_run: # read all data and take three steps in a temporary folder
     data.scan(state.model.config.vocab_size, run.speaks)
     planned, max_iters, eval_tokens, sample_tokens = max_iters - state.step, state.step + 3, 1, 0
 run.begin(state, settings, data, resuming, resolved=dict(device=machine.device, dtype=machine.dtype,
@@ -410,13 +410,13 @@ while not run.stop:
         break
 
     # the step
-    machine.seed(seed, state.step) # of dropout
+    machine.seed(seed, state.step) # for dropout
     lr = get_lr(state.step)
     for group in state.optimizer.param_groups:
         group['lr'] = lr * group['lr_scale']
     micro_batches, loss_sum = next(batches), 0.0
     for i, (x, y, parts) in enumerate(micro_batches, 1):
-        machine.exchange_gradients(i == len(micro_batches)) # once a step
+        machine.exchange_gradients(i == len(micro_batches)) # once per step
         with machine.autocast:
             loss = model(x, y)[1] / parts
         machine.scaler.scale(loss).backward()
@@ -424,12 +424,12 @@ while not run.stop:
     machine.scaler.unscale_(state.optimizer)
     clip_adaptively(state.model, adaptive_clip)
     norm = machine.clip_gradients(grad_clip)
-    machine.step(state.optimizer, norm) # one that is not finite changes nothing
+    machine.step(state.optimizer, norm) # no update if norm is not finite
     state.count(gradient_accumulation_steps * batch_size, x.size(1))
     machine.count(gradient_accumulation_steps * x.numel(), costs[x.size(1)][0])
     run.tick(1)
 
-    # once in a while: tell how it goes, keep a checkpoint
+    # once in a while: log, save a checkpoint
     if state.step % log_interval == 0:
         report(loss_sum, lr, norm)
         if machine.bad_steps > 0:

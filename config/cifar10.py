@@ -1,17 +1,17 @@
-# CIFAR-10 as iGPT has it, at the size of minGPT's play_image: 32 x 32 pixels of 512 colours, 1,025 tokens a picture,
-# 10M parameters, 10 epochs. For a GPU, and not measured yet.
+# CIFAR-10 in the style of iGPT, at the size of minGPT's play_image: 32 x 32 pixels in 512 colours, 1,025 tokens per
+# picture, 10M parameters, 10 epochs. For a GPU; not measured yet.
 # Prepare: python data/cifar10/prepare.py
 
 out_dir = 'out-cifar10'
 dataset = 'cifar10'
-sampling = 'epoch' # a window is a whole picture, and never the end of one and the beginning of the next
+sampling = 'epoch' # each window is one whole picture, never parts of two
 eval_interval = 400
 eval_tokens = 512_500 # 500 pictures
 log_interval = 20
 
 batch_size = 32
 gradient_accumulation_steps = 4
-block_size = 1025 # 1,024 pixels after the token that begins a picture
+block_size = 1025 # 1,024 pixels after the token that starts the picture
 n_layer = 12
 n_head = 8
 n_embd = 256

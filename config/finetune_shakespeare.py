@@ -1,5 +1,5 @@
 # Finetunes GPT-2 XL on tinyshakespeare: 20 steps of 32 x 1024 tokens = 2.2 epochs of 301,966 tokens. Not measured here.
-# For a smaller card: --init_from=gpt2-medium
+# For a smaller GPU: --init_from=gpt2-medium
 # Prepare: python data/shakespeare/prepare.py
 
 out_dir = 'out-shakespeare'

@@ -2,10 +2,10 @@
 # Its author reports these training losses after epochs 1, 2, 3, 50, 100 and 150 (steps 34, 68, 102, 1700, 3400, 5100):
 #   with the tricks          2.620, 2.228, 2.066, 1.004, 0.710, 0.609
 #   minGPT, without them     2.647, 2.499, 2.432, 1.085, 0.807, 0.685
-# Without them here:
+# To run it without them:
 #   python train.py config/mingpt_tuned.py --time_weighting=none --time_mixing=0.0 --out_dir=out-mingpt
 # Three seeds here gave 2.474, 2.156, 1.960 with the tricks and 2.639, 2.489, 2.376 without; later epochs were not
-# measured. Two things differ: a tenth of the text is kept for validation, and time weights do not decay.
+# measured. Two differences: a tenth of the text is held out for validation, and time weights are not decayed.
 # Prepare: python data/shakespeare_char/prepare.py
 
 out_dir = 'out-mingpt-tuned'

@@ -8,7 +8,7 @@ eval_interval = 200
 eval_iters = 20
 log_interval = 20
 
-# What helps small models: rotary positions, squared ReLU, and half of the channels from the byte before.
+# These help small models: rotary positions, squared ReLU, and half of the channels from the previous byte.
 n_layer = 4
 n_head = 4
 n_embd = 128
@@ -24,4 +24,4 @@ min_lr = 2e-4
 warmup_iters = 50
 max_iters = 1000
 beta2 = 0.99
-compile = False # compiling takes longer than it saves in a run this short
+compile = False # for such a short run, compiling takes longer than it saves

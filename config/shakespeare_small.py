@@ -1,7 +1,7 @@
-# nanoGPT's README run for a CPU: tinyshakespeare characters, 0.80M parameters, 2000 steps of 12 x 64 characters.
+# The CPU run of nanoGPT's README: tinyshakespeare characters, 0.80M parameters, 2000 steps of 12 x 64 characters.
 # Takes 38 s on 2 cores of a Xeon with AMX. Reaches 1.898 on the whole validation split, 1.882 on its fixed windows.
 # Prepare: python data/shakespeare_char/prepare.py
-# A second config file chooses another mixer, with about as many parameters:
+# A second config file selects another mixer with about the same number of parameters:
 #   python train.py config/shakespeare_small.py config/mixers/gmlp.py
 
 out_dir = 'out-shakespeare-small'

@@ -1,17 +1,17 @@
 # GPT-2 124M on FineWeb-Edu, with what helped in the CPU speed runs: Muon, rotary positions, QK-norm, relu2, time-mixing
 # and a linear decay of the learning rate.
 # 6,000 steps x 491,520 tokens = 2.95B tokens x 0.86 GFLOP = 2.5e18 FLOP.
-# No GPU has run this yet: neither time nor loss is measured; a model of one H100 says 1.8 hours without
-# the optimizer (tests/results). --dry_run takes three steps on your machine and says how long the whole run takes
+# No GPU has run this yet: neither time nor loss is measured. The estimate for one H100 is 1.8 hours, without the
+# optimizer (tests/results). --dry_run takes three steps on your machine and estimates the time of the whole run
 # there. llm.c reports 3.28 on FineWeb for GPT-2 124M.
 # Prepare: python data/fineweb_edu/prepare.py
 #   torchrun --standalone --nproc_per_node=8 train.py config/speedrun_gpt2.py
 
 out_dir = 'out-speedrun-gpt2'
 dataset = 'fineweb_edu'
-batch_size = 30 # for 80 GB; of 40 GB: 12, and 5 * 8 below
+batch_size = 30 # for 80 GB of GPU memory; for 40 GB: 12, and 5 * 8 below
 block_size = 1024
-gradient_accumulation_steps = 16 # over all GPUs together
+gradient_accumulation_steps = 16 # summed over all GPUs
 max_iters = 6000
 eval_interval = 500
 eval_iters = 200
@@ -21,7 +21,7 @@ pos_emb = 'rope'
 mlp = 'relu2'
 qk_norm = True
 time_mixing = 0.25
-narrow_residual = True # a step is modelled 4% shorter; what it costs, paired seeds of small models cannot tell
+narrow_residual = True # estimated to shorten a step by 4%; paired seeds of small models cannot tell its cost in loss
 
 optimizer = 'muon'
 learning_rate = 1.5e-3

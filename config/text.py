@@ -1,14 +1,14 @@
-# Any text of one's own, from kilobytes to gigabytes: a small model that trains within minutes on a CPU.
-# Prepare: python data/text/prepare.py --input=PATH, which prints the command to go on with, sized for the text.
+# Your own text, from kilobytes to gigabytes: a small model that trains within minutes on a CPU.
+# Prepare: python data/text/prepare.py --input=PATH, which prints the next command, sized for the text.
 
 out_dir = 'out-text'
 dataset = 'text'
 eval_interval = 100
 eval_iters = 20
 log_interval = 10
-always_save_checkpoint = False # best.pt is what counts: a small text is soon overfitted
-patience = 5 # then it stops
-sample_tokens = 100 # to see what it has learned
+always_save_checkpoint = False # only best.pt matters: a small text is soon overfitted
+patience = 5 # early stopping
+sample_tokens = 100 # to see its progress
 
 n_layer = 4
 n_head = 4
@@ -26,4 +26,4 @@ min_lr = 2e-4
 warmup_iters = 50
 max_iters = 2000
 beta2 = 0.99
-compile = False # compiling takes longer than it saves in a run this short
+compile = False # for such a short run, compiling takes longer than it saves

@@ -1,5 +1,5 @@
-# Arithmetic: + - * / of numbers of up to three digits, one problem a line. The validation split has other problems.
-# 17.5 minutes on 1 core of a Xeon with AMX. It then solves these shares of the held-out problems of 3 digits:
+# Arithmetic: + - * / of numbers of up to three digits, one problem per line. The validation problems are others.
+# 17.5 minutes on 1 core of a Xeon with AMX. The trained model solves these shares of held-out 3-digit problems:
 # + 100%, - 99.7%, * 98.5%, / 85.4%.
 # Prepare: python data/calc/prepare.py
 # Evaluate: python data/calc/evaluate.py
@@ -10,7 +10,7 @@ eval_interval = 2000
 eval_iters = 20
 log_interval = 100
 
-mixer = 'gmlp' # learns which columns belong together far sooner than attention
+mixer = 'gmlp' # learns far sooner than attention which columns belong together
 mlp = 'none'
 pos_emb = 'none'
 time_mixing = 0.5

@@ -1,13 +1,13 @@
-# GPT-2 124M on OpenWebText: 30 x 1024 x 16 = 491,520 tokens a step, 600,000 steps = 295B tokens.
+# GPT-2 124M on OpenWebText: 30 x 1024 x 16 = 491,520 tokens per step, 600,000 steps = 295B tokens.
 # nanoGPT reports a validation loss of about 2.85 after 4 days on 8 A100 40GB. Not measured here.
 # Prepare: python data/openwebtext/prepare.py
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 
 out_dir = 'out-gpt2'
 dataset = 'openwebtext'
-batch_size = 30 # for 80 GB; of 40 GB: 12, and 5 * 8 below
+batch_size = 30 # for 80 GB of GPU memory; for 40 GB: 12, and 5 * 8 below
 block_size = 1024
-gradient_accumulation_steps = 16 # over all GPUs together
+gradient_accumulation_steps = 16 # summed over all GPUs
 max_iters = 600000
 eval_interval = 1000
 eval_iters = 200

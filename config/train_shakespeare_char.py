@@ -7,10 +7,10 @@
 
 out_dir = 'out-shakespeare-char'
 dataset = 'shakespeare_char'
-eval_interval = 250 # often: it overfits, and the best model comes before the end
+eval_interval = 250 # often, since it overfits and the best model comes before the end
 eval_iters = 200
 log_interval = 10
-always_save_checkpoint = False # best.pt is what counts, because it overfits
+always_save_checkpoint = False # only best.pt matters, because it overfits
 
 batch_size = 64
 gradient_accumulation_steps = 1
@@ -20,8 +20,8 @@ n_head = 6
 n_embd = 384
 dropout = 0.2
 
-learning_rate = 1e-3 # small models can take a higher one
+learning_rate = 1e-3 # small models tolerate a higher one
 min_lr = 1e-4
 max_iters = 5000
 warmup_iters = 100
-beta2 = 0.99 # a longer average, because a step has few tokens
+beta2 = 0.99 # a longer average, because steps have few tokens

@@ -1,6 +1,6 @@
 # The shape of the published UNet GPT (nanoGPT's UNet thread), without its leak: 5 levels of factor 2, from 1024 tokens
-# down to 32, and 100 blocks there. Its loss near 1.0 came from seeing the next token. What it reaches without that is
-# not measured here. 16 x 1024 tokens x 4 = 65,536 tokens a step.
+# down to 32, and 100 blocks there. Its loss near 1.0 came from seeing the next token. Its loss without the leak is not
+# measured here. 16 x 1024 tokens x 4 = 65,536 tokens per step.
 # Prepare: python data/openwebtext/prepare.py
 
 out_dir = 'out-unet-published'

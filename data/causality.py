@@ -1,13 +1,13 @@
 """
 The proof that a network is causal: no output sees a later token.
 
-A row of text is cut: the tokens after the cut are replaced, and every output up to it must stay as it is, to the last
-bit. A leak from position s to position t < s shows at each cut in between, and at no other, so a proof takes all T - 1
-cuts, each in a row of its own: two rows differ first at one place, so no fewer rows can do. They go through the network
-together, as the rows of a batch, once as evaluation runs it and once as the training step does.
+A row of text is cut: the tokens after the cut are replaced, and every output up to the cut must stay the same, bit for
+bit. If position t sees a later position s, this shows at the cuts between t and s and at no others. So a proof needs
+all T - 1 cuts, each in its own row; fewer rows cannot do, since two rows first differ at only one place. The rows run
+through the network as a batch, once in evaluation mode and once in training mode, as the training step runs it.
 
-What depends on anything but the tokens so far is found by the same passes: a mixer that draws random numbers in
-evaluation, that keeps something from call to call, or that looks at the other rows of the batch.
+The same passes find outputs that depend on anything but the tokens so far: a mixer that draws random numbers in
+evaluation, that keeps state from call to call, or that looks at other rows of the batch.
 """
 import itertools
 import math
@@ -27,10 +27,10 @@ MODES = 'evaluation', 'training'
 
 
 class Proof(NamedTuple):
-    leak: str | None # what was found, in words
-    T: int # tokens in a row
-    cuts: int # looked at, of T - 1
-    noise: float # smaller changes are a kernel's rounding, which is not the same each time
+    leak: str | None # description of the leak
+    T: int # tokens per row
+    cuts: int # number of cuts tested, of T - 1
+    noise: float # smaller changes are rounding by kernels that are not deterministic
     seconds: float
 
     @property
@@ -47,17 +47,17 @@ class Proof(NamedTuple):
 
 def find_leak(model, windows, rows=None, compiled=None, seconds=math.inf, passes=math.inf):
     """
-    -> Proof. windows (N, T): real text, N at least twice the rows (default N / 2) of a batch. compiled: the modules
-    that evaluate and that train, in this order, if they are compiled. All cuts are looked at if that takes no longer
-    than `seconds`, and 2% of a run of so many forward passes, though always 10 seconds; else those where chunks may end,
-    then others at random. The model is as before afterwards.
+    Returns a Proof. windows (N, T): real text, N at least twice the rows (default N / 2) of a batch. compiled: the
+    modules for evaluation and for training, if they are compiled. Tests all cuts if that takes at most `seconds` and at
+    most 2% of a run of `passes` forward passes (but 10 seconds are always allowed); otherwise those where chunks may
+    end, then random ones. Afterwards the model is unchanged.
     """
     t0, T = time.perf_counter(), windows.size(1)
     rows = rows or max(1, len(windows) // 2)
     cuts, was_training = order_of_cuts(model.config, T), model.training
-    torch.manual_seed(0) # several processes do the same
+    torch.manual_seed(0) # the same in all processes
     with disturbed(model):
-        # the eager network may take more memory than the compiled one
+        # the eager network may need more memory than the compiled one
         search = Search(model, windows, max(1, rows // 4) if compiled else rows, seconds, passes)
         leak, looked = search.find_change(cuts)
         leak = leak or search.find_gradient(cuts[1:9] + cuts[-8:] if looked == T else cuts[1:5])
@@ -72,8 +72,8 @@ def find_leak(model, windows, rows=None, compiled=None, seconds=math.inf, passes
 
 def order_of_cuts(config, T):
     """
-    All cuts, the likeliest ends of chunks first: cut c keeps position c and replaces what comes after. The first one
-    keeps everything: with it the last position is looked at, too.
+    All cuts, the likeliest ends of chunks first. Cut c keeps position c and replaces everything after it. The first cut
+    keeps everything, so that the last position is tested too.
     """
     declared = {getattr(config, name) for cls in config.mixers() for name in own_settings(cls)}
     declared |= set(config.unet_levels()[2]) if config.unet_layers else set()
@@ -90,13 +90,13 @@ def order_of_cuts(config, T):
 @torch.no_grad()
 def disturbed(model):
     """
-    Meanwhile every weight that trains is a little off, since a leak may hide behind one that starts at zero or one.
-    Then weights and buffers are as before.
+    Context in which every trainable weight is slightly perturbed: a leak may hide behind a weight that starts at zero
+    or one. On exit, weights and buffers are restored.
     """
-    local = [getattr(t, 'to_local', lambda t=t: t)() for t in model.parameters()] # a sharded one's own part
+    local = [getattr(t, 'to_local', lambda t=t: t)() for t in model.parameters()] # the local part of a shard
     before = [(t, t.clone()) for t in [*local, *model.buffers()]]
     for own, p in zip(local, model.parameters()):
-        if p.requires_grad: # a constant, such as a mask, may be a parameter, too
+        if p.requires_grad: # constants such as masks may be parameters too
             own += 0.02 * torch.randn_like(own)
     try:
         yield
@@ -106,20 +106,20 @@ def disturbed(model):
 
 
 def agreed(t):
-    """The tensor of the first process, so that all decide alike: what one does alone would wait for the others."""
+    """Broadcasts rank 0's tensor, so that all processes decide alike and none waits for the others forever."""
     if dist.is_available() and dist.is_initialized():
         dist.broadcast(t, 0)
     return t
 
 
 def gap(a, b):
-    """By how much two outputs differ at each position: (..., C) -> (...). What is not a number is like its like."""
+    """Largest difference of two outputs at each position: (..., C) -> (...). Two NaNs count as equal."""
     same = (a == b) | (a.isnan() & b.isnan())
     return agreed((a - b).abs().nan_to_num(math.inf, math.inf).masked_fill(same, 0.0).amax(-1).float())
 
 
 class Search:
-    """Passes of rows of windows through a network, and what they show."""
+    """Runs rows of windows through a network and compares the outputs."""
     def __init__(self, model, windows, rows, seconds, passes):
         self.model, self.seconds, self.passes = model, seconds, passes
         self.windows, self.idx = windows, windows[:rows]
@@ -132,7 +132,7 @@ class Search:
     # Passes
 
     def run(self, mode, call, *inputs):
-        """The output of call(*inputs): in evaluation after another seed each time, in training after the same."""
+        """The output of call(*inputs), with a new seed each time in evaluation and the same seed in training."""
         training = mode == 'training'
         self.model.train(training)
         seed = 0 if training else next(self.seeds)
@@ -141,7 +141,7 @@ class Search:
         before = [b.clone() for b in self.model.buffers()]
         with torch.set_grad_enabled(training):
             y = call(*inputs)
-        if training: # it may count, or average, what it sees
+        if training: # buffers may hold counts or running averages
             with torch.no_grad():
                 for b, old in zip(self.model.buffers(), before):
                     b.copy_(old)
@@ -151,19 +151,19 @@ class Search:
         return self.run(mode, self.model.hidden, idx)
 
     def loss(self, mode, forward, idx, targets):
-        """(1,): a copy, since a CUDA graph's next run overwrites it."""
+        """The loss, (1,): a copy, since the next run of a CUDA graph overwrites it."""
         if forward is not self.model: # no backward pass follows, which CUDA graphs would wait for
             torch.compiler.cudagraph_mark_step_begin()
         return self.run(mode, lambda: forward(idx, targets)[1])[None].clone()
 
     def changed(self, cuts, k=0):
-        """Rows with the tokens of other windows after their cuts, none of which is what it was."""
+        """The rows, in which every token after the cut is replaced by a different token from another window."""
         V, other = self.model.config.vocab_size, self.windows.roll(-self.rows - k, 0)[:self.rows]
         other = torch.where(other == self.idx, (other + 1) % V, other)
         return torch.where(self.positions > cuts[:, None], other, self.idx)
 
     def parts(self, cuts):
-        """Yields cuts as tensors (rows,), and stops when the time is up."""
+        """Yields the cuts as tensors (rows,), until the time is up."""
         parts = [cuts[i:i + self.rows] for i in range(0, len(cuts), self.rows)]
         t0 = time.perf_counter()
         for k, part in enumerate(parts):
@@ -177,7 +177,7 @@ class Search:
     # What an output depends on
 
     def find_change(self, cuts):
-        """-> (what was found, how many cuts were looked at)."""
+        """Returns (description of the leak or None, number of cuts tested)."""
         before = [(name, t, t.clone()) for name, t in named_tensors(self.model)]
         self.base = {'evaluation': self.hidden('evaluation', self.idx)}
         for name, t, old in before:
@@ -189,7 +189,7 @@ class Search:
         looked = 0
         for k, part in enumerate(self.parts(cuts)):
             changed = self.changed(part, k)
-            for mode in MODES: # in turn: what one leaves behind must not reach the other
+            for mode in MODES: # alternating: state left by one mode must not affect the other
                 found = gap(self.hidden(mode, changed), self.base[mode])
                 if self.beyond_noise(mode, found, part).any():
                     leak = self.explain(mode, found, part, changed)
@@ -202,16 +202,16 @@ class Search:
         return (found > self.noise[mode]) & (self.positions <= cuts[:, None])
 
     def limit(self, base):
-        """How far rounding alone may take two equal passes apart."""
+        """The largest difference between two equal passes that rounding can explain."""
         kind = base.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else base.dtype
         eps = torch.finfo(dtype).eps
-        if dtype == torch.float32: # where it is multiplied as TF32
+        if dtype == torch.float32: # a GPU may multiply it as TF32
             eps = 2 ** -10 if kind == 'cuda' else 8 * eps
         return 4 * eps * base.abs().nan_to_num(0.0, 0.0, 0.0).max().item()
 
     def learn_noise(self, mode, again, base):
-        """Whether equal passes are equal but for rounding, which then counts as noise."""
+        """Whether equal passes agree up to rounding, which is then recorded as noise."""
         apart = max(gap(again(), base).max().item() for _ in range(3))
         if apart <= self.limit(base):
             self.noise[mode] = max(self.noise[mode], 4 * apart)
@@ -219,7 +219,7 @@ class Search:
         return False
 
     def explain(self, mode, found, cuts, changed):
-        """What is wrong where outputs were found changed, in words; None if it was a kernel's rounding."""
+        """Describes why the outputs changed; None if it was only rounding."""
         again, base = (lambda: self.hidden(mode, self.idx)), self.base[mode]
         if not self.learn_noise(mode, again, base):
             return (f"two equal passes in {mode} differ, first in {self.name(mode, self.idx, changed)}: it draws "
@@ -227,12 +227,12 @@ class Search:
         wrong = self.beyond_noise(mode, found, cuts)
         if not wrong.any():
             return None
-        row = int(torch.where(wrong.any(1), cuts, self.T).argmin()) # most of it was replaced
+        row = int(torch.where(wrong.any(1), cuts, self.T).argmin()) # the row with the earliest cut
         c, alone, rest = int(cuts[row]), self.idx.clone(), self.changed(torch.full_like(cuts, -1))
-        alone[row], rest[row] = changed[row], self.idx[row] # the row's future alone, and all other rows alone
+        alone[row], rest[row] = changed[row], self.idx[row] # only this row's future; only the other rows
 
         def seen(mode, idx):
-            """Which positions up to the cut change with idx."""
+            """The positions up to the cut whose outputs change with idx."""
             apart = gap(self.hidden(mode, idx), self.base[mode])[row, :c + 1]
             return (apart > self.noise[mode]).nonzero().flatten().tolist()
         by_future = seen(mode, alone)
@@ -246,7 +246,7 @@ class Search:
         if by_rows:
             return f"position {by_rows[0]} of a row sees the other rows of the batch, {where}"
         t, s, end = by_future[0], c, self.T - 1
-        while end - s > 1: # the last position that it sees
+        while end - s > 1: # bisect for the last position that it sees
             middle = (s + end) // 2
             later = self.idx.clone()
             later[row, middle + 1:] = changed[row, middle + 1:]
@@ -256,7 +256,7 @@ class Search:
         return f"position {t} sees position {s + 1}, {where}{tiny}"
 
     def trace(self, mode, idx, row):
-        """-> [(name of a module, input, output)] of a pass, in the order in which they end; row: of this row alone."""
+        """Returns [(module name, input, output)] of a pass, in the order in which modules end; row: only this row."""
         done = []
         rows = slice(None) if row is None else slice(row, row + 1)
         def keep(name):
@@ -269,10 +269,10 @@ class Search:
         return done
 
     def name(self, mode, idx, other, row=None, c=None):
-        """The first module whose output changes from idx to other up to the cut, while its input does not."""
+        """The first module whose output up to the cut differs between idx and other although its input does not."""
         first = self.trace(mode, idx, row)
         second = self.trace(mode, other, row)
-        if row is None: # after another pass the same one again
+        if row is None: # the same input again, after a different pass
             second = self.trace(mode, idx, row)
         for (name, x, y), (_, x2, y2) in zip(first, second):
             n = y.size(1) if c is None else self.length_at(name, c)
@@ -282,12 +282,12 @@ class Search:
         return 'GPT itself'
 
     def length_at(self, name, c):
-        """How many outputs of a module may be compared at cut c: inside a UNet, token i stands for those up to i f."""
+        """Number of a module's outputs to compare at cut c: inside a UNet, coarse token i covers those up to i * f."""
         level = re.match(r'(transformer\.h(\.inner)*)?', name)[0].count('inner')
         return c // math.prod(self.model.config.unet_levels()[2][:level]) + 1
 
     # -----------------------------------------------------------------------------------------------------------------
-    # Gradients show what is too small to change a rounded output
+    # Gradients reveal leaks that are too small to change a rounded output
 
     def find_gradient(self, cuts):
         for i in range(0, len(cuts), self.rows):
@@ -303,7 +303,7 @@ class Search:
         return None
 
     def gradient_of_future(self, cuts, name='', side=''):
-        """(rows, T): how outputs up to each cut, of the network or of a module, depend on each later token."""
+        """(rows, T): how strongly outputs up to each cut, of the network or a module, depend on each later token."""
         seen = {}
 
         def embed(module, args, y):
@@ -321,8 +321,8 @@ class Search:
             y = seen.get('y', last)
             ends = torch.tensor([self.length_at(name, int(c)) for c in cuts], device=self.device)
             up_to = torch.arange(y.size(1), device=self.device) < ends[:, None]
-            total = (y * torch.randn_like(y) * up_to[..., None]).sum() # at random: else a norm has none
-            total = total + 0.0 * last.sum() # sharded weights are gathered where a backward pass begins at the end
+            total = (y * torch.randn_like(y) * up_to[..., None]).sum() # random: a norm's plain sum has no gradient
+            total = total + 0.0 * last.sum() # FSDP gathers weights only if the backward pass starts here
             return torch.autograd.grad(total, seen['x'], materialize_grads=True)[0]
         hook = self.model.transformer.wte.register_forward_hook(embed)
         try:
@@ -334,15 +334,15 @@ class Search:
         return agreed((grad.abs().amax(-1).nan_to_num(0.0, 0.0, 0.0) * later).float())
 
     # -----------------------------------------------------------------------------------------------------------------
-    # The loss alone, which is all that a compiled network gives
+    # The loss only, since a compiled network returns nothing else
 
     def find_change_of_loss(self, cuts, forwards):
         looked = 0
         for mode, forward in zip(MODES, forwards): # compiles
-            self.loss(mode, forward, self.idx, self.idx.clone()) # as in a step: not one tensor for both
+            self.loss(mode, forward, self.idx, self.idx.clone()) # two tensors, as in a training step
         for k, part in enumerate(self.parts(cuts)):
             changed = self.changed(part, k)
-            targets = torch.where(self.positions == part[:, None], self.idx, -1) # at the cuts: each has its row
+            targets = torch.where(self.positions == part[:, None], self.idx, -1) # only at the cuts, one per row
             for mode, forward in zip(MODES, forwards):
                 def differs(targets):
                     a, b = (self.loss(mode, forward, idx, targets) for idx in (self.idx, changed))
@@ -370,7 +370,7 @@ def named_tensors(model):
 
 @contextmanager
 def hooked(model, make_hook):
-    """Meanwhile each module that may mix tokens calls make_hook(its name)(module, args, output)."""
+    """Context in which each module that may mix tokens calls make_hook(its name)(module, args, output)."""
     kinds = Mixer, TimeMixing, MLP, Block, UNet
     hooks = [module.register_forward_hook(make_hook(f'{name} ({type(module).__name__.removeprefix("FSDP")})'))
              for name, module in model.named_modules() if isinstance(module, kinds)]

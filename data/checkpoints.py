@@ -1,7 +1,7 @@
 """
-Weights on disk, also for another architecture than they were trained in, and where a run is.
+Weights on disk, also loaded into a different architecture, and the state of a run.
 
-A checkpoint is a dict of tensors and plain values in torch's own zip format. Opening one executes nothing.
+A checkpoint is a dict of tensors and plain values in torch's own zip format. Opening one executes no code.
 """
 import errno
 import math
@@ -25,7 +25,7 @@ NANOGPT_FIELDS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_si
 # Files
 
 def save_checkpoint(path, checkpoint):
-    """Replaces path in one step: whatever happens, a whole checkpoint has this name, the old one or the new."""
+    """Replaces path atomically: whatever happens, it is either the complete old checkpoint or the complete new one."""
     path, temporary = Path(path), Path(f'{path}.tmp')
     try:
         with open(temporary, 'wb') as f:
@@ -33,13 +33,13 @@ def save_checkpoint(path, checkpoint):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as e: # torch's writer raises RuntimeError where Python's raises OSError
+    except (OSError, RuntimeError) as e: # torch's writer raises RuntimeError instead of OSError
         full = getattr(e, 'errno', None) == errno.ENOSPC or shutil.disk_usage(path.parent).free < 2 ** 20
         reason = 'the disk is full' if full else str(e).splitlines()[0]
         raise OSError(f"{path} could not be written: {reason}") from e
     finally:
         temporary.unlink(missing_ok=True)
-    if os.name == 'posix': # the new name itself survives a power cut
+    if os.name == 'posix': # also makes the rename survive a power cut
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -48,16 +48,16 @@ def save_checkpoint(path, checkpoint):
 
 
 def load_checkpoint(path):
-    """The dict in a checkpoint file, on the CPU. OSError or ValueError say what is wrong with it."""
+    """The dict in a checkpoint file, on the CPU. OSError or ValueError if the file is missing or damaged."""
     path = Path(path)
     if not path.is_file():
         raise OSError(f"there is no checkpoint {path}: train one first, or check the path")
     try:
         with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip(): # reads everything against its CRC-32, which torch.load does not
+            if damaged := archive.testzip(): # verifies every CRC-32, which torch.load does not
                 raise ValueError(f"the checksum of its part {damaged} is wrong")
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-        checkpoint['model'].keys(), checkpoint['model_args'].keys() # it has both
+        checkpoint['model'].keys(), checkpoint['model_args'].keys() # it must have both
     except Exception as e: # a damaged file can raise anything
         reason = f'{type(e).__name__}: {e}'.splitlines()[0]
         others = [str(p) for p in sorted(path.parent.glob('*.pt')) if p != path and zipfile.is_zipfile(p)]
@@ -67,22 +67,22 @@ def load_checkpoint(path):
 
 
 def find_weights(name):
-    """The path that init_from names, here or in the project. Of a run's folder: its best checkpoint."""
+    """The path that init_from names, here or in the project. For a run's folder: its best checkpoint."""
     path = find_path(name)
     return next((p for p in (path / 'best.pt', path / 'ckpt.pt') if p.exists()), path)
 
 
 def open_weights(name):
     """
-    Trained weights as a checkpoint's dict, with what else is known of them: 'gpt2' to 'gpt2-xl' (downloaded once), a
-    folder in Hugging Face's layout, a run's folder, or a checkpoint.
+    Trained weights as a checkpoint dict, with everything known about them. name: 'gpt2' to 'gpt2-xl' (downloaded once),
+    a folder in Hugging Face's format, a run's folder, or a checkpoint.
     """
     path = find_weights(name)
     if name in GPT2_NAMES or path.is_dir():
-        from data.export import open_hugging_face # which imports this module
+        from data.export import open_hugging_face # that module imports this one
         return open_hugging_face(name if name in GPT2_NAMES else path)
     checkpoint = load_checkpoint(path)
-    # an EMA of the weights, as runs once had: it is what their losses are of. A tied head is the embedding
+    # an EMA of the weights, as in old runs, whose losses were measured on it. A tied head is the embedding
     average = checkpoint.pop('average', None) or {}
     if average:
         checkpoint['model'].pop('lm_head.weight', None)
@@ -90,14 +90,14 @@ def open_weights(name):
 
 
 def stored_config(config):
-    """A config's fields as a checkpoint keeps them: nanoGPT's, and what differs from the defaults."""
-    # a field that is left at its default may be deleted some day without locking the checkpoint out
+    """The fields of a config that a checkpoint stores: nanoGPT's, and those that differ from the defaults."""
+    # so a field may be deleted some day without breaking the checkpoints that left it at its default
     return {f.name: getattr(config, f.name) for f in fields(config)
             if f.name in NANOGPT_FIELDS or getattr(config, f.name) != f.default}
 
 
 def architecture(checkpoint):
-    """The fields of GPTConfig that a checkpoint was trained with, also where a default has changed since."""
+    """The fields of GPTConfig that a checkpoint was trained with, even if a default has changed since."""
     args = checkpoint['model_args']
     mixer = args.get('mixer', 'attention')
     read = [name for m in (mixer if isinstance(mixer, (tuple, list)) else [mixer]) if m in MIXERS
@@ -110,7 +110,7 @@ def architecture(checkpoint):
 # From a checkpoint to a model
 
 def load_model(path, device='cpu', **changes):
-    """The weights that open_weights finds at path -> (model in evaluation mode, the checkpoint's dict)."""
+    """Loads the weights that open_weights finds at path. Returns (model in evaluation mode, checkpoint dict)."""
     checkpoint = open_weights(path)
     try:
         model, _ = build_model(architecture(checkpoint), checkpoint['model'], **changes)
@@ -121,8 +121,8 @@ def load_model(path, device='cpu', **changes):
 
 def build_model(args, state, allow_changes=False, **changes):
     """
-    A GPT of GPTConfig(**args) with the weights in state -> (model, a line for each addition). changes are fields that
-    leave the weights their meaning: dropout, another block_size, additions that start as the identity, and
+    Builds GPT(GPTConfig(**args)) with the weights in state. Returns (model, a line for each addition). changes may set
+    fields that do not change what the weights mean: dropout, block_size, additions that start as the identity, and
     time_mixing, which has no identity and must be trained in. Others are refused unless allow_changes.
     """
     mixer = args.get('mixer', 'attention')
@@ -131,7 +131,7 @@ def build_model(args, state, allow_changes=False, **changes):
         raise ValueError(f"the mixer {lost[0]!r} of the checkpoint is not in model.py: give the file that defines it, "
                          f"as in python train.py or sample.py config/mixers/{lost[0]}.py")
     defaults = vars(GPTConfig())
-    # what a model.py without the field cannot do; a field that is off says nothing
+    # features that this model.py lacks; a field that is off does not matter
     unknown = sorted(k for k, v in args.items() if k not in defaults and v and v != 'none')
     if unknown:
         raise ValueError(f"the checkpoint's architecture has {first_few(unknown)}, which this model.py lacks")
@@ -159,13 +159,13 @@ def build_model(args, state, allow_changes=False, **changes):
 def load_weights(model, state, grow=False):
     """
     Loads a state dict by name: this project's, nanoGPT's or GPT-2's. With grow=True, parameters that start as the
-    identity may be missing; returns their names. Anything else that does not fit raises ValueError with the list.
+    identity may be missing; returns their names. Any other mismatch raises ValueError with a list.
     """
     own, tied = model.state_dict(), model.config.tie_weights
     if tied:
-        del own['lm_head.weight'] # the embedding's
+        del own['lm_head.weight'] # it is the embedding
     state = {k.removeprefix('module.').removeprefix('_orig_mod.'): v for k, v in state.items()}
-    # old checkpoints of GPT-2 hold causal masks under these names
+    # old GPT-2 checkpoints store causal masks under these names
     masks = {k for k, v in state.items()
              if k.endswith('.attn.masked_bias') or k.endswith('.attn.bias') and v.dim() == 4}
     state = {k: v for k, v in state.items() if k in own or k not in masks}
@@ -193,7 +193,7 @@ def load_weights(model, state, grow=False):
 
 
 def crop_block_size(model, block_size):
-    """The model with every table along time shortened to block_size: start from GPT-2's 1024 and train at 256."""
+    """The model with every table along time cropped to block_size, e.g. to start from GPT-2's 1024 and train at 256."""
     if block_size > model.config.block_size:
         raise ValueError(f"block_size={block_size} is longer than the {model.config.block_size} positions of these "
                          f"weights: use block_size={model.config.block_size} or less")
@@ -214,44 +214,44 @@ def first_few(names, most=8):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Where a run is
+# The state of a run
 
 @dataclass(eq=False)
 class State:
     """
-    What training changes: the network, the optimizer, float16's scaler, and how far the run is. A checkpoint stores and
-    restores it as a whole.
+    Everything that training changes: the network, the optimizer, the scaler for float16, and counters. A checkpoint
+    stores and restores it as a whole.
     """
     model: GPT
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     step: int = 0 # steps done
-    samples: int = 0 # sequences in them
+    samples: int = 0 # sequences in these steps
     tokens: int = 0
-    seconds: float = 0.0 # of training, without evaluations
+    seconds: float = 0.0 # training time, without evaluations
     best_val_loss: float = math.inf
-    best_step: int = 0 # of that loss
+    best_step: int = 0 # the step of that loss
     evals_since_best: int = 0
-    evaluated: int = -1 # the step that was last evaluated
-    mark: str = '' # what best_val_loss was measured on
+    evaluated: int = -1 # the step of the last evaluation
+    mark: str = '' # identifies the windows that best_val_loss was measured on
 
     def __post_init__(self):
         self.first_step, self.first_samples = self.step, self.samples # of this process
 
     def count(self, samples, length):
-        """A step is done."""
+        """Counts a finished step."""
         self.step, self.samples, self.tokens = self.step + 1, self.samples + samples, self.tokens + samples * length
 
     def judge_by(self, mark):
-        """A loss of other validation windows is no mark for those to come: it begins anew -> lines to show."""
+        """Forgets the best loss if it was measured on other validation windows. Returns notes to print."""
         before, self.mark = self.mark, mark
         if before in ('', mark):
             return []
         self.best_val_loss, self.best_step, self.evals_since_best, self.evaluated = math.inf, 0, 0, -1
-        return ["note     the validation data or windows are others than before: the lowest loss begins anew"]
+        return ["note     the validation data or windows have changed: the best loss so far is forgotten"]
 
     def keep_score(self, loss):
-        """Of an evaluation's loss: whether it is the best so far, or that one again, as a resumed run repeats it."""
+        """Records an evaluation. Returns whether its loss is the best, or the best one repeated after resuming."""
         better = loss < self.best_val_loss or loss == self.best_val_loss and self.step == self.best_step
         self.evaluated, self.evals_since_best = self.step, 0 if better else self.evals_since_best + 1
         if better:
@@ -259,7 +259,7 @@ class State:
         return better
 
     def to_checkpoint(self, config, meta):
-        """The dict to save. Where fully_shard shares out the weights, all processes must call."""
+        """The dict to save. If the weights are sharded, all processes must call this."""
         weights, moments = full_state(self.model, self.optimizer)
         counters = {f.name: getattr(self, f.name) for f in fields(self)[3:]}
         return dict(format=3, model=weights, optimizer=moments, scaler=self.scaler.state_dict(), state=counters,
@@ -267,26 +267,26 @@ class State:
                     iter_num=self.step, best_val_loss=self.best_val_loss) # as nanoGPT's readers expect them
 
     def restore(self, checkpoint, config):
-        """All but the weights, also of checkpoints of nanoGPT and of earlier versions -> lines to show."""
+        """Restores all but the weights, also from nanoGPT's and older checkpoints. Returns notes to print."""
         notes, before = [], checkpoint['config'].get('block_size', config['block_size'])
         vars(self).update(stored_state(checkpoint, config))
         if config['sampling'] == 'epoch' and before != config['block_size']: # epochs are counted in windows
             self.samples = self.samples * before // config['block_size']
-            notes.append("note     block_size has changed within an epoch, whose windows are others now: some of its "
-                         "tokens may come twice")
+            notes.append("note     block_size has changed within an epoch, so its windows are different now: some "
+                         "tokens may be used twice")
         if config['decay_lr'] and config['lr_decay_iters'] < config['max_iters']:
-            notes.append(f"note     the learning rate stays at min_lr from step {config['lr_decay_iters']} on: to extend "
-                         f"its decay, --lr_decay_iters={config['max_iters']}")
+            notes.append(f"note     the learning rate stays at min_lr from step {config['lr_decay_iters']} on: to "
+                         f"extend its decay, --lr_decay_iters={config['max_iters']}")
         self.first_step, self.first_samples = self.step, self.samples
         self.scaler.load_state_dict(checkpoint.get('scaler') or self.scaler.state_dict())
         load_optimizer(self.model, self.optimizer, checkpoint['optimizer'], architecture(checkpoint))
         if checkpoint.get('average'):
-            notes.append("note     the run goes on without the EMA of its weights")
+            notes.append("note     the run continues without the EMA of its weights")
         return notes
 
 
 def stored_state(checkpoint, config):
-    """The counters of State, also from nanoGPT's checkpoints, and from those of before there was a State."""
+    """The counters of State, also from nanoGPT's checkpoints and from those older than State."""
     if 'state' in checkpoint:
         return checkpoint['state']
     step, config = checkpoint['iter_num'], config | checkpoint.get('config', {})
@@ -301,7 +301,7 @@ def is_sharded(model):
 
 
 def full_state(model, optimizer):
-    """The state dicts of a model and its optimizer as one process would have them; of shared ones on rank 0 alone."""
+    """The state dicts of a model and its optimizer, as for one process. If sharded, complete on rank 0 only."""
     if not is_sharded(model):
         return model.state_dict(), optimizer.state_dict()
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
@@ -316,12 +316,12 @@ def full_state(model, optimizer):
 
 def load_optimizer(model, optimizer, stored, args):
     """
-    Loads an optimizer's plain state dict, which was saved with a model of GPTConfig(**args). Moments follow their
-    parameters by name: shortened as these are, and none for one that was added. The groups' settings stay as they are.
+    Loads an optimizer state dict that was saved with a model of GPTConfig(**args). Moments are matched to parameters by
+    name and cropped like them; added parameters start without. The settings of the groups are left unchanged.
     """
     with torch.device('meta'):
         before = GPT(GPTConfig(**{f.name: args[f.name] for f in fields(GPTConfig) if f.name in args}))
-    # in the order of the groups. nanoGPT's two have the same order
+    # in the order of the groups; nanoGPT's two groups give the same order
     names = [name for group in optimizer_groups(before).values() for name, _ in group]
     indices = [i for group in stored['param_groups'] for i in group['params']]
     moments = {name: stored['state'][i] for name, i in zip(names, indices) if i in stored['state']}

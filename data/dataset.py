@@ -1,4 +1,4 @@
-"""A dataset as a run uses it: both splits, what their tokens mean, and whether they fit the weights."""
+"""A dataset as a run uses it: both splits, the tokenizer, and whether the tokens fit the weights."""
 import math
 from functools import cached_property
 
@@ -11,10 +11,10 @@ from data.tokens import DataError, Split, dataset_folder, load_meta, odd_masks
 class Dataset:
     """
     train, val  the Splits
-    meta        the folder's metadata; where it does not name the tokenizer, what the weights' checkpoint knows of it
+    meta        the folder's metadata; if it names no tokenizer, that of the checkpoint
 
-    checkpoint: of the weights that this is for, {} for new ones. DataError if there is no such dataset, or if the
-    weights were trained with another tokenizer, unless allow_changes.
+    checkpoint: that of the weights to train, {} for new weights. DataError if there is no such dataset, or if the
+    weights were trained with another tokenizer (unless allow_changes).
     """
     def __init__(self, name, checkpoint, allow_changes=False):
         self.name, folder = name, dataset_folder(name)
@@ -24,7 +24,7 @@ class Dataset:
         except ValueError as e:
             if name != 'openwebtext': # the default, which takes hours to prepare
                 raise
-            raise DataError(f"{e}; or begin small: python data/python_stdlib/prepare.py, then python train.py "
+            raise DataError(f"{e}; or start small: python data/python_stdlib/prepare.py, then python train.py "
                             "config/quick.py") from None
         known = checkpoint.get('meta') or {}
         if (what := difference(self.meta, known)) and not allow_changes:
@@ -40,17 +40,17 @@ class Dataset:
 
     @property
     def vocab_size(self):
-        """Of a new model: a large vocabulary is padded, as multiples of 64 make faster matrix products."""
+        """For a new model. Large vocabularies are padded to a multiple of 64, for faster matrix products."""
         size = self.meta.get('vocab_size', 50257)
         return size if size < 1024 else math.ceil(size / 64) * 64
 
     def check(self, vocab_size, block_size, sampling):
         """
-        DataError unless the tokens fit a model. What is read in a moment is checked as a whole and at once. -> lines to
-        show: what is odd about the masks.
+        DataError unless the tokens fit a model. Small splits are scanned now, others as they are read. Returns warnings
+        about masks.
         """
         for split in (self.train, self.val):
-            split.vocab_size = vocab_size # of every batch
+            split.vocab_size = vocab_size # checked in every batch
             if split.n_tokens <= 1e8:
                 split.scan(vocab_size)
         self.train.batch(0, 1, block_size, sampling) # long enough for a window?
@@ -58,7 +58,7 @@ class Dataset:
         return [f'warning: {line}' for line in odd_masks((self.train, self.val))]
 
     def scan(self, vocab_size, shown):
-        """Reads all tokens. DataError at the first that is not below vocab_size."""
+        """Reads all tokens. DataError at the first one that is not below vocab_size."""
         for split in (self.train, self.val):
             with tqdm(total=split.n_tokens, desc=f'scanning {split.split}', unit='token', unit_scale=True,
                       disable=not shown) as progress:
@@ -69,13 +69,13 @@ class Dataset:
 
     @cached_property
     def tokenizer(self):
-        """None where the metadata name none; DataError where it cannot be had."""
+        """None if the metadata names none; DataError if it is not available here."""
         return load_tokenizer(self.meta)
 
     def prompt(self, text):
-        r"""Ids of a text in which \n is a line end. DataError if it cannot be read."""
+        r"""Token ids of a text in which \n stands for a newline. DataError if it cannot be encoded."""
         if self.tokenizer is None:
-            raise DataError(f"sample_tokens needs a tokenizer to read and write with, and dataset={self.name!r} names "
+            raise DataError(f"sample_tokens needs a tokenizer, and dataset={self.name!r} names "
                             "none: --sample_tokens=0")
         try:
             ids = self.tokenizer.encode(with_line_ends(read_argument(text, 'it')))
@@ -87,8 +87,8 @@ class Dataset:
 
     def bits(self, loss, targets):
         """
-        A mean loss over arrays of targets in bits per byte of text, or per dimension of pictures -> {name: bits}; {}
-        where the tokenizer is unknown or cannot be had.
+        Converts a mean loss over arrays of targets to bits per byte of text, or per dimension of pictures. Returns
+        {name: bits}, or {} if the tokenizer is unknown or not available.
         """
         try:
             tokenizer = self.tokenizer

@@ -1,7 +1,7 @@
 """
-The machine: device, dtype and speed, and the processes of a run. One process without a GPU is the trivial case.
+The machine: device, dtype, speed, and the processes of a run. A single process without a GPU is the trivial case.
 
-torchrun tells each process its number in environment variables. Those on GPUs take one each.
+torchrun passes each process its rank in environment variables. On GPUs, each process uses one.
 """
 import atexit
 import inspect
@@ -18,9 +18,9 @@ import torch.distributed as dist
 
 from model import Block, keep_freed_memory
 
-# Dense FLOP/s in bfloat16 (V100, T4: float16) with float32 accumulation, from NVIDIA's and AMD's datasheets (numbers
-# "with sparsity" halved; of an MI250X each half is a device). The first name that the card's name contains as whole
-# words counts.
+# Dense FLOP/s in bfloat16 (V100, T4: float16) with float32 accumulation, from NVIDIA's and AMD's datasheets. Figures
+# "with sparsity" are halved; each half of an MI250X is a device. The first key that occurs as whole words in the GPU's
+# name is used.
 PEAK_FLOPS = {
     'B200': 2250e12, 'H200 NVL': 835.5e12, 'H200': 989.4e12, 'GH200': 989.4e12, 'H100 PCIe': 756e12,
     'H100 NVL': 835.5e12, 'H100': 989.4e12, 'A100': 312e12, 'A40': 149.7e12, 'A30': 165e12, 'A10G': 70e12,
@@ -30,21 +30,21 @@ PEAK_FLOPS = {
 
 
 def process_number():
-    """This process's number among those that torchrun has started; 0 for the only one."""
+    """The rank that torchrun gave this process; 0 for a single process."""
     return int(os.environ.get('RANK', 0))
 
 
 class Machine:
     """
-    What a script computes with. ValueError if there is no such device.
+    The hardware and the processes that a script computes with. ValueError if there is no such device.
 
-    device, kind  such as 'cuda:1', and 'cuda', 'cpu' or 'mps' of it
-    dtype         name of the dtype of matrix products; autocast is the context in which they have it
-    scaler        float16's GradScaler; for other dtypes it does nothing
-    rank, world   number of this process, and of all of them
-    sharded       whether the processes share out the weights (fully_shard) instead of holding a copy each
+    device, kind  such as 'cuda:1', and its type: 'cuda', 'cpu' or 'mps'
+    dtype         name of the dtype of matrix products; autocast is the context that applies it
+    scaler        GradScaler for float16; does nothing for other dtypes
+    rank, world   rank of this process, and number of processes
+    sharded       whether the weights are sharded over the processes (fully_shard), not replicated
     compiled      whether torch.compile is on: wrap() decides
-    bad_steps     a tensor: steps in a row whose gradient was not finite
+    bad_steps     a tensor: number of consecutive steps with a non-finite gradient
     """
     def __init__(self, device='auto', dtype='auto', peak_flops='auto', parallel='ddp', deterministic=False):
         self.rank, self.world = process_number(), int(os.environ.get('WORLD_SIZE', 1))
@@ -73,8 +73,8 @@ class Machine:
 
     def wrap(self, model, compile='auto', backend='auto', lengths=1):
         """
-        model on this device -> (what trains and evaluates: compiled, sharded, exchanging gradients; lines to show).
-        lengths: how many sequence lengths it will see.
+        Returns (model, compiled, sharded or wrapped in DDP as needed; notes to print). model must be on the device.
+        lengths: number of different sequence lengths that it will see.
         """
         self.model, self.replicate, notes = model, lambda tensor: tensor, []
         if self.kind == 'cpu':
@@ -87,14 +87,14 @@ class Machine:
             compile = self.kind == 'cuda' and self.can_compile(notes)
         self.compiled = compile
         if model.config.recompute == 'cheap' and not compile:
-            notes.append("note     recompute='cheap' is for torch.compile, which is off: it changes nothing")
+            notes.append("note     recompute='cheap' has no effect without torch.compile, which is off")
         if compile:
-            torch._dynamo.config.recompile_limit = 2 * lengths + 8 # for training and for evaluations
+            torch._dynamo.config.recompile_limit = 2 * lengths + 8 # for training and for evaluation
             torch._functorch.config.ban_recompute_materialized_backward = model.config.recompute != 'cheap'
-            # each length once: symbolic lengths are compiled three times as often
+            # compile each length once: symbolic lengths compile three times as often
             model = torch.compile(model, dynamic=False)
         if self.world > 1 and not self.sharded:
-            # buffers are constants here, and gradients need no copy beside the one that travels
+            # buffers are constant, so no broadcast; gradients need no copy besides the all-reduce buckets
             DDP = torch.nn.parallel.DistributedDataParallel
             names = inspect.signature(DDP).parameters
             constant = 'forward_sync_buffers' if 'forward_sync_buffers' in names else 'broadcast_buffers' # before 2.13
@@ -104,33 +104,33 @@ class Machine:
         return model, notes
 
     def can_compile(self, notes):
-        """Whether torch.compile works here, which takes a compiler, triton, and a Python that it knows."""
+        """Whether torch.compile works here: it needs a compiler, triton and a supported Python version."""
         try:
             return torch.compile(lambda x: x + 1)(torch.ones(1, device=self.device)).item() == 2
-        except Exception as e: # whatever they raise
+        except Exception as e: # they may raise anything
             notes.append(f"not compiling, since torch.compile fails here: {str(e).strip().splitlines()[0]}")
             return False
 
     def seed(self, seed, step):
-        """Makes the masks of dropout a function of seed, step and process, so that a resumed run draws the same."""
+        """Makes dropout masks a function of seed, step and rank, so that a resumed run draws the same ones."""
         torch.manual_seed(((seed * 1_000_003 + step) * 4096 + self.rank) % 2 ** 63)
 
     def exchange_gradients(self, yes):
-        """Whether the next backward pass exchanges gradients with the other processes."""
+        """Sets whether the next backward pass reduces gradients over the processes."""
         if self.sharded:
             self.model.set_requires_gradient_sync(yes)
-        self.wrapped.require_backward_grad_sync = yes # DDP's; nobody else reads it
+        self.wrapped.require_backward_grad_sync = yes # read by DDP only
 
     def clip_gradients(self, limit):
-        """Clips the norm of all gradients together, 0: not -> the norm before, a tensor."""
+        """Clips the global gradient norm to limit (0: no clipping). Returns the norm before clipping, a tensor."""
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit or float('inf'))
         return norm.full_tensor() if self.sharded else norm
 
     def step(self, optimizer, norm):
-        """The optimizer's step. Where the norm is not finite it changes nothing, decided without waiting for a GPU."""
+        """Optimizer step, which changes nothing if the norm is not finite. The decision does not wait for a GPU."""
         bad = ~torch.isfinite(norm)
         self.bad_steps = (self.bad_steps + 1) * bad
-        if self.kind == 'mps' and bad: # its optimizer cannot decide that; without gradients it changes nothing
+        if self.kind == 'mps' and bad: # its optimizer ignores found_inf; without gradients it changes nothing
             optimizer.zero_grad(set_to_none=True)
         elif self.kind != 'mps' and not self.scaler.is_enabled():
             optimizer.grad_scale, optimizer.found_inf = None, self.replicate(bad.float())
@@ -142,22 +142,22 @@ class Machine:
 
     def connect(self, backend):
         if backend == 'gloo' and self.kind == 'cuda' and self.sharded:
-            raise ValueError("backend='gloo' cannot gather the weights that parallel='fsdp' shares out over GPUs: use "
+            raise ValueError("backend='gloo' cannot gather the weights that parallel='fsdp' shards over GPUs: use "
                              "--backend=nccl")
-        # torchrun keeps its store when it restarts lost processes: the prefix hides the addresses of the dead ones
+        # torchrun keeps its store when it restarts lost processes: the prefix hides the addresses of dead ones
         store, _, _ = next(dist.rendezvous('env://'))
         store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
         name = backend if backend != 'auto' else 'nccl' if self.kind == 'cuda' else 'gloo'
         dist.init_process_group(name, rank=self.rank, world_size=self.world, store=store)
 
     def deal(self, items):
-        """Deals out items: yields (an item, whether it counts), equally often in each process as sharding needs."""
+        """Deals items to the processes: yields (item, whether it counts), equally often in each, as sharding needs."""
         items = iter(items)
         while hand := list(itertools.islice(items, self.world)):
             yield hand[min(self.rank, len(hand) - 1)], self.rank < len(hand)
 
     def reduce(self, numbers, how='SUM'):
-        """Numbers, or a tensor -> their sum, or another ReduceOp, over all processes: a list, or a number."""
+        """All-reduces numbers or a tensor (sum, or another ReduceOp). Returns a list, or a number for a scalar."""
         total = numbers if torch.is_tensor(numbers) else torch.tensor(numbers, dtype=torch.float64)
         if self.world > 1:
             total = total.to(self.device)
@@ -166,8 +166,8 @@ class Machine:
 
     def agree(self, number):
         """
-        The largest number that a process has, in all of them at the same call. As asking waits for the slowest, they
-        ask once a second, or at each call if these take longer.
+        The maximum of number over all processes, returned to all of them at the same call. An all-reduce waits for the
+        slowest process, so it happens only once a second, or at every call if these are farther apart.
         """
         self.votes += 1
         if self.world == 1:
@@ -180,7 +180,7 @@ class Machine:
         return int(largest)
 
     def exit(self, status):
-        """Ends the process. One of several skips Python's teardown: a gloo thread may abort in it (pytorch 190489)."""
+        """Ends the process. With several, skips Python's teardown, where a gloo thread may abort (pytorch 190489)."""
         if self.world > 1:
             dist.destroy_process_group()
             atexit._run_exitfuncs()
@@ -192,28 +192,28 @@ class Machine:
     # memory and speed
 
     def put(self, *arrays):
-        """numpy arrays as tensors on the device."""
+        """Copies numpy arrays to the device as tensors."""
         tensors = map(torch.from_numpy, arrays)
         if self.kind == 'cuda':
             return [tensor.pin_memory().to(self.device, non_blocking=True) for tensor in tensors]
         return [tensor.to(self.device) for tensor in tensors]
 
     def budget(self, n_params, bytes_a_parameter, activations):
-        """-> lines about the memory that training will take, in all processes together or, not sharded, in each."""
+        """Returns lines about the memory that training will need per process."""
         fixed = bytes_a_parameter * n_params / (self.world if self.sharded else 1)
         lines = [f"memory   about {(fixed + activations) / 1e9:.3g} GB: {fixed / 1e9:.3g} of weights, gradients and "
                  f"optimizer, {activations / 1e9:.3g} of activations"]
         if fixed + activations > self.memory:
-            lines.append(f"warning: {self.device} has {self.memory / 1e9:.3g} GB: if it does not fit, a lower "
-                         "batch_size and as many more gradient_accumulation_steps take the same steps")
+            lines.append(f"warning: {self.device} has {self.memory / 1e9:.3g} GB: if it does not fit, lower "
+                         "batch_size and raise gradient_accumulation_steps in proportion: the steps stay the same")
         return lines
 
     def count(self, tokens, flops):
-        """Counts work that all processes have done together since the last lap."""
+        """Adds work that all processes together have done in this lap."""
         self.tokens, self.flops = self.tokens + tokens, self.flops + flops
 
     def lap(self):
-        """-> (seconds since the last call, tokens a second, MFU or None where the peak is not known)."""
+        """Returns (seconds since the last call, tokens per second, MFU or None if the peak is unknown)."""
         now = time.perf_counter()
         seconds, (peak, _) = now - self.lap_began, self.peak
         speed, mfu = self.tokens / seconds, self.flops / seconds / (peak * self.world) if peak else None
@@ -222,12 +222,12 @@ class Machine:
 
     @cached_property
     def peak(self):
-        """(FLOP/s that MFU is a share of, or None; where the number comes from)"""
+        """(peak FLOP/s for MFU, or None; where the number comes from)"""
         return find_peak_flops(self.peak_flops, self.device, self.torch_dtype)
 
     @property
     def memory(self):
-        """Bytes that the GPU has, or this machine; infinite where the system does not say."""
+        """Total bytes of GPU memory, or of main memory; infinite if unknown."""
         if self.kind == 'cuda':
             return torch.cuda.get_device_properties(self.device).total_memory
         on_windows = sys.platform == 'win32'
@@ -235,7 +235,7 @@ class Machine:
 
     @property
     def peak_memory(self):
-        """Bytes: of the GPU, or of the process; None where the system does not say."""
+        """Peak memory in bytes, of the GPU or of the process; None if unknown."""
         if self.kind == 'cuda':
             return torch.cuda.max_memory_allocated(self.device)
         if sys.platform == 'win32':
@@ -245,12 +245,12 @@ class Machine:
 
 
 def shard(model, kind, dtype, world):
-    """Shares out the weights of a GPT over the processes -> a function that makes a tensor one of theirs, on all."""
+    """Shards the weights of a GPT over the processes. Returns a function that replicates a tensor on their mesh."""
     from torch.distributed.device_mesh import init_device_mesh # these take a second to import
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
     from torch.distributed.tensor import DTensor, Replicate
     mesh = init_device_mesh(kind, (world,))
-    # what has nothing but matrices travels in the dtype of their products, half of the bytes; the rest in float32
+    # modules with nothing but matrices are gathered in the dtype of their products (half the bytes), others in float32
     policy = MixedPrecisionPolicy(dtype, torch.float32)
     for block in [m for m in model.modules() if isinstance(m, Block)]:
         for part in filter(None, (block.attn, block.mlp)):
@@ -266,32 +266,32 @@ def shard(model, kind, dtype, world):
 # What `auto` means on this machine
 
 def resolve(device, dtype):
-    """'auto' or a name for each -> (device, dtype's name). ValueError if this machine has no such device."""
+    """Resolves 'auto'. Returns (device, name of dtype). ValueError if this machine has no such device."""
     if device == 'auto':
         device = (torch.accelerator.current_accelerator(check_available=True) or torch.device('cpu')).type
     try:
         kind = torch.device(device).type
         torch.empty(1, device=device)
-        if kind == 'cuda' and ':' in device: # torch refuses to set 'cuda', which is the current one
-            torch.cuda.set_device(device) # streams, graphs and measurements are the current device's
-    except (RuntimeError, AssertionError) as e: # what torch raises for a device that is not there
+        if kind == 'cuda' and ':' in device: # torch refuses 'cuda', the current one
+            torch.cuda.set_device(device) # streams, graphs and timings use the current device
+    except (RuntimeError, AssertionError) as e: # torch's errors for a missing device
         raise ValueError(f"device={device!r} is not there ({str(e).splitlines()[0]}): use --device=auto") from None
     return device, fast_dtype(kind) if dtype == 'auto' else dtype
 
 
 def fast_dtype(kind):
-    """The name of the dtype that a kind of device multiplies fast."""
+    """Name of the fastest dtype for matrix products on this kind of device."""
     if kind == 'cuda':
         return 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
-    # only where the processor multiplies it: elsewhere bfloat16 is emulated and slow
+    # only if the processor has instructions for it: otherwise bfloat16 is emulated and slow
     native = kind == 'cpu' and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
     return 'bfloat16' if native else 'float32'
 
 
 def find_peak_flops(setting, device, dtype):
-    """-> (FLOP/s or None, where it came from).
+    """Returns (peak FLOP/s or None, where the number comes from).
 
-    setting: a number; 'measure': see measure_flops; 'auto': the table for a GPU in a 16-bit dtype, measured on a CPU.
+    setting: a number; 'measure': see measure_flops; 'auto': from the table for a GPU in 16 bits, measured on a CPU.
     """
     device = torch.device(device)
     if setting not in ('auto', 'measure'):
@@ -308,9 +308,9 @@ def find_peak_flops(setting, device, dtype):
 
 
 def measure_flops(device, dtype):
-    """-> (n, FLOP/s): the best of a few n x n products as Linear layers make them, an honest ceiling on any machine.
+    """Returns (n, FLOP/s) of the fastest n x n matrix product, in the layout of Linear layers: a realistic ceiling.
 
-    On a CPU without bfloat16 a large product takes minutes: sizes grow only while one is quick.
+    On a CPU without bfloat16 a large product takes minutes, so n grows only while the product is quick.
     """
     largest = 2048 if device.type == 'cpu' else 8192
     n, found = 256, []

@@ -1,6 +1,6 @@
 """
-Pictures as tokens (iGPT, Chen et al. 2020; minGPT's play_image): each pixel is the nearest colour of a palette, row by
-row, and one more id begins a picture.
+Pictures as tokens (iGPT, Chen et al. 2020; minGPT's play_image): one token per pixel, row by row: the nearest colour in
+a palette. One more id starts each picture.
 """
 import numpy as np
 
@@ -12,9 +12,9 @@ SHADES = ' .:-=+*#%@'
 
 
 class PictureTokenizer(Tokenizer):
-    """palette: a list of colours of one number (grey) or three (red, green, blue), from 0 to 255."""
+    """palette: a list of colours, each of one number (grey) or three (red, green, blue), from 0 to 255."""
     name = 'pictures'
-    unit = 'dimension' # of bits per: a number of a pixel's colour
+    unit = 'dimension' # bits per dimension: per number of a pixel's colour
 
     def __init__(self, height, width, palette):
         try:
@@ -33,11 +33,11 @@ class PictureTokenizer(Tokenizer):
         self.lengths = np.array([self.palette.shape[1]] * len(palette) + [0, 0]) # see Tokenizer
 
     def encode(self, text, allow_special=True):
-        """The beginning of a picture, whatever the text is."""
+        """The id that starts a picture, whatever the text is."""
         return [self.eot]
 
     def decode(self, ids, special=False):
-        """Rows of characters: the darker, the emptier."""
+        """Rows of characters; darker pixels become sparser characters."""
         text = super().decode(ids)
         return '\n'.join(text[i:i + self.width] for i in range(0, len(text), self.width))
 
@@ -58,13 +58,13 @@ class PictureTokenizer(Tokenizer):
 
 
 def write_pictures(folder, tokenizer, pictures, val_fraction):
-    """A dataset of pictures (N, H, W, 1 or 3), of which the last are held out. Returns the finished Writer."""
+    """Writes a dataset of pictures (N, H, W, 1 or 3), holding out the last ones. Returns the finished Writer."""
     n_val = round(val_fraction * len(pictures))
     with Writer(folder, tokenizer) as out:
         for split, part in ('train', pictures[:len(pictures) - n_val]), ('val', pictures[len(pictures) - n_val:]):
             if len(part):
                 out.write(split, tokenizer.ids_of(part).flatten())
-                out.write(split, [tokenizer.eot]) # windows and their targets are whole pictures
+                out.write(split, [tokenizer.eot]) # so that windows and their targets are whole pictures
     return out
 
 
@@ -79,7 +79,7 @@ def held_out(folder, tokenizer, number):
 
 
 def save_grid(pictures, path, columns):
-    """Pictures (N, H, W, 1 or 3) side by side in a PNG, large enough to see."""
+    """Saves pictures (N, H, W, 1 or 3) side by side in one PNG, enlarged."""
     from PIL import Image # comes with matplotlib
     n, height, width, channels = pictures.shape
     rows, pad = -(-n // columns), 1

@@ -1,4 +1,4 @@
-"""A run: its folder, the lock against a second run, logs, words to the person, the signals that end it."""
+"""A run: its folder, the lock that keeps other runs out, logs, messages to the user, and signals."""
 import atexit
 import json
 import math
@@ -25,13 +25,13 @@ PROJECT = Path(__file__).resolve().parent.parent
 
 class Run:
     """
-    A run and its folder, which need not exist yet. Of several processes one speaks and writes; in the others nothing
-    that says or writes does anything.
+    A run and its folder, which need not exist yet. With several processes, only one prints and writes; in the others
+    those methods do nothing.
 
-    latest, best  paths of the checkpoints: the latest, and the one of the lowest validation loss
-    metrics       path of metrics.jsonl, one JSON object a line
-    asked_to_stop, stop  exit status with which the run is to end soon, by a signal's word and by that of all
-                         processes; 0: it is not
+    latest, best   paths of the latest checkpoint and of the one with the lowest validation loss
+    metrics        path of metrics.jsonl, one JSON object per line
+    asked_to_stop  exit status that this process asks for, after a signal; 0: it goes on
+    stop           exit status on which all processes have agreed
     """
     def __init__(self, out_dir, speaks=True):
         self.out_dir, self.speaks, self.locked = out_dir, speaks, None
@@ -39,8 +39,8 @@ class Run:
         self.asked_to_stop, self.stop = 0, 0
         self.unwritten, self.silent, self.last_plot = set(), False, time.perf_counter()
         self.bar, self.logs = tqdm(disable=True), {'metrics.jsonl': self.append}
-        with suppress(AttributeError): # a notebook's
-            sys.stdout.reconfigure(errors='backslashreplace') # a terminal may lack some characters
+        with suppress(AttributeError): # in a notebook
+            sys.stdout.reconfigure(errors='backslashreplace') # the terminal may lack some characters
 
     def move(self, path):
         self.path = Path(path)
@@ -53,8 +53,8 @@ class Run:
 
     def claim(self, allowed, restart=False, lock=True):
         """
-        ValueError if the folder is no place for a run, or holds one. allowed: it may hold one. restart: it may hold one
-        that died before its first checkpoint. lock: keeps other runs out.
+        ValueError if the folder is unsuitable or already holds a run. allowed: it may hold a run. restart: it may hold
+        a run that died before its first checkpoint. lock: keep other runs out.
         """
         own = "give the run a folder of its own, such as --out_dir=out-x"
         if self.path.exists() and not self.path.is_dir():
@@ -65,11 +65,11 @@ class Run:
             self.lock()
         begun = self.metrics.exists() and self.metrics.stat().st_size and not restart
         if not allowed and (begun or self.has_checkpoint()):
-            raise ValueError(f"out_dir={str(self.path)!r} already holds a run: go on with it by --init_from=resume, "
-                             "choose another --out_dir, or replace it by --overwrite=True")
+            raise ValueError(f"out_dir={str(self.path)!r} already holds a run: resume it with --init_from=resume, "
+                             "choose another --out_dir, or replace it with --overwrite=True")
 
     def lock(self, setting='out_dir'):
-        """Keeps others out of the folder, which a setting names, until this process ends, however it ends."""
+        """Keeps other runs out of the folder until this process ends, however it ends. setting: for the message."""
         if self.locked is None:
             taken = f"another run is at work in {setting}={str(self.path)!r}"
             self.locked = lock_folder(self.path, f"{taken}: wait for its end, stop it, or choose another --{setting}")
@@ -80,17 +80,17 @@ class Run:
         self.locked = None
 
     def load(self):
-        """The checkpoint that the run goes on from."""
+        """The checkpoint to resume from."""
         checkpoint = load_checkpoint(self.latest if self.latest.exists() else self.best)
-        # nanoGPT's names the device of another machine, perhaps
+        # a nanoGPT checkpoint may name the device of another machine
         strange = () if 'format' in checkpoint else ('device', 'dtype', 'compile', 'backend')
         config = {k: v for k, v in checkpoint.get('config', {}).items() if k not in strange}
         return checkpoint | dict(config=config)
 
     def begin(self, state, settings, data, resuming, **about):
         """
-        Makes the folder, or rids it of what a new run replaces or a resumed one writes again; keeps the code and the
-        settings, with what else decides the numbers (about).
+        Creates the folder, or removes what a new run replaces and what a resumed run will write again. Stores the code,
+        the settings, and whatever else the results depend on (about).
         """
         if not self.speaks:
             return
@@ -100,11 +100,11 @@ class Run:
             self.move(tempfile.mkdtemp(prefix='.dry_run-', dir=parent))
             atexit.register(shutil.rmtree, self.path, ignore_errors=True)
         self.path.mkdir(parents=True, exist_ok=True)
-        # another run may have begun since the first look
+        # another run may have started since the first check
         self.claim(resuming or config['overwrite'], config['init_from'] == 'auto')
-        if config['wandb_log']: # before anything is deleted: it may refuse
+        if config['wandb_log']: # before anything is deleted: it can fail
             self.logs['wandb'] = begin_wandb(config, self.path)
-        if resuming: # it writes again what came after the checkpoint
+        if resuming: # drop the lines after the checkpoint: this run writes them again
             kept = [line for line in self.read_metrics() if line['step'] < state.step or line['step'] == state.step
                     and ('val_loss' not in line or state.evaluated == state.step)]
             replace_file(self.metrics, ''.join(json.dumps(line) + '\n' for line in kept))
@@ -121,11 +121,11 @@ class Run:
         replace_file(self.path / 'config.json', json.dumps(config | about, indent=1))
 
     def code(self):
-        """The folders with the code that made the run, code-STEP for each change of it, the latest last."""
+        """Folders with the code of this run: code-STEP for each change, latest last."""
         return sorted(self.path.glob('code-[0-9]*'), key=lambda path: (len(path.name), path.name))
 
     def keep_code(self, files, step):
-        """Keeps the scripts, the config files and git's diff as text -> names of what has changed since then."""
+        """Stores the scripts, the config files and git's diff. Returns the names of files changed since last time."""
         paths = [*(PROJECT / name for name in ('model.py', 'train.py', 'configurator.py')), *map(Path, files)]
         now = {path.name: path.read_bytes() for path in paths}
         before = {path.name: path.read_bytes() for folder in self.code()[-1:] for path in folder.iterdir()}
@@ -138,7 +138,7 @@ class Run:
         return changed if before else []
 
     def save(self, path, checkpoint):
-        """Writes a checkpoint. On a full disk the old file is kept, and the next save tries again."""
+        """Writes a checkpoint. If that fails, as on a full disk, the old file is kept and the next save tries again."""
         if not self.speaks:
             return
         try:
@@ -151,25 +151,25 @@ class Run:
     # logs
 
     def read_metrics(self):
-        """The lines of metrics.jsonl as dicts, without those that a crash has cut short or something else damaged."""
+        """The lines of metrics.jsonl as dicts, except those that a crash cut short or that are otherwise damaged."""
         lines = []
         for line in self.metrics.read_bytes().splitlines() if self.metrics.exists() else ():
             try:
                 values = json.loads(line)
                 lines += [values] if {'step', 'tokens'} <= values.keys() else []
             except (ValueError, AttributeError):
-                pass # no JSON, or no object
+                pass # not JSON, or not an object
         return lines
 
     def log(self, state, **values):
-        """Writes values of this step to all logs. One that cannot be written is warned of, and training goes on."""
+        """Writes values of this step to all logs. If a log cannot be written, warns, and training goes on."""
         values = dict(step=state.step, tokens=state.tokens, seconds=round(state.seconds, 3), **values)
         for name, write in list(self.logs.items()) if self.speaks else ():
             try:
                 write(values)
-            except Exception as e: # whatever a log raises
+            except Exception as e: # a log may raise anything
                 more = ''
-                if name != 'metrics.jsonl': # which can recover
+                if name != 'metrics.jsonl': # that one can recover
                     more = ' without it'
                     del self.logs[name]
                 self.say(f"warning: {name} could not be written, training goes on{more}: {e}")
@@ -181,16 +181,16 @@ class Run:
             f.write(json.dumps(dict.fromkeys(values) | finite) + '\n')
 
     def plot(self, pause=0):
-        """Draws loss.png, if the last time was `pause` seconds ago: training and validation loss against tokens."""
+        """Draws loss.png (losses against tokens), unless the last time was less than `pause` seconds ago."""
         if not self.speaks or time.perf_counter() - self.last_plot < pause:
             return
         self.last_plot = time.perf_counter()
-        try: # each takes a fifth of a second, the first one a second
+        try: # takes 0.2 seconds, the first time 1 second
             draw_losses(self.read_metrics(), self.path / 'loss.png')
-        except Exception as e: # whatever matplotlib raises, or that it is not there
+        except Exception as e: # matplotlib may raise anything, or be missing
             self.say(f"warning: {self.path / 'loss.png'} could not be drawn, training goes on: {e}")
 
-    # words
+    # messages
 
     def say(self, text):
         """Prints a line above the progress bar."""
@@ -198,12 +198,12 @@ class Run:
             return
         try:
             tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush() # into a pipe or a file, too, when it happens
-        except (OSError, ValueError): # a pipe that nobody reads, a terminal that is gone, a full disk
+            sys.stdout.flush() # pipes and files also get each line at once
+        except (OSError, ValueError): # a closed pipe, a lost terminal, a full disk
             self.warn_of_silence()
 
     def warn_of_silence(self):
-        """One warning on stderr, if that is still there: the run goes on, and metrics.jsonl has its numbers."""
+        """Warns once on stderr, if it still works. The run goes on, and metrics.jsonl has its numbers."""
         if not self.silent:
             self.silent, self.bar.disable = True, True
             with suppress(OSError, ValueError):
@@ -211,12 +211,12 @@ class Run:
             sys.stdout = sys.stderr = open(os.devnull, 'w', encoding='utf-8')
 
     def progress(self, total, done):
-        """Begins the progress bar, which needs a terminal."""
+        """Starts the progress bar, if there is a terminal."""
         disabled = not self.speaks or not sys.stderr.isatty()
         self.bar = tqdm(total=total, initial=done, unit='step', disable=disabled, dynamic_ncols=True)
 
     def tick(self, steps=0, text=None):
-        """Moves the progress bar and changes the text behind it."""
+        """Advances the progress bar and changes the text after it."""
         try:
             if text is not None:
                 self.bar.set_postfix_str(text)
@@ -227,17 +227,17 @@ class Run:
     # the end
 
     def catch_signals(self):
-        """From here on Ctrl-C, kill, a lost terminal and a scheduler's warning let the run save what it has."""
+        """From now on, Ctrl-C, kill, a lost terminal or a scheduler's warning make the run save and stop."""
         def on_signal(number, frame):
             self.asked_to_stop = 128 + number
-            signal.signal(number, signal.SIG_DFL) # a second one ends it at once
+            signal.signal(number, signal.SIG_DFL) # a second one kills the run at once
         for name in ('SIGINT', 'SIGTERM', 'SIGUSR1', 'SIGHUP'):
             number = getattr(signal, name, signal.SIGTERM) # Windows lacks some
-            if signal.getsignal(number) is not signal.SIG_IGN: # as nohup has it
+            if signal.getsignal(number) is not signal.SIG_IGN: # as under nohup
                 signal.signal(number, on_signal)
 
     def sum_up(self, state, files):
-        """Says what came of the run, and what to do next."""
+        """Prints the result of the run and the next command."""
         self.say(f"done     {state.step:,} steps, {state.tokens:,} tokens in {duration(state.seconds)}; lowest "
                  f"validation loss {state.best_val_loss:.4f} at step {state.best_step:,}")
         if state.step == state.first_step:
@@ -245,21 +245,21 @@ class Run:
         self.say(f"next     python sample.py {shlex.join([*files, f'--out_dir={self.out_dir}'])}")
 
     def status(self, step):
-        """Says why the run ends before its last step -> its exit status."""
-        with suppress(OSError): # its terminal may be gone
+        """Prints why the run ends before its last step. Returns its exit status."""
+        with suppress(OSError): # the terminal may be gone
             self.bar.close()
         if self.stop > 128:
-            self.say(f"{signal.Signals(self.stop - 128).name}: step {step} is saved in {self.latest}; go on with "
+            self.say(f"{signal.Signals(self.stop - 128).name}: step {step} is saved in {self.latest}; resume with "
                      "--init_from=resume")
         if self.latest in self.unwritten:
-            self.say(f"error: the state of step {step} is not on disk: free some space and resume from the checkpoint "
-                     "that is left")
+            self.say(f"error: the state of step {step} is not on disk: free some space and resume from the last "
+                     "checkpoint")
             return 1
         return self.stop
 
 
 def begin_wandb(config, folder):
-    """-> a function that logs a step's values."""
+    """Returns a function that logs the values of a step."""
     import wandb
     try:
         wandb.init(project=config['wandb_project'], name=config['wandb_run_name'], config=config, dir=folder)
@@ -269,7 +269,7 @@ def begin_wandb(config, folder):
 
 
 def replace_file(path, text):
-    """Writes a file in one step: whatever happens, a whole one has this name, the old one or the new."""
+    """Replaces a file atomically: whatever happens, path is either the complete old file or the complete new one."""
     temporary = Path(f'{path}.tmp')
     try:
         temporary.write_text(text, encoding='utf-8')
@@ -279,9 +279,9 @@ def replace_file(path, text):
 
 
 def draw_losses(lines, path):
-    """The losses in lines of metrics.jsonl as a picture."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg # whatever MPLBACKEND is
-    from matplotlib.figure import Figure # takes a while, so not at start-up
+    """Plots the losses in lines of metrics.jsonl."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg # whatever MPLBACKEND says
+    from matplotlib.figure import Figure # slow to import, so not at start-up
     figure = Figure(figsize=(8, 5))
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -291,10 +291,10 @@ def draw_losses(lines, path):
         axes.plot([line['tokens'] for line in points], [line[key] for line in points], label=label, **style)
     best = min((line['val_loss'] for line in lines if line.get('val_loss') is not None), default=math.nan)
     seen = [(line['tokens'], line[key]) for line in lines for key in curves if line.get(key) is not None]
-    later = [loss for tokens, loss in seen if tokens > 0.05 * seen[-1][0]] # the first points would rule the axis
+    later = [loss for tokens, loss in seen if tokens > 0.05 * seen[-1][0]] # the first losses would dominate the axis
     low, high = min(later, default=0.0), max(later, default=1.0)
     axes.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
-    axes.set(xlabel='tokens', ylabel='nats a token', title=f'{path.parent.name}: best validation loss {best:.4f}')
+    axes.set(xlabel='tokens', ylabel='nats per token', title=f'{path.parent.name}: best validation loss {best:.4f}')
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(f'{path}.tmp', format='png', dpi=120)
@@ -302,7 +302,7 @@ def draw_losses(lines, path):
 
 
 def git(*args):
-    """What git prints about the project, as bytes; b'' where there is no repository or no git."""
+    """The output of a git command on the project, as bytes; b'' without a repository or without git."""
     try:
         return subprocess.run(['git', '-C', PROJECT, *args], capture_output=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -310,13 +310,13 @@ def git(*args):
 
 
 def git_commit():
-    """The project's commit, with a + if files differ from it; None outside of git."""
+    """The project's commit, with a + if there are uncommitted changes; None outside of git."""
     commit = git('rev-parse', 'HEAD').decode()
     return commit + ('+' if git('status', '--porcelain') else '') if commit else None
 
 
 def duration(seconds):
-    """As people say it: 38.0 s, 2.9 min, 5.1 hours, 12.0 days."""
+    """Human-readable time: 38.0 s, 2.9 min, 5.1 hours, 12.0 days."""
     units = dict(days=86400, hours=3600, min=60)
     unit = next((unit for unit, size in units.items() if seconds >= 1.5 * size), 's')
     return f'{seconds / units.get(unit, 1):,.1f} {unit}'

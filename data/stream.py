@@ -1,4 +1,4 @@
-"""Streams a dataset of the Hugging Face hub into token shards: what data/hub/prepare.py does."""
+"""Streams a dataset of the Hugging Face Hub into token shards, for data/hub/prepare.py."""
 import shutil
 from contextlib import closing
 from itertools import islice
@@ -10,12 +10,12 @@ from data.tokens import DataError, prefetch
 from data.writer import Writer
 
 SHARD_TOKENS = 100_000_000
-BATCH = 1024 # documents that are tokenized at once
-SAVE_EVERY = 50 # batches between the points from which an interrupted run goes on
+BATCH = 1024 # documents tokenized at once
+SAVE_EVERY = 50 # batches between the points at which an interrupted run can continue
 
 
 def open_stream(source, subset, revision, data_files):
-    """A streaming dataset of the hub, or of local files (source 'json' and data_files)."""
+    """A streaming dataset from the Hub, or from local files (source 'json' and data_files)."""
     try:
         from datasets import load_dataset
     except ImportError:
@@ -23,16 +23,16 @@ def open_stream(source, subset, revision, data_files):
     try:
         return load_dataset(source, subset or None, revision=revision or None, data_files=data_files or None,
                             split='train', streaming=True)
-    except RuntimeError as error: # which the library raises for datasets that are Python scripts
+    except RuntimeError as error: # the library raises this for datasets that are Python scripts
         raise DataError(f"{source} cannot be opened ({error}): try its copy as parquet files, with "
                         "--revision=refs/convert/parquet") from None
-    except Exception as error: # of many kinds: no such dataset, no network, a damaged file
+    except Exception as error: # no such dataset, no network, a damaged file...
         raise DataError(f"{source} cannot be opened ({type(error).__name__}: {error}): check its name on "
                         "huggingface.co/datasets, its --subset, and the network") from None
 
 
 def check_disk(folder, needed, bytes_per_token):
-    """Prints the bytes that are needed and free. DataError if they do not fit."""
+    """Prints how many bytes are needed and free. DataError if there is not enough space."""
     free = shutil.disk_usage(folder).free
     print(f"needs about {needed / 1e9:.1f} GB of disk in {folder}, where {free / 1e9:.1f} GB are free")
     if needed > free:
@@ -41,7 +41,7 @@ def check_disk(folder, needed, bytes_per_token):
 
 
 def texts_of(documents, field):
-    """Yields the text of each document; None for one that has none."""
+    """Yields the text of each document, or None if it has none."""
     for document in documents:
         if not isinstance(document.get(field, 0), str | None):
             raise KeyError(f"have no text in a field {field!r}, but {', '.join(map(repr, document))}: name it with "
@@ -52,7 +52,7 @@ def texts_of(documents, field):
 def read_batches(stream, field, n_documents):
     """
     Yields (texts, state of the stream after them). A thread reads ahead. n_documents is the number of documents read
-    before, for the message that says where reading stopped.
+    earlier, for the error message that says where reading stopped.
     """
     all_texts = texts_of(stream, field)
 
@@ -65,7 +65,7 @@ def read_batches(stream, field, n_documents):
                 texts, state = next(batches)
             except KeyError as error:
                 raise DataError(f"the documents {error.args[0]}") from None
-            except Exception as error: # of many kinds, from the network to a parquet file
+            except Exception as error: # anything from the network to a damaged parquet file
                 raise DataError(f"reading stopped after {n_documents} documents ({type(error).__name__}: {error}): "
                                 "give the same command again to go on") from error
             if not texts:
@@ -76,12 +76,12 @@ def read_batches(stream, field, n_documents):
 
 def write_shards(folder, stream, job, tokenizer, field, expected_tokens, max_tokens, val_fraction, n_threads):
     """
-    Tokenizes the documents of `stream` in their order, ends each with <|endoftext|>, and holds out every
-    1/val_fraction-th. Stops at max_tokens (0: takes all). expected_tokens says how many there are (0: unknown), from
-    which follows how much disk they need. Returns the finished Writer.
+    Tokenizes the documents of `stream` in order, ends each with <|endoftext|>, and holds out every 1/val_fraction-th.
+    Stops at max_tokens (0: takes all). expected_tokens is their number (0: unknown), to estimate the disk space needed.
+    Returns the finished Writer.
 
-    `job` is a dict of the settings that decide what is written. An interrupted run with the same job goes on where it
-    was.
+    `job` is a dict of the settings that determine the output. An interrupted run with the same job continues where it
+    stopped.
     """
     val_every = round(1 / val_fraction)
     with Writer(folder, tokenizer, SHARD_TOKENS, job) as out:
@@ -98,12 +98,12 @@ def write_shards(folder, stream, job, tokenizer, field, expected_tokens, max_tok
         with bar, closing(read_batches(stream, field, n_documents + n_empty)) as batches:
             for n_batches, (texts, state) in enumerate(batches, 1):
                 ids, before, n_read = {'train': [], 'val': []}, total, len(texts)
-                # halves of characters, which JSON can have, become ? as everywhere
+                # lone surrogates, which JSON can contain, become ? as everywhere
                 texts = [text.encode('utf-8', 'replace').decode() for text in texts if text is not None]
                 n_empty += n_read - len(texts)
                 documents = tokenizer.encode_batch(texts, n_threads)
                 for text, document in zip(texts, documents):
-                    if n_documents < BATCH: # of the first, none may change; of later ones hours of work may hang on it
+                    if n_documents < BATCH: # refuse early changes; later ones only count, to keep hours of work
                         check_round_trip(tokenizer, text, document)
                     n_changed += not gives_back(tokenizer, text, document)
                     document.append(tokenizer.eot)

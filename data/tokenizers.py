@@ -1,10 +1,10 @@
 """
 Tokenizers: text to token ids and back.
 
-Plain values describe a tokenizer. They lie in a dataset's meta.json and in checkpoints:
+A tokenizer is described by plain values, stored in a dataset's meta.json and in checkpoints:
 
     {"tokenizer": "char", "characters": "..."} | {"tokenizer": "bytes"} | {"tokenizer": "tiktoken", "encoding": "gpt2"}
-    | {"tokenizer": "tokenizers", "json": "..."}, what Hugging Face's library of that name has in its tokenizer.json
+    | {"tokenizer": "tokenizers", "json": "..."}: the tokenizer.json of Hugging Face's library of that name
     | {"tokenizer": "pictures", "height": 8, "width": 8, "palette": [[0], [255]]}: see data/pictures.py
 """
 import codecs
@@ -22,14 +22,14 @@ import numpy as np
 from data.tokens import DataError, Split, load_meta, split_files
 
 EOT = '<|endoftext|>'
-NOT_TEXT = '\ufffd'.encode() # bytes of an id that stands for nothing
+NOT_TEXT = '\ufffd'.encode() # bytes of an id without a meaning
 
 
 def text_pieces(source, name=None, n_bytes=1 << 22, progress=None, lines=False):
     """
-    Yields the text in a path or binary file, n_bytes or a line at a time: the one door for text. It is UTF-8, a byte
-    order mark is no part of it, and line ends stay as they are. DataError for anything else, with its place; name says
-    in what. progress is called with the number of bytes of each piece.
+    Yields the text in a path or binary file, n_bytes or one line at a time. All text is read here. It must be UTF-8; a
+    byte order mark is dropped, and line ends are kept. DataError for anything else, with its position; name is for that
+    message. progress is called with the number of bytes of each piece.
     """
     opened = nullcontext(source) if hasattr(source, 'read') else open(source, 'rb')
     name, position, begun = name or source, 0, False
@@ -39,7 +39,7 @@ def text_pieces(source, name=None, n_bytes=1 << 22, progress=None, lines=False):
             data = file.readline() if lines else file.read(n_bytes)
             if not position and is_utf16(data):
                 raise DataError(f"{name} looks like UTF-16 or UTF-32, of which many bytes are 0: save it as UTF-8")
-            start = position - len(decoder.getstate()[0]) # less the bytes of a character that the last piece has cut
+            start = position - len(decoder.getstate()[0]) # minus the bytes of a character that was cut
             try:
                 text = decoder.decode(data, final=not data)
             except UnicodeDecodeError as error:
@@ -60,19 +60,19 @@ def read_text(source, name=None):
 
 
 def read_argument(text, name):
-    """The text of an argument of a command, whose bytes are treated as those of a file."""
+    """The text of a command-line argument, decoded like a file."""
     return read_text(io.BytesIO(os.fsencode(text)), name)
 
 
 def is_utf16(data):
-    """Whether these first bytes are UTF-16 or UTF-32: marked so, or the zeros of Latin letters or spaces show it."""
-    zeros = np.bincount(np.flatnonzero(np.frombuffer(data, np.uint8) == 0) % 2, minlength=2) # at even and odd places
+    """Whether these first bytes look like UTF-16 or UTF-32, by a byte order mark or the zero bytes of Latin letters."""
+    zeros = np.bincount(np.flatnonzero(np.frombuffer(data, np.uint8) == 0) % 2, minlength=2) # at even and odd offsets
     on_one_side = zeros.max() > max(1, len(data) / 50, 20 * zeros.min())
     return data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or on_one_side or 2 * zeros.sum() > len(data)
 
 
 def with_line_ends(text):
-    r"""The text as it was typed, in which \n is a line end and two backslashes are one."""
+    r"""Replaces \n in typed text by a newline, and two backslashes by one."""
     return '\\'.join(part.replace('\\n', '\n') for part in text.split('\\\\'))
 
 
@@ -85,8 +85,8 @@ class Tokenizer:
     eot         id of <|endoftext|>, or None
     special     id -> text of the special tokens
 
-    A subclass has these, and encode_ordinary(text), token_bytes (a list of the bytes of every id) and meta(), which
-    returns what load_tokenizer needs to make this tokenizer again.
+    A subclass defines these, and encode_ordinary(text), token_bytes (a list of the bytes of every id) and meta(), which
+    returns what load_tokenizer needs to recreate this tokenizer.
     """
     eot = None
     special = {}
@@ -111,7 +111,7 @@ class Tokenizer:
         return [self.encode_ordinary(text) for text in texts]
 
     def decode_bytes(self, ids, special=False):
-        """UTF-8 bytes of the ids. Special tokens are left out unless asked for. Unknown ids are U+FFFD."""
+        """UTF-8 bytes of the ids. Special tokens are left out unless special is True. Unknown ids become U+FFFD."""
         out = []
         for i in map(int, ids):
             if i in self.special:
@@ -126,13 +126,13 @@ class Tokenizer:
 
     @cached_property
     def lengths(self):
-        """Bytes of every id, and one more entry of 0 for what is not text: ignored targets, a padded vocabulary."""
+        """Number of bytes of every id, plus a final 0 for ids that are not text: ignored targets, padded vocabulary."""
         lengths = np.array([len(token) for token in self.token_bytes] + [0], dtype=np.int64)
         lengths[list(self.special)] = 0
         return lengths
 
     def n_bytes(self, ids):
-        """How many UTF-8 bytes of text the ids stand for, for bits per byte. Special tokens and -1 count as 0."""
+        """Number of UTF-8 bytes that the ids stand for, for bits per byte. Special tokens and -1 count as 0."""
         ids = np.asarray(ids, dtype=np.int64)
         last = len(self.lengths) - 1
         return int(self.lengths[np.where((ids >= 0) & (ids < last), ids, last)].sum())
@@ -153,7 +153,7 @@ class CharTokenizer(Tokenizer):
 
     @classmethod
     def from_text(cls, texts, eot=False):
-        """Of the sorted characters in an iterable of strings. <|endoftext|> in one of them is a token of its own."""
+        """Uses the sorted characters of an iterable of strings. <|endoftext|> in them becomes a token of its own."""
         characters = set()
         for text in texts:
             if EOT in text:
@@ -204,7 +204,7 @@ class TiktokenTokenizer(Tokenizer):
         except ImportError:
             raise DataError(f"the tokenizer {name!r} needs tiktoken: pip install tiktoken") from None
         names = tiktoken.list_encoding_names()
-        if name not in names: # tiktoken gets no name that is a path or an address
+        if name not in names: # never pass a path or URL on to tiktoken
             raise DataError(f"unknown tokenizer {name!r}: it must be char, bytes or one of {', '.join(names)}")
         try:
             self.encoding = tiktoken.get_encoding(name)
@@ -246,11 +246,11 @@ def import_tokenizers():
 
 class JsonTokenizer(Tokenizer):
     """
-    Hugging Face's tokenizers, of the text of a tokenizer.json: byte-level BPE as GPT-2's, or one that falls back to
-    bytes as Llama's. DataError for a damaged one, and for one that cannot write every text.
+    A tokenizer of Hugging Face's library, from the text of a tokenizer.json: byte-level BPE as in GPT-2, or one with a
+    byte fallback as in Llama. DataError if it is damaged or cannot encode every text.
     """
     name = 'tokenizers'
-    ENDS = (EOT, '<|end_of_text|>', '</s>', '<eos>') # what ends a document, the first that there is
+    ENDS = (EOT, '<|end_of_text|>', '</s>', '<eos>') # the first of these that exists ends a document
 
     def __init__(self, text):
         library = import_tokenizers()
@@ -265,7 +265,7 @@ class JsonTokenizer(Tokenizer):
                             "cannot write every text: take another one")
         self.fast.no_truncation()
         self.fast.no_padding()
-        self.fast.encode_special_tokens = True # as text: encode puts the real ones in
+        self.fast.encode_special_tokens = True # as plain text: encode inserts the real ones
         self.vocab_size = 1 + max(self.fast.get_vocab(with_added_tokens=True).values())
         added = self.fast.get_added_tokens_decoder()
         self.special = {i: token.content for i, token in added.items() if token.special}
@@ -281,7 +281,7 @@ class JsonTokenizer(Tokenizer):
 
     @classmethod
     def of_folder(cls, folder):
-        """That of a folder in Hugging Face's layout: its tokenizer.json, or the older pair of files; None: neither."""
+        """The tokenizer of a folder in Hugging Face's format: tokenizer.json, or the older pair of files; or None."""
         folder = Path(folder)
         if (folder / 'tokenizer.json').is_file():
             return cls.open(folder / 'tokenizer.json')
@@ -300,7 +300,7 @@ class JsonTokenizer(Tokenizer):
 
     @classmethod
     def train(cls, texts, vocab_size):
-        """Byte-level BPE of vocab_size ids, of an iterable of strings."""
+        """Trains byte-level BPE with vocab_size ids on an iterable of strings."""
         library = import_tokenizers()
         if vocab_size < 257:
             raise DataError(f"vocab_size={vocab_size} must be at least 257: 256 bytes and {EOT}")
@@ -314,7 +314,7 @@ class JsonTokenizer(Tokenizer):
 
     @staticmethod
     def byte_characters():
-        """{character: byte}: GPT-2 writes bytes that are no printable characters as others."""
+        """{character: byte}: GPT-2 represents bytes that are not printable by other characters."""
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
         others = [b for b in range(256) if b not in printable]
         return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
@@ -322,12 +322,12 @@ class JsonTokenizer(Tokenizer):
     def encode_ordinary(self, text):
         return self.encode_batch([text])[0]
 
-    def encode_batch(self, texts, n_threads=1): # its threads are the library's own business: RAYON_NUM_THREADS
+    def encode_batch(self, texts, n_threads=1): # the library chooses its own threads: see RAYON_NUM_THREADS
         # a lone surrogate, as from a bad argv, becomes '?'
         texts = [text.encode('utf-8', 'replace').decode() for text in texts]
-        try: # fast: without each token's place in the text, which takes a third of the time
+        try: # the fast version leaves out each token's offset in the text, a third of the time
             return [encoded.ids for encoded in self.fast.encode_batch_fast(texts, add_special_tokens=False)]
-        except Exception as error: # the library raises nothing more special, as for a character that it lacks
+        except Exception as error: # the library raises nothing more specific, e.g. for a character that it lacks
             raise DataError(f"this tokenizer.json cannot write the text ({error}): take another one") from None
 
     @cached_property
@@ -342,7 +342,7 @@ class JsonTokenizer(Tokenizer):
                 tokens.append(token.encode())
             elif self.byte_level and byte_of.keys() >= set(token):
                 tokens.append(bytes(byte_of[c] for c in token))
-            elif self.byte_level: # a token with other characters stands for itself
+            elif self.byte_level: # a token with other characters is literal text
                 tokens.append(token.encode())
             elif byte := re.fullmatch('<0x([0-9A-F]{2})>', token):
                 tokens.append(bytes.fromhex(byte[1]))
@@ -355,7 +355,7 @@ class JsonTokenizer(Tokenizer):
 
 
 def load_tokenizer(meta):
-    """The tokenizer that a meta dict describes; None if it names none. Opens no file that meta could name."""
+    """The tokenizer that a meta dict describes; None if it names none. Never opens a file named in meta."""
     name = meta.get('tokenizer')
     if name is None:
         return None
@@ -375,12 +375,12 @@ def load_tokenizer(meta):
 
 
 def gives_back(tokenizer, text, ids):
-    """Whether the ids of a text stand for it, and not for it without its capitals or with a space before it."""
+    """Whether the ids decode to exactly this text, not e.g. to its lower case or with a leading space."""
     return b''.join(map(tokenizer.token_bytes.__getitem__, ids)) == text.encode('utf-8', 'replace')
 
 
 def check_round_trip(tokenizer, text, ids):
-    """DataError, with the place, if the ids of a text do not give it back."""
+    """DataError with the position if the ids of a text do not decode to it."""
     if not gives_back(tokenizer, text, ids):
         other = tokenizer.decode(ids, special=True)
         at = next((i for i, (a, b) in enumerate(zip(text, other)) if a != b), min(len(text), len(other)))
@@ -392,7 +392,7 @@ TRIES = ('The CAT  sat. ', ' a\tb\r\n', 'e\u0301', '\u00e9\u00a0\u2126', '\ufb01
 
 
 def warn_of_changes(tokenizer):
-    """Says at once that a tokenizer.json changes some texts, which may stand far behind the first ones."""
+    """Warns early that a tokenizer.json changes some texts, which may come late in the data."""
     changed = [text for text in TRIES if not gives_back(tokenizer, text, tokenizer.encode_ordinary(text))]
     if changed:
         print(f"warning: the tokenizer {tokenizer.name!r} changes some texts, such as "
@@ -400,26 +400,26 @@ def warn_of_changes(tokenizer):
 
 
 def choose_tokenizer(name):
-    """The tokenizer that needs no text: bytes, the path of a tokenizer.json, or the name of a tiktoken encoding."""
+    """A tokenizer that needs no training: bytes, the path of a tokenizer.json, or the name of a tiktoken encoding."""
     if name == 'bytes':
         return ByteTokenizer()
     return JsonTokenizer.open(name) if name.endswith('.json') else TiktokenTokenizer(name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Whose tokenizer is it?
+# Which tokenizer belongs to a folder?
 
 GPT2 = dict(tokenizer='tiktoken', encoding='gpt2')
-GPT2_SIZES = (50257, 50304) # its ids, and as nanoGPT pads them
+GPT2_SIZES = (50257, 50304) # the vocabulary of GPT-2, and as padded by nanoGPT
 OF_TOKENIZERS = ('tokenizer', 'encoding', 'characters', 'eot', 'json', 'height', 'width', 'palette')
 
 
 def tokenizer_of(folder, known=None):
     """
-    The tokenizer of a folder, as metadata; {}: not known. The folder is a dataset's, or one of weights in Hugging
-    Face's layout. Its own files go first. Token files that say nothing are of the tokenizer `known`, that of the
-    weights they are for, or without it of GPT-2's, as nanoGPT takes them, if their ids look like it; weights that say
-    nothing are of GPT-2's if they have its size. DataError: the folder has one that cannot be used here.
+    The tokenizer of a folder, as metadata; {} if unknown. The folder holds a dataset, or weights in Hugging Face's
+    format. A tokenizer in the folder has priority. Bare token files are assumed to use `known`, the tokenizer of the
+    weights to train, or else GPT-2's, as in nanoGPT, provided that their ids look like it. Weights without a tokenizer
+    are assumed to use GPT-2's if they have its vocabulary size. DataError if the folder's own one cannot be used here.
     """
     meta = load_meta(folder)
     if 'tokenizer' in meta:
@@ -427,47 +427,47 @@ def tokenizer_of(folder, known=None):
     own = JsonTokenizer.of_folder(folder)
     if own:
         return own.meta()
-    if not split_files(Path(folder))['train']: # weights, without a tokenizer of their own
+    if not split_files(Path(folder))['train']: # weights without a tokenizer
         return GPT2 if size_of_weights(folder) in GPT2_SIZES else {}
     try:
         tokenizer = load_tokenizer(known or GPT2)
-    except DataError: # it cannot be had here: what the weights say has to do, and a guess has not
+    except DataError: # not available here: trust the weights, but do not guess
         return known or {}
     looks_right = tokenizer and meta.get('vocab_size', 1 << 32) >= tokenizer.vocab_size and wrote(tokenizer, folder)
     return (known or GPT2) if looks_right else {}
 
 
 def size_of_weights(folder):
-    """The vocabulary's, from the config.json in a folder in Hugging Face's layout; None: it does not say."""
+    """The vocabulary size in the config.json of a folder in Hugging Face's format, or None."""
     with suppress(OSError, ValueError, AttributeError):
         return json.loads((Path(folder) / 'config.json').read_text(encoding='utf-8-sig')).get('vocab_size')
 
 
 def wrote(tokenizer, folder):
-    """Whether the ids in a folder look like this tokenizer's: of the text that they stand for, it makes them again."""
+    """Whether the ids in a folder look like this tokenizer's: decoding and encoding them again gives the same ids."""
     split = Split(folder, 'train')
     n = min(1024, int(split.sizes[0]) - 1)
     ids = split.read(np.array([0]), np.array([0]), n)[0][0].tolist()
     if max(ids) >= tokenizer.vocab_size or tokenizer.name == 'pictures':
         return max(ids) < tokenizer.vocab_size
-    if tokenizer.name == 'gpt2' and max(ids) < 5000: # a tenth of any text has later ones
+    if tokenizer.name == 'gpt2' and max(ids) < 5000: # in any text, a tenth of the ids are larger
         return False
     text = tokenizer.decode(ids, special=True)
     if tokenizer.eot is not None:
         text = text.replace(tokenizer.special[tokenizer.eot], EOT)
     try:
         again = tokenizer.encode(text)
-    except DataError: # parts of characters
+    except DataError: # the ids cut characters apart
         return False
-    return SequenceMatcher(None, ids, again, autojunk=False).ratio() > 0.98 # others reach 0.96
+    return SequenceMatcher(None, ids, again, autojunk=False).ratio() > 0.98 # wrong tokenizers reach 0.96
 
 
 def difference(meta, known):
-    """What a dataset's tokenizer has unlike the one that the weights know, in words; '': nothing, or one is unknown."""
+    """Describes how a dataset's tokenizer differs from that of the weights; '' if it does not, or one is unknown."""
     changed = [key for key in OF_TOKENIZERS if meta.get(key) != known.get(key)]
     if not changed or 'tokenizer' not in meta or 'tokenizer' not in known:
         return ''
-    if {meta['tokenizer'], known['tokenizer']} <= {'tiktoken', 'tokenizers'}: # one vocabulary, written in two ways?
+    if {meta['tokenizer'], known['tokenizer']} <= {'tiktoken', 'tokenizers'}: # the same vocabulary in two formats?
         one, other = load_tokenizer(meta), load_tokenizer(known)
         if (one.token_bytes, one.eot) == (other.token_bytes, other.eot):
             return ''

@@ -7,10 +7,10 @@ val_*.bin; a prefix is fine too, as in fineweb_train_000001.bin). meta.json desc
     {"dtype": "uint16", "vocab_size": 65, "tokenizer": "char", "characters": "...", "tokens": {"train": n, "val": n}}
 
 Token files are bare little-endian ids. nanoGPT's files work unchanged, with or without their meta.pkl. So do the shards
-of llm.c and modded-nanogpt, which begin with a header. train.mask beside train.bin has a byte for each of its tokens:
-a 0 says that the token is not to be predicted.
+of llm.c and modded-nanogpt, which begin with a header. An optional train.mask next to train.bin has one byte per token;
+0 means that the token is not a training target.
 
-Whatever is wrong with a file raises DataError. Its message is one line with the value and the way out.
+Anything wrong with a file raises DataError with a one-line message: the value and the way out.
 """
 import hashlib
 import io
@@ -43,8 +43,8 @@ class DataError(ValueError):
 
 def find_path(name):
     """
-    The one rule for paths in settings: a relative path is the current directory's if it exists there or begins with
-    ./ or ../, and else the project's.
+    The single rule for paths in settings: a relative path is relative to the current directory if it exists there or
+    begins with ./ or ../, and otherwise to the project.
     """
     name = os.path.expanduser(str(name))
     here = name in ('.', '..') or name.startswith(('./', '../', f'.{os.sep}', f'..{os.sep}')) or os.path.exists(name)
@@ -52,7 +52,7 @@ def find_path(name):
 
 
 def dataset_folder(name):
-    """Path of a dataset, which need not exist: a plain name means <project>/data/<name>, a path is find_path's."""
+    """Path of a dataset, which need not exist: a plain name means <project>/data/<name>; for others see find_path."""
     name = str(name)
     if not any(separator and separator in name for separator in ('/', os.sep, os.altsep)):
         return PROJECT / 'data' / os.path.expanduser(name)
@@ -60,7 +60,7 @@ def dataset_folder(name):
 
 
 def how_to_prepare(folder):
-    """The end of an error message about a dataset folder: the command that prepares it, or all that can be prepared."""
+    """End of an error message about a dataset folder: the command that prepares it, or the names of all datasets."""
     if folder.parent == PROJECT / 'data' and (folder / 'prepare.py').is_file():
         return f"run: python data/{folder.name}/prepare.py"
     names = sorted(path.parent.name for path in (PROJECT / 'data').glob('*/prepare.py'))
@@ -69,8 +69,8 @@ def how_to_prepare(folder):
 
 def load_meta(folder):
     """
-    Metadata of a dataset folder: the dict in meta.json, or what nanoGPT's meta.pkl says in the same terms, or {}.
-    Raises DataError for a file that is damaged, unfinished or asks for code to be run.
+    Metadata of a dataset folder: the dict in meta.json, or nanoGPT's meta.pkl converted to that form, or {}. Raises
+    DataError for a file that is damaged, unfinished or would run code.
     """
     folder = Path(folder)
     path = folder / 'meta.json'
@@ -78,7 +78,7 @@ def load_meta(folder):
         path = folder / 'meta.pkl'
         return load_meta_pickle(path) if path.is_file() else {}
     try:
-        meta = json.loads(path.read_text(encoding='utf-8-sig')) # editors may put a byte order mark before it
+        meta = json.loads(path.read_text(encoding='utf-8-sig')) # editors may add a byte order mark
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON ({error}): prepare the dataset again; {how_to_prepare(folder)}") from None
     if not isinstance(meta, dict):
@@ -97,22 +97,22 @@ def load_meta(folder):
 
 
 def check_count(path, name, value, minimum):
-    if type(value) is not int or value < minimum: # not isinstance: True is no count
+    if type(value) is not int or value < minimum: # not isinstance, since True is not a count
         raise DataError(f"{path}: {name} is {value!r}, but must be a whole number from {minimum} up")
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Builds containers, strings and numbers, and nothing else. A pickle that names a class or function is refused."""
+    """Builds only containers, strings and numbers. A pickle that names a class or function is refused."""
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
 def load_meta_pickle(path):
-    """nanoGPT's meta.pkl (vocab_size, stoi, itos), in the terms of meta.json."""
+    """nanoGPT's meta.pkl (vocab_size, stoi, itos), converted to the form of meta.json."""
     data = path.read_bytes()
     try:
         for opcode, argument, _ in pickletools.genops(data):
-            # the memo is an array: a few bytes that name its entry 2**32 would make pickle allocate 64 GB
+            # pickle's memo is an array: a few bytes that name entry 2**32 would make it allocate 64 GB
             if opcode.name.endswith('PUT') and int(argument) > len(data):
                 raise pickle.UnpicklingError(f"memo entry {argument} in {len(data)} bytes")
         raw = PlainUnpickler(io.BytesIO(data)).load()
@@ -128,7 +128,7 @@ def load_meta_pickle(path):
     stoi = raw.get('stoi')
     if isinstance(stoi, dict) and all(isinstance(c, str) and len(c) == 1 for c in stoi):
         by_id = {i: c for c, i in stoi.items() if type(i) is int}
-        if sorted(by_id) == list(range(len(stoi))): # anything else leaves unknown what the ids mean
+        if sorted(by_id) == list(range(len(stoi))): # otherwise the meaning of the ids is unknown
             meta.update(tokenizer='char', characters=''.join(by_id[i] for i in range(len(by_id))))
             meta.setdefault('vocab_size', len(by_id))
     return meta
@@ -145,13 +145,13 @@ HEADERS = {20240520: (1, '<u2'), 20240801: (7, '<u4')}
 class Shard(NamedTuple):
     path: str
     dtype: np.dtype
-    start: int # byte at which the tokens begin
+    start: int # byte offset of the first token
     n_tokens: int
-    mask: str | None = None # a file with one byte a token; 0: not a target of the training
+    mask: str | None = None # path of a file with one byte per token; 0: not a training target
 
 
 def open_shard(path, dtype):
-    """The Shard in a file, whose size must fit. dtype is that of a file without a header."""
+    """Opens a file as a Shard and checks its size. dtype is used for a file without a header."""
     size = os.path.getsize(path)
     if size == 0:
         raise DataError(f"{path} is empty; {how_to_prepare(path.parent)}")
@@ -178,10 +178,10 @@ def open_shard(path, dtype):
 
 
 def check_width(shard):
-    """DataError if the numbers in a file are wider than those it is read as: every other one is a high half then."""
+    """DataError if the numbers in a file are wider than dtype: every other token is then a high half."""
     tokens = map_tokens(shard)[:1 << 16]
     low, high = tokens[0::2], tokens[1::2]
-    if len(high) < 16 or low.max() == 0 or high.max() > low.max() // 256: # high halves are 0, or few for large ids
+    if len(high) < 16 or low.max() == 0 or high.max() > low.max() // 256: # high halves are 0, or small for large ids
         return
     bits = 8 * shard.dtype.itemsize * (2 if tokens[2::4].max() else 4)
     way_out = ('say so in meta.json, as {"dtype": "uint32"}' if bits == 32 else
@@ -192,15 +192,15 @@ def check_width(shard):
 
 def map_tokens(shard, windows=False):
     """
-    The tokens of a shard as a memory map, made anew for each batch. Every page that is read through a map counts as
-    memory of this process until the map is closed, so one that stays open looks like a leak. windows: little is read
-    here and there.
+    The tokens of a shard as a memory map, opened anew for each batch. Every page read through a map counts as memory of
+    this process until the map is closed, so a map that stays open looks like a memory leak. windows: only short, random
+    pieces are read.
     """
-    # a map that reaches beyond the end of its file would kill the process with SIGBUS
+    # reading a map beyond the end of its file would kill the process with SIGBUS
     if os.path.getsize(shard.path) < shard.start + shard.n_tokens * shard.dtype.itemsize:
         raise DataError(f"{shard.path} has become shorter while in use: start again when it is complete")
     tokens = np.memmap(shard.path, shard.dtype, 'r', shard.start, (shard.n_tokens,))
-    # the kernel would read megabytes ahead for each window. A small file is soon in memory by that, and may be
+    # the kernel would read megabytes ahead for each window; for a small file that helps, as it is soon in memory
     if windows and shard.n_tokens > 1e8 and hasattr(mmap, 'MADV_RANDOM'):
         tokens.base.madvise(mmap.MADV_RANDOM)
     return tokens
@@ -210,11 +210,11 @@ def map_tokens(shard, windows=False):
 # Splits and their batches
 
 def split_files(folder):
-    """{split: sorted names of its token files}. DataError for a file that would be in both, or twice in one."""
+    """{split: sorted names of its token files}. DataError for a file that is in both splits, or twice in one."""
     there = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith('.'))
     names = {split: [name for name in there if re.fullmatch(rf'(.+_)?{split}(_.+)?\.bin', name)]
              for split in ('train', 'val')}
-    first = {} # resolved path -> the name under which it came first
+    first = {} # resolved path -> the first name for it
     for name in names['train'] + names['val']:
         other = first.setdefault(os.path.realpath(folder / name), name)
         if name in names['train'] and name in names['val']:
@@ -225,7 +225,7 @@ def split_files(folder):
 
 
 def odd_masks(splits):
-    """A line for each oddity of the masks beside the shards of splits: one that is missing, one that nothing reads."""
+    """One line for each problem with the masks of the splits: a missing mask, or a mask that nothing reads."""
     shards = [shard for split in splits for shard in split.shards]
     masked = [shard.mask for shard in shards if shard.mask]
     bare = [os.path.basename(shard.path) for shard in shards if masked and not shard.mask]
@@ -241,9 +241,9 @@ class Split:
     One split ('train' or 'val') of a dataset folder.
 
     shards      list of Shard, sorted by name
-    n_tokens    in all shards together
+    n_tokens    total over all shards
     meta        the folder's metadata (load_meta)
-    vocab_size  every id that is read must be below it; meta's if the argument is None, and unchecked if that has none
+    vocab_size  every id must be below it; taken from meta if the argument is None, and not checked if meta has none
 
     Opening takes a few system calls per shard, whatever its size. Raises DataError for missing or damaged files.
     """
@@ -264,7 +264,7 @@ class Split:
         wide = (self.vocab_size or 0) > 65536 # more ids than 16 bits have
         dtype = np.dtype('<u4' if self.meta.get('dtype', 'uint32' if wide else 'uint16') == 'uint32' else '<u2')
         self.shards = [open_shard(folder / name, dtype) for name in names]
-        if split not in self.meta.get('tokens', {}): # else their number shows the width, as a header does
+        if split not in self.meta.get('tokens', {}): # otherwise the number of tokens, or a header, shows the width
             for shard in self.shards:
                 if not shard.start:
                     check_width(shard)
@@ -278,14 +278,13 @@ class Split:
     def batch(self, first_sample, batch_size, block_size, sampling='random', seed=1337, stride=None):
         """
         Samples first_sample ... first_sample + batch_size - 1 of a run as (x, y). Both are int64 (batch_size,
-        block_size), and y is x moved on by one token. Samples are numbered over all steps, accumulation steps and
-        ranks. So a batch is a pure function of its arguments: each rank takes a range of numbers, and resuming needs
-        no state.
+        block_size), and y is x shifted by one token. Samples are numbered over all steps, micro-batches and ranks, so a
+        batch is a pure function of the arguments: each rank takes a range of numbers, and resuming needs no state.
 
         'random'  each sample is drawn from all windows, with replacement
         'epoch'   the split is cut into n windows of `stride` tokens (None: block_size). Samples k*n ... k*n+n-1 visit
-                  each window once, in an order that differs between epochs. If block_size is below stride, only the
-                  first tokens of each window are used: this lets block_size vary within an epoch.
+                  each window once, in a different order in each epoch. If block_size is below stride, only the first
+                  tokens of each window are used, so block_size may vary within an epoch.
         """
         sample = np.arange(first_sample, first_sample + batch_size, dtype=np.uint64)
         key = splitmix(np.uint64(seed % (1 << 64)))
@@ -308,19 +307,19 @@ class Split:
         return self.read(shard, offset, block_size)
 
     def count_targets(self, first_sample, batch_size, block_size, **order):
-        """How many targets batch would give: all tokens, but for those that masks take out."""
+        """Number of targets in that batch: all tokens except those that are masked."""
         if not any(shard.mask for shard in self.shards):
             return batch_size * block_size
         return int((self.batch(first_sample, batch_size, block_size, **order)[1] >= 0).sum())
 
     def n_windows(self, stride):
-        """How many windows of `stride` tokens (and a target for each) the split has: the samples of an epoch."""
+        """Number of windows of `stride` tokens (with a target for each) in the split: the samples of an epoch."""
         return int(((self.sizes - 1) // stride).sum())
 
     def fixed_batches(self, n_windows, batch_size, block_size):
         """
-        Yields (x, y) as batch does, but the same ones at every call: up to n_windows windows, evenly spaced over the
-        split. No two overlap, so a small split gives fewer. The last batch may be smaller.
+        Yields (x, y) like batch, but the same ones at every call: up to n_windows windows, evenly spaced over the
+        split. They do not overlap, so a small split gives fewer. The last batch may be smaller.
         """
         counts = (self.sizes - 1) // block_size
         total = self.sum_windows(counts, block_size)
@@ -332,9 +331,9 @@ class Split:
 
     def all_batches(self, batch_size, block_size):
         """
-        Yields (x, y, n_targets) over the whole split. Each token is a target once, except the first of each shard,
-        which nothing precedes. Where the last window of a shard is short, x is padded with 0 and y with -1, which
-        n_targets does not count.
+        Yields (x, y, n_targets) over the whole split. Each token is a target once, except the first of each shard: it
+        has no predecessor. If the last window of a shard is short, x is padded with 0 and y with -1; n_targets does not
+        count those.
         """
         counts = -(-(self.sizes - 1) // block_size)
         total = self.sum_windows(counts, 1)
@@ -345,7 +344,7 @@ class Split:
 
     def scan(self, vocab_size, progress=None):
         """
-        Reads everything once and returns the number of tokens. Raises DataError at the first id that is not below
+        Reads the whole split and returns the number of tokens. Raises DataError at the first id that is not below
         vocab_size. progress is called with the number of tokens read since its last call.
         """
         step = 1 << 22
@@ -358,13 +357,13 @@ class Split:
         return self.n_tokens
 
     def fingerprint(self):
-        """A hash of the shards' names, types and whole contents, and of their masks. Each file is read once."""
+        """Hash of the shards' names, dtypes and full contents, and of their masks. Each file is read only once."""
         parts = [[os.path.basename(shard.path), shard.dtype.name, kept_hash(shard.path),
                   shard.mask and kept_hash(shard.mask)] for shard in self.shards]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def sum_windows(self, counts, length):
-        """The sum of counts, the windows in each shard. DataError if there are none: every shard is too short."""
+        """Sum of counts, the number of windows per shard. DataError if there are none: every shard is too short."""
         total = int(counts.sum())
         if total == 0:
             longest = int(self.sizes.max())
@@ -374,7 +373,7 @@ class Split:
         return total
 
     def read(self, shards, offsets, block_size, pad=False):
-        """(x, y) of the windows that begin at these offsets of these shards. pad: a window may reach beyond the end."""
+        """(x, y) of the windows at these offsets in these shards. pad: windows may extend past the end of a shard."""
         x = np.zeros((len(shards), block_size), dtype=np.int64)
         y = np.full_like(x, -1)
         maps = {shard: map_tokens(self.shards[shard], windows=True) for shard in set(shards.tolist())}
@@ -390,11 +389,11 @@ class Split:
         return x, y
 
 
-HASHES = '.hashes.json' # beside the files
+HASHES = '.hashes.json' # in the dataset's folder
 
 
 def hash_file(path):
-    """A hash of a whole file."""
+    """Hash of a whole file."""
     digest, buffer = hashlib.blake2b(digest_size=16), bytearray(1 << 20)
     with open(path, 'rb', buffering=0) as file:
         while n := file.readinto(buffer):
@@ -404,8 +403,8 @@ def hash_file(path):
 
 def kept_hash(path):
     """
-    The hash of a file of a dataset, whose folder keeps it beside the file's size and times, so that the file is read
-    once. Where the folder cannot be written it is computed each time.
+    The hash of a dataset's file. The dataset's folder caches it with the file's size and times, so the file is read
+    only once; if the folder is not writable, the hash is computed each time.
     """
     path = Path(path)
     kept, about = path.with_name(HASHES), path.stat()
@@ -416,7 +415,7 @@ def kept_hash(path):
     if str(known.get(path.name)).startswith(key):
         return known[path.name].removeprefix(key)
     digest = hash_file(path)
-    # a file as young as the clock's step may change once more and keep its time
+    # a file this new may change again within the resolution of its timestamp
     if time.time_ns() - max(about.st_mtime_ns, about.st_ctime_ns) > 2e9:
         new = path.with_name(f'{HASHES}.{os.getpid()}.tmp')
         with suppress(OSError):
@@ -428,7 +427,7 @@ def kept_hash(path):
 
 
 def check_ids(shard, offset, tokens, vocab_size):
-    """DataError if one of the tokens, which begin at offset in the shard, is not below vocab_size."""
+    """DataError if any of the tokens is not below vocab_size. offset: position of the first one in the shard."""
     if tokens.max() >= vocab_size:
         at = int(np.argmax(tokens >= vocab_size))
         raise DataError(f"{shard.path}: token {offset + at} is {tokens[at]}, but vocab_size is {vocab_size}: the file "
@@ -436,7 +435,7 @@ def check_ids(shard, offset, tokens, vocab_size):
 
 
 def locate(index, counts):
-    """Index over the items of all shards -> (shard, index in the shard), where shard i has counts[i] items."""
+    """Converts an index over all shards' items to (shard, index in the shard), where shard i has counts[i] items."""
     index = np.asarray(index).astype(np.int64)
     ends = np.cumsum(counts)
     shard = np.searchsorted(ends, index, side='right')
@@ -447,8 +446,8 @@ GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
 def splitmix(z):
-    """One step of SplitMix64 (Steele, Lea and Flood 2014), a bijection of uint64 that scatters. z may be an array."""
-    z = np.atleast_1d(z) + GOLDEN_GAMMA # an array even for one value: numpy warns of overflow in scalars only
+    """One step of SplitMix64 (Steele, Lea and Flood 2014), a scrambling bijection of uint64. z may be an array."""
+    z = np.atleast_1d(z) + GOLDEN_GAMMA # always an array: numpy warns of overflow in scalars only
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
@@ -456,10 +455,10 @@ def splitmix(z):
 
 def permute(position, n, key):
     """
-    Where `position` goes in a pseudorandom permutation of range(n), which `key` chooses. Both are uint64 arrays of one
+    Image of `position` under a pseudorandom permutation of range(n) selected by `key`. Both are uint64 arrays of one
     shape. There is no table, so an epoch of 10**9 windows costs no memory. A Feistel network permutes the next power of
-    four. What falls outside the range goes through again until it is inside (cycle walking: on average at most four
-    rounds).
+    four. Values outside the range are permuted again until they are inside (cycle walking: at most four rounds on
+    average).
     """
     half = np.uint64(max(1, (int(n - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
@@ -476,7 +475,7 @@ def permute(position, n, key):
 
 def prefetch(make, first, depth=2):
     """
-    Yields make(first), make(first + 1), ... without end. A thread computes up to `depth` of them ahead. An exception in
+    Yields make(first), make(first + 1), ... forever. A thread computes up to `depth` of them ahead. An exception in
     make is raised where its result would have been yielded. Closing the generator ends the thread.
     """
     results = queue.SimpleQueue()
@@ -501,7 +500,7 @@ def prefetch(make, first, depth=2):
 
     thread = threading.Thread(target=work, name='prefetch', daemon=True)
     thread.start()
-    # also called when Python ends: daemon threads stand still after that, and from Python 3.13 on a join never returns
+    # also called at interpreter exit: daemon threads freeze then, and from Python 3.13 on a join never returns
     end = weakref.finalize(thread, stop)
     try:
         while True:

@@ -1,4 +1,4 @@
-"""Writes the dataset folders that data/tokens.py reads. The prepare scripts share it."""
+"""Writes the dataset folders that data/tokens.py reads. All prepare scripts use it."""
 import hashlib
 import json
 import os
@@ -14,8 +14,8 @@ from data.tokens import PROJECT, DataError
 
 def lock_folder(folder, message):
     """
-    Keeps others who ask for it out of a folder until this process ends, however it ends, or os.close(what is returned).
-    DataError, with the message, if somebody is in it. None: there is no folder yet, or the system has no locks.
+    Locks a folder until this process ends, however it ends, or until os.close() of the returned descriptor. DataError
+    with the message if another process holds the lock. Returns None if the folder does not exist or cannot be locked.
     """
     try:
         import fcntl
@@ -43,15 +43,15 @@ class Writer:
             out.write('train', ids) # list or array of ids, as often as needed
             out.write('val', ids)
 
-    Everything goes to *.tmp files. When the block ends without an exception, they replace what the folder held before.
-    After an exception the folder is as it was. If the process is killed while it replaces files, the folder stays
-    marked as unfinished, which load_meta refuses.
+    Everything is written to *.tmp files. When the block ends without an exception, they replace the folder's old files.
+    After an exception the folder is unchanged. If the process is killed while it replaces files, the folder stays
+    marked as unfinished, and load_meta refuses it.
 
     shard_tokens  None: one file per split; else tokens per shard (train_000000.bin...)
-    job           a dict of plain values that describes what is written. Then an interruption keeps the *.tmp files, and
-                  a Writer with the same job goes on from the last out.save(state)
-    about         more for meta.json: a dict of plain values
-    state         that state; None: nothing to go on from
+    job           a dict of plain values that describes the output. If given, the *.tmp files survive an interruption,
+                  and a Writer with the same job continues from the last out.save(state)
+    about         additional entries for meta.json: a dict of plain values
+    state         the saved state to continue from, or None
     tokens        tokens written so far, by split
     n_bytes       bytes of text in both splits
     """
@@ -77,7 +77,7 @@ class Writer:
                 self.resume()
             else:
                 self.remove_temporary()
-        except BaseException: # no __exit__ follows
+        except BaseException: # __exit__ will not run
             self.unlock()
             raise
         return self
@@ -99,7 +99,7 @@ class Writer:
         self.lock = None
 
     def refuse_if_no_place(self):
-        """DataError if this cannot be a dataset's folder: a file, a run's folder, the one that holds all datasets."""
+        """DataError if a dataset must not be written here: a file, a run's folder, or the folder of all datasets."""
         runs = next((name for name in ('ckpt.pt', 'best.pt', 'metrics.jsonl') if (self.folder / name).exists()), None)
         what = ('is a file' if self.folder.exists() and not self.folder.is_dir() else f'holds a run ({runs})' if runs
                 else 'holds the datasets' if self.folder.resolve() == Path(__file__).resolve().parent else None)
@@ -107,7 +107,7 @@ class Writer:
             raise DataError(f"{self.folder} {what}: give the dataset a folder of its own, such as --out=my_text")
 
     def write(self, split, ids, mask=None):
-        """Appends ids to a split, 'train' or 'val'. mask: one boolean an id, whether to learn it; then no shards."""
+        """Appends ids to 'train' or 'val'. mask: a boolean per id, whether it is a target; not with shards."""
         ids = np.asarray(ids)
         if len(ids) == 0:
             return
@@ -124,7 +124,7 @@ class Writer:
                 room = self.shard_tokens - self.tokens[split] % self.shard_tokens
             if split not in self.files:
                 name = self.name(split, self.tokens[split] // (self.shard_tokens or 1))
-                self.files[split] = open(self.folder / f'{name}.tmp', 'ab') # a resumed file has tokens already
+                self.files[split] = open(self.folder / f'{name}.tmp', 'ab') # append: a resumed file has tokens already
             self.files[split].write(ids[:room].data)
             self.tokens[split] += min(room, len(ids))
             ids = ids[room:]
@@ -133,7 +133,7 @@ class Writer:
                 self.files.pop(split).close()
 
     def save(self, state):
-        """What is written so far survives an interruption. `state` is any plain value to go on from."""
+        """Makes everything written so far survive an interruption. `state` is any plain value to continue from."""
         for file in self.files.values():
             flush_to_disk(file)
         self.state = state
@@ -144,7 +144,7 @@ class Writer:
         return f'{split}_{shard:06d}.bin' if self.shard_tokens else f'{split}.bin'
 
     def sizes(self):
-        """Name -> tokens of every file written so far."""
+        """{name: number of tokens} of every file written so far."""
         sizes = {}
         for split, count in self.tokens.items():
             step = self.shard_tokens or max(count, 1)
@@ -165,10 +165,10 @@ class Writer:
         for name, count in sizes.items():
             path, n_bytes = self.folder / f'{name}.tmp', count * self.dtype.itemsize
             if not path.exists() and (self.folder / name).exists():
-                os.replace(self.folder / name, path) # finish() was interrupted after it had renamed this one
+                os.replace(self.folder / name, path) # finish() was interrupted after renaming this file
             if not path.exists() or path.stat().st_size < n_bytes:
                 raise DataError(f"{path} is missing or has lost its end: delete {self.folder / '*.tmp'} to start again")
-            os.truncate(path, n_bytes) # what came after the last save is written again
+            os.truncate(path, n_bytes) # tokens after the last save will be written again
         for path in self.folder.glob('*.bin.tmp'):
             if path.stem not in sizes:
                 path.unlink()
@@ -186,7 +186,7 @@ class Writer:
             os.replace(self.folder / f'{name}.tmp', self.folder / name)
         for path in self.folder.glob('*.bin'):
             if path.name not in names and re.fullmatch(r'(train|val)(_\d+)?\.bin', path.name):
-                path.unlink() # of an earlier preparation, with other shards
+                path.unlink() # from an earlier preparation with other shards
         for path in self.folder.glob('*.mask'):
             path.unlink()
         for split, masks in self.masks.items():
@@ -205,7 +205,7 @@ def flush_to_disk(file):
 
 
 def write_json(path, value):
-    """Replaces path in one step."""
+    """Replaces path atomically."""
     new = path.with_name(f'{path.name}.new.json.tmp')
     with open(new, 'w', encoding='utf-8') as file:
         json.dump(value, file, indent=1)
@@ -214,7 +214,7 @@ def write_json(path, value):
 
 
 def summarize(out, config, dataset, **settings):
-    """Prints what a prepare script ends with: the numbers of a finished Writer, and the command that trains on it."""
+    """Prints the end of a prepare script's output: the numbers of a finished Writer, and the command to train on it."""
     print(f"train has {out.tokens['train']:,} tokens, val has {out.tokens['val']:,}")
     print(f"vocab_size {out.tokenizer.vocab_size:,} ({out.tokenizer.name}), "
           f"{out.n_bytes / sum(out.tokens.values()):.2f} bytes per token")
@@ -227,7 +227,7 @@ def summarize(out, config, dataset, **settings):
 
 
 def settings_for_text(out):
-    """Settings without which config/text.py would refuse a text: a window that fits, a prompt that can be written."""
+    """Settings that config/text.py needs for this text: a block_size that fits, a prompt that can be encoded."""
     settings, n, tokenizer = {}, min(out.tokens.values()), out.tokenizer
     if n <= runpy.run_path(str(PROJECT / 'config/text.py'))['block_size']:
         settings['block_size'] = n - 1
@@ -238,5 +238,5 @@ def settings_for_text(out):
 
 
 def fraction(key):
-    """A number in [0, 1) that looks random and depends on the string alone. So every run holds out the same things."""
+    """A pseudorandom number in [0, 1) that depends only on the string, so that every run holds out the same items."""
     return int.from_bytes(hashlib.sha256(key.encode('utf-8', 'surrogatepass')).digest()[:8], 'big') / 2 ** 64

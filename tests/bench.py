@@ -1,20 +1,20 @@
 """
-Measures the speed and memory of this project and, in turn with it, of a peer: a checkout of nanoGPT.
+Measures the speed and memory of this project and, alternating with it, of a peer: a checkout of nanoGPT.
 
     python tests/bench.py train --preset=baby --peer=PATH   tokens/s, MFU, peak memory
     python tests/bench.py sample --peer=PATH                tokens/s of prompt and decoding, short and long context
-    python tests/bench.py mixers                            every token mixer and a UNet, and their cost as T grows
-    python tests/bench.py state                             decoding after 1, 1,000, 100,000 tokens, and bytes kept
-    python tests/bench.py unet                              the published UNet, 100 blocks inside, beside a flat GPT
-    python tests/bench.py scale                             cost against T, width and depth
+    python tests/bench.py mixers                            all token mixers and a UNet, and their cost as T grows
+    python tests/bench.py state                             decoding after 1, 1,000, 100,000 tokens; bytes of state
+    python tests/bench.py unet                              the published UNet with 100 inner blocks, and a flat GPT
+    python tests/bench.py scale                             cost versus T, width and depth
     python tests/bench.py startup --peer=PATH               seconds from the command to the end of the first step
     python tests/bench.py process --peer=PATH               nanoGPT's small CPU run, from start to end
-    python tests/bench.py head                              the head's loss: in chunks, by torch, with all logits
-    python tests/bench.py loss --peer=PATH                  losses from the same weights on the same batches
+    python tests/bench.py head                              loss of the head: in chunks, by torch, with all logits
+    python tests/bench.py loss --peer=PATH                  loss from the same weights on the same batches
 
-Every measurement is a fresh process, ours and the peer's in turn: A B A B. Tables show medians over the rounds. A ratio
-is taken within each round; its lowest and highest follow in brackets. Raw numbers go to tests/results/. GPTConfig's
-fields change the model of any command: --n_layer=2. Memory on a CPU is the whole process's.
+Every measurement runs in a fresh process, ours and the peer's alternating: A B A B. Tables show medians over rounds.
+Ratios are computed within each round, with their range in brackets. Raw numbers go to tests/results/. GPTConfig's
+fields change the model of any command: --n_layer=2. On a CPU, memory is that of the whole process.
 """
 import importlib.util
 import itertools
@@ -55,26 +55,26 @@ for file in sorted((PROJECT / 'config/mixers').glob('*.py')):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what is measured
-preset: Literal['auto', 'readme', 'baby', 'gpt2', 'gpt2-medium'] = 'auto' # auto: what suits the command
-peer: str | None = None # a checkout of nanoGPT, measured in turn with this project
-peer_compile = True # the peer's torch.compile in training, which is its default; False is faster for some models
+preset: Literal['auto', 'readme', 'baby', 'gpt2', 'gpt2-medium'] = 'auto' # auto: depends on the command
+peer: str | None = None # a checkout of nanoGPT, measured alternating with this project
+peer_compile = True # torch.compile for the peer's training, its default; False is faster for some models
 device = 'auto' # auto | cpu | cuda | cuda:1 | mps
-dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto' # auto: what train.py and sample.py choose
-compile: bool | Literal['auto'] = 'auto' # the same
-batch_size = 0 # sequences in a micro-batch; 0: the preset's
-gradient_accumulation_steps = 0 # micro-batches in a training step; 0: 40 of GPT-2 on a GPU as it is trained, else 1
-dataset = '' # a folder in data/, or any folder given with a slash; '': synthetic tokens
+dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto' # auto: as in train.py and sample.py
+compile: bool | Literal['auto'] = 'auto' # as in train.py and sample.py
+batch_size = 0 # sequences per micro-batch; 0: the preset's
+gradient_accumulation_steps = 0 # micro-batches per training step; 0: 40 for GPT-2 on a GPU, as in its training, else 1
+dataset = '' # a folder in data/, or a path with a slash; '': synthetic tokens
 repeats = 5 # rounds
-steps = 5 # timings in a round; in training on a GPU each is the mean of 10 micro-batches or more
-iterations = 0 # training steps of process and loss; 0: 2000 and 500
+steps = 5 # timings per round; for training on a GPU each is the mean over at least 10 micro-batches
+iterations = 0 # training steps for process and loss; 0: 2000 and 500
 out = '' # the JSON file; '': tests/results/COMMAND-DEVICE.json
 # sample
-batches = (1, 32) # sequences at once
-contexts = (1, 900) # tokens of the prompt
-new_tokens = 64 # generated after each prompt
+batches = (1, 32) # sequences generated at once
+contexts = (1, 900) # prompt lengths in tokens
+new_tokens = 64 # tokens generated after each prompt
 # mixers and scale
-variants: tuple[str, ...] = () # mixers by their names in the table; (): all
-equal_params = False # mixers of about as many parameters as attention, by n_layer
+variants: tuple[str, ...] = () # mixers, by their names in the table; (): all
+equal_params = False # give mixers about as many parameters as attention, via n_layer
 lengths = (256, 512, 1024, 2048, 4096, 8192) # T
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -84,21 +84,21 @@ PRESETS = { # fields of GPTConfig, and the batch size
     'gpt2': (dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50304, bias=False), 12),
     'gpt2-medium': (dict(n_layer=24, n_head=16, n_embd=1024, block_size=1024, vocab_size=50304, bias=False), 12),
 }
-# the flags of nanoGPT's README for a CPU, which both projects take
+# the CPU flags of nanoGPT's README, which both projects accept
 SMALL_RUN = dict(device='cpu', compile=False, eval_iters=20, log_interval=1, block_size=64, batch_size=12, n_layer=4,
                  n_head=4, n_embd=128, dropout=0.0, max_iters=2000, lr_decay_iters=2000)
-WIDTHS, DEPTHS = (128, 256, 512, 1024), (2, 4, 8, 16) # of scale
-UNET = dict(unet_layers=(5, 2, 2, 2, 2), n_layer=100) # merges 32 tokens into one: the 100 blocks see 32 of 1024
-LONGEST = 10.0 # seconds after which a generation is cut short
-READ = 2 ** 28 # weights that are read to measure the memory's speed: a GiB
+WIDTHS, DEPTHS = (128, 256, 512, 1024), (2, 4, 8, 16) # for scale
+UNET = dict(unet_layers=(5, 2, 2, 2, 2), n_layer=100) # merges 32 tokens into one: 100 blocks see 32 positions of 1024
+LONGEST = 10.0 # maximum seconds of a generation
+READ = 2 ** 28 # weights to read when measuring memory bandwidth: 1 GiB
 given = {} # what the command line set
 report = dict(about={}, errors={}, tables={}) # the JSON file
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Inside a worker process: a job is a dict of plain values, and its result the columns of a table
+# Inside a worker process: a job is a dict of plain values; its result is a row of a table
 
 def work(job):
-    """Does the job on the machine that train.py would choose."""
+    """Runs a job on the machine that train.py would choose."""
     job = SimpleNamespace(**job)
     on_cpu = torch.device(job.device).type == 'cpu'
     machine = Machine(job.device, 'float32' if job.peer and on_cpu else job.dtype) # nanoGPT has no autocast there
@@ -107,7 +107,7 @@ def work(job):
 
 
 def build(job, source):
-    """The model that a job asks for, on its device. source: the peer's folder, or None."""
+    """Builds the model of a job on its device. source: the peer's folder, or None."""
     torch.manual_seed(1337)
     if source is None:
         return GPT(GPTConfig(**job.config)).to(job.device)
@@ -118,13 +118,13 @@ def build(job, source):
 
 
 def on_meta(config):
-    """A model without memory, of a dict of GPTConfig's fields."""
+    """A model on the meta device, from a dict of GPTConfig's fields."""
     with torch.device('meta'):
         return GPT(GPTConfig(**config))
 
 
 def make_step(job, machine):
-    """-> step(i, micro_batches), which trains as train.py's i-th step does, and returns the loss."""
+    """Returns step(i, micro_batches), which does what train.py's i-th step does and returns the loss."""
     model = build(job, job.peer)
     if job.init: # the peer's weights
         load_weights(model, build(job, job.init).state_dict())
@@ -171,7 +171,7 @@ def load_batches(job, machine):
 
 
 def seconds(function):
-    """How long a call takes, with what it leaves the GPU to do."""
+    """How long a call takes, including its queued GPU work."""
     wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
     wait()
     t0 = time.perf_counter()
@@ -181,13 +181,13 @@ def seconds(function):
 
 
 def work_train(job, machine):
-    """Training steps of at_once between two looks at the clock: train.py does not wait for a GPU in every step."""
+    """Times at_once training steps together: train.py does not synchronize with the GPU in every step."""
     step, batches, losses = make_step(job, machine), load_batches(job, machine), []
 
     def take_steps():
         for i, micro_batches in itertools.islice(batches, job.at_once):
             losses.append(step(i, micro_batches))
-    for _ in range(2): # compilation, first allocations, the optimizer's state
+    for _ in range(2): # warm up: compilation, first allocations, optimizer state
         seconds(take_steps)
     if machine.kind == 'cuda':
         torch.cuda.reset_peak_memory_stats()
@@ -205,7 +205,7 @@ def work_train(job, machine):
 
 @torch.inference_mode()
 def work_sample(job, machine):
-    """Tokens/s of the prompt and of decoding, and which share that is of what the machine can do."""
+    """Tokens/s of the prompt and of decoding, also as fractions of the machine's peak."""
     bare, peak = on_meta(job.config), machine.peak[0]
     weights = torch.ones(READ // 2 ** 14, 2 ** 14, device=job.device)
     bandwidth = weights.nbytes / min(seconds(lambda: weights @ weights[0]) for _ in range(5))
@@ -218,7 +218,7 @@ def work_sample(job, machine):
             model.hidden = torch.compile(model.hidden, dynamic=True)
 
     def generate(idx, options=dict(temperature=0.8, top_k=200)):
-        """As sample.py; of the peer what its generate() does, one turn of its loop at a time."""
+        """Generates like sample.py; for the peer, one iteration of its generate() at a time."""
         if not job.peer:
             yield from model.stream(idx, job.new_tokens, **options)
             return
@@ -228,7 +228,7 @@ def work_sample(job, machine):
             yield idx
 
     idx = torch.randint(bare.config.vocab_size, (job.batch_size, job.context), device=job.device)
-    for _ in range(2): # the first time warms up
+    for _ in range(2): # the first one warms up
         tokens, n = generate(idx), 0
         prompt = idx.numel() / seconds(lambda: next(tokens))
         if machine.kind == 'cuda':
@@ -241,13 +241,13 @@ def work_sample(job, machine):
         decoding = seconds(decode)
     # forward, and logits of the last position only
     flops = cost(bare, job.context)[0] / 3 - 2 * bare.config.n_embd * bare.config.vocab_size
-    n_bytes = bare.get_num_params(False) * (4 if job.peer else machine.torch_dtype.itemsize) # autocast keeps float32 weights
+    n_bytes = bare.get_num_params(False) * (4 if job.peer else machine.torch_dtype.itemsize) # autocast: float32
     return {'prompt tokens/s': prompt, 'of matmul peak': prompt * flops / peak if peak else None,
             'decode tokens/s': n * job.batch_size / decoding, 'of bandwidth': n / decoding * n_bytes / bandwidth}
 
 
 def work_state(job, machine):
-    """Decoding far into a sequence, and what is kept of it."""
+    """Decoding speed and bytes of state after a long context."""
     model, cache = build(job, None).eval(), Cache()
     idx = torch.randint(job.config['vocab_size'], (job.batch_size, job.context), device=job.device)
     with torch.inference_mode(), machine.autocast:
@@ -259,7 +259,7 @@ def work_state(job, machine):
 
 
 def work_head(job, machine):
-    """Forward and backward of the head alone: x (N, C) to the mean cross-entropy."""
+    """Forward and backward pass of the head only: from x (N, C) to the mean cross-entropy."""
     C, V, N = job.config['n_embd'], job.config['vocab_size'], job.batch_size * job.config['block_size']
     x = torch.randn(N, C, device=job.device, requires_grad=True)
     weight = (torch.randn(V, C, device=job.device) * 0.02).requires_grad_()
@@ -291,7 +291,7 @@ WORK = dict(train=work_train, sample=work_sample, state=work_state, head=work_he
 # Starting processes
 
 def both(kind, config, batch, theirs=True, **more):
-    """{'ours': a function that does this job in a worker, 'peer': the same for the peer, if there is one}"""
+    """{'ours': a function that runs this job in a worker, 'peer': the same for the peer, if given}"""
     as_trained = device != 'cpu' and config.vocab_size > 50000 and kind == 'train'
     n = gradient_accumulation_steps or (40 if as_trained else 1)
     job = dict(kind=kind, config=stored_config(config), batch_size=batch, accumulation=n,
@@ -310,11 +310,11 @@ def run_worker(job):
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f'ended with status {done.returncode}, without a word']
         raise RuntimeError(next((line for line in lines if 'OutOfMemory' in line), lines[-1]))
-    return json.loads(done.stdout.splitlines()[-1]) # the peer prints, too
+    return json.loads(done.stdout.splitlines()[-1]) # the peer prints too
 
 
 def run_train(folder, *files, **flags):
-    """train.py in folder -> [(seconds since its start, line that it printed)], with an empty line at its end."""
+    """Runs train.py in folder. Returns [(seconds since its start, printed line)], with an empty line at the end."""
     command = [sys.executable, '-u', 'train.py', *files, *(f'--{name}={value}' for name, value in flags.items())]
     lines, t0 = [], time.perf_counter()
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -327,7 +327,7 @@ def run_train(folder, *files, **flags):
 
 
 def write_data(vocab_size, dataset):
-    """The folder of a dataset for both projects; '': a million tokens, each followed by one of four others."""
+    """Folder of a dataset for both projects; '': a million synthetic tokens, each followed by one of four others."""
     folder = Path(temporary.name) / str(vocab_size)
     if folder.exists():
         return str(folder)
@@ -339,14 +339,14 @@ def write_data(vocab_size, dataset):
         tokens = (strides.cumsum() % vocab_size).astype('<u2')
         tokens[:1_000_000].tofile(folder / 'train.bin')
         tokens[1_000_000:].tofile(folder / 'val.bin')
-    (folder / 'meta.pkl').write_bytes(pickle.dumps(dict(vocab_size=vocab_size))) # as nanoGPT has it
+    (folder / 'meta.pkl').write_bytes(pickle.dumps(dict(vocab_size=vocab_size))) # in nanoGPT's format
     return str(folder)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Rounds and tables
 
 def begin(command, device, out):
-    """An empty report, with what must be known of the machine and the code."""
+    """Starts a report with the facts about the machine and the code."""
     global temporary
     temporary = tempfile.TemporaryDirectory() # for datasets
     info, kind = Path('/proc/cpuinfo'), torch.device(device).type
@@ -360,7 +360,7 @@ def begin(command, device, out):
 
 
 def in_turn(title, jobs, rounds):
-    """{name: function} -> {name: results of all rounds}, A B A B. A failure is printed and gives []."""
+    """{name: function} -> {name: results of all rounds}, alternating A B A B. A failure is printed and gives []."""
     results = {name: [] for name in jobs}
     for r, name in itertools.product(range(rounds), jobs):
         if f'{title}: {name}' in report['errors']:
@@ -376,7 +376,7 @@ def in_turn(title, jobs, rounds):
 
 
 def compare(title, jobs, base='peer', ratios=()):
-    """Runs jobs in turn and shows a row for each, with the ratios of these columns to the job `base`. -> {name: row}"""
+    """Runs jobs alternately and shows a row for each, with ratios of these columns to job `base`: {name: row}."""
     runs, rows = in_turn(title, jobs, repeats), {}
     for name, results in runs.items():
         rows[name] = {'': name}
@@ -403,7 +403,7 @@ def cell(value):
 
 
 def show(title, rows):
-    """Prints rows (dicts; 'raw' is for the file only) as a table, and writes the file with all there is so far."""
+    """Prints rows (dicts; 'raw' is only for the file) as a table, and writes the file with all results so far."""
     report['tables'][title] = rows
     columns = list(dict.fromkeys(key for row in rows for key in row if key != 'raw'))
     table = [columns] + [[cell(row.get(key)) for key in columns] for row in rows]
@@ -414,13 +414,13 @@ def show(title, rows):
     print(flush=True)
     path = Path(report['about']['file'])
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(report, indent=1).replace(f'{PROJECT}/', '') # where the project lies is nobody's business
+    text = json.dumps(report, indent=1).replace(f'{PROJECT}/', '') # the project's location is private
     path.with_suffix('.tmp').write_text(text, encoding='utf-8')
     os.replace(path.with_suffix('.tmp'), path)
 
 
 def picture(panels, y, scale='log'):
-    """Curves beside the JSON file; panels: {x label: {name: [(x, y), ...]}}."""
+    """Draws curves next to the JSON file; panels: {x label: {name: [(x, y), ...]}}."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(5 * len(panels), 4.5))
     for axes, (x, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
@@ -434,7 +434,7 @@ def picture(panels, y, scale='log'):
 
 
 def end():
-    """Names the file. Status 1 if something failed, unless it was too large for the GPU."""
+    """Prints the path of the file. Exits with 1 if anything failed, except for lack of GPU memory."""
     print(f"raw numbers: {report['about']['file']}")
     if any('OutOfMemory' not in error for error in report['errors'].values()):
         sys.exit(1)
@@ -443,7 +443,7 @@ def end():
 # Commands
 
 def model_of(default, **changes):
-    """-> (GPTConfig, batch size) of the preset asked for, with what the command line changes."""
+    """Returns (GPTConfig, batch size) of the preset, with changes from the command line."""
     args, batch = PRESETS[default if preset == 'auto' else preset]
     if dataset:
         size = load_meta(dataset_folder(dataset)).get('vocab_size', 50257)
@@ -460,8 +460,8 @@ def train():
 
 def sample():
     config, _ = model_of('gpt2')
-    n = min(new_tokens, config.block_size - 1) # the window never restarts, which would count as decoding
-    # as sample.py: in float32 where bfloat16 is not faster, and not compiled
+    n = min(new_tokens, config.block_size - 1) # so that the window never restarts, which would count as decoding
+    # like sample.py: in float32 where bfloat16 is not faster, and not compiled
     more = dict(new_tokens=n, compile=compile is True)
     if dtype == 'auto' and device == 'cpu' and on_meta(vars(config)).get_num_params() < 5e7:
         more['dtype'] = 'float32'
@@ -479,7 +479,7 @@ def sweep(title, cases, base=None):
 
 
 def equalized(config, target):
-    """config with the n_layer that brings it closest to `target` parameters."""
+    """config with the n_layer that is closest to `target` parameters."""
     def distance(n):
         return abs(on_meta(vars(replace(config, n_layer=n))).get_num_params(False) - target)
     return replace(config, n_layer=min(range(1, 3 * config.n_layer), key=distance))
@@ -516,7 +516,7 @@ def state():
     for context in contexts if "contexts" in given else (1, 1000, 100000):
         jobs = {}
         for name, changes in kinds.items():
-            if name != 'gmlp' or context <= 1000: # its table (T, T) has no room beyond
+            if name != 'gmlp' or context <= 1000: # its table is (T, T)
                 long = replace(config, block_size=context + new_tokens, pos_emb='none', **changes)
                 jobs[name] = both('state', long, 1, theirs=False, context=context, new_tokens=new_tokens,
                                   compile=False)['ours']
@@ -539,7 +539,7 @@ def scale():
 
 
 def small_run(max_iters=None):
-    """nanoGPT's small CPU run, from start to end; the first step shows how long the start takes."""
+    """nanoGPT's small CPU run, the whole process; the time to the first step is the start-up time."""
     max_iters = max_iters or iterations or 2000
     flags = SMALL_RUN | {name: given[name] for name in NANOGPT_FIELDS if name in given and name != 'vocab_size'}
     flags |= dict(max_iters=max_iters, dataset=write_data(model_of('readme')[0].vocab_size, dataset))
@@ -564,7 +564,7 @@ def head():
 
 
 def loss():
-    config, batch = model_of('readme' if device == 'cpu' else 'baby', dropout=0.0) # two models draw other masks
+    config, batch = model_of('readme' if device == 'cpu' else 'baby', dropout=0.0) # models would draw different masks
     n = iterations or 500
     jobs = both('train', config, batch, init=peer, steps=n, at_once=1)
     compare(f'loss of the last 20 of {n} steps', jobs, ratios=['loss'])
@@ -575,7 +575,7 @@ COMMANDS = dict(train=train, sample=sample, mixers=mixers, unet=unet, scale=scal
 
 
 def choose(argv, commands, namespace):
-    """The command that argv begins with, after the settings behind it have been read. -> (its name, what is given)"""
+    """Reads the command at the start of argv and the settings after it. Returns (command, given settings)."""
     name = argv[0] if argv else ''
     if name not in commands and not {'-h', '--help'} & set(argv):
         fail(f"the first argument must be a command, not {name!r}: {', '.join(commands)}; --help explains them")

@@ -1,18 +1,18 @@
 """
-Which idea is better, and how sure that is: trains each arm with several seeds, and compares them seed by seed.
+Which idea is better, and how certain is that? Trains each arm with several seeds and compares them seed by seed.
 
     python tests/compare.py config/shakespeare_small.py --out=compare-x \\
         --arms=config/mixers/gmlp.py,config/mixers/rope.py,qk_norm=True --seeds=5 --lrs=0.5,1,2 --equal=params
 
-The first arm is the config as it is. Any other one adds a config file, a setting, or several with + in between:
-config/mixers/rope.py+qk_norm=True. train.py's settings on the command line hold for all arms. Datasets of the same text
-in another vocabulary, dataset=my_bpe, are compared in bits per byte; their batches differ.
+The first arm is the config itself. Every other arm adds a config file, a setting, or several of them joined by +:
+config/mixers/rope.py+qk_norm=True. train.py's settings on the command line apply to all arms. Datasets of the same text
+with another vocabulary (dataset=my_bpe) are compared in bits per byte; their batches differ.
 
-First each arm is proven causal. Then it finds its learning rate, with seeds that the verdict does not use. Then all
-arms train with the same seeds, whose batches are the same, in turn. An interrupted comparison goes on where it was, one
-that is done prints its table at once, and arms and seeds can be added later: a run whose settings, code and data are
-known is not repeated. A failed one is known, too, and the verdict says so: to repeat it, delete its folder in runs/.
---out gets compare.json, a table and pictures.
+First each arm is proven causal. Then its learning rate is searched, with seeds that the verdict does not use. Then all
+arms train alternately with the same seeds, and so on the same batches. An interrupted comparison resumes, a finished
+one prints its table at once, and arms and seeds can be added later: a run with known settings, code and data is not
+repeated. This includes failed runs, which the verdict mentions; to repeat one, delete its folder in runs/. The results
+go to --out: compare.json, a table and plots.
 """
 import bisect
 import functools
@@ -46,32 +46,32 @@ from data.tokens import Split, dataset_folder, find_path, load_meta
 from model import GPT, GPTConfig, add_mixer, cost
 
 # ---------------------------------------------------------------------------------------------------------------------
-arms = '' # the other arms, with commas in between
-seeds = 5 # of the verdict [1, inf)
-lrs = (1.0,) # factors of the config's learning rates that each arm tries, as in 0.5,1,2 (0, inf)
-lr_seeds = 1 # seeds of that search [1, inf)
-equal: Literal['steps', 'params', 'flops', 'seconds'] = 'steps' # params: by the width of the MLP (or of gMLP's gate);
-    # flops and seconds: by the number of steps
-scale = () # widths (n_embd) at which all is done again: does the gain close as models grow?
-aa = False # one more arm, which is the first with other seeds: nothing should come out
-out = 'out-compare' # folder
-eval_tokens = 65536 # tokens in each evaluation [1, inf)
-evaluations = 5 # of a run [1, inf)
-jobs = 1 # runs at once; on several GPUs one each [1, inf)
-cluster: Literal['', 'slurm', 'local'] = '' # hand the runs to this by submitit
-allow_leak = False # train arms that are not causal, too
+arms = '' # the other arms, separated by commas
+seeds = 5 # seeds of the verdict [1, inf)
+lrs = (1.0,) # factors to try on the config's learning rates, such as 0.5,1,2 (0, inf)
+lr_seeds = 1 # seeds of the learning rate search [1, inf)
+equal: Literal['steps', 'params', 'flops', 'seconds'] = 'steps' # what to equalize. params: via the width of the MLP
+    # (or of gMLP's gate); flops, seconds: via the number of steps
+scale = () # widths (n_embd) at which to repeat the comparison: does the gain shrink as models grow?
+aa = False # A/A test: add the first arm with other seeds; there should be no difference
+out = 'out-compare' # folder for the results
+eval_tokens = 65536 # tokens per evaluation [1, inf)
+evaluations = 5 # evaluations per run [1, inf)
+jobs = 1 # runs at the same time; with several GPUs, one run each [1, inf)
+cluster: Literal['', 'slurm', 'local'] = '' # submit the runs to this via submitit
+allow_leak = False # also train arms that are not causal
 keep = False # keep the runs' checkpoints
 json = False # print the results as JSON
 # ---------------------------------------------------------------------------------------------------------------------
 OWN = settings_of('tests/compare.py')
 SEARCH_SEED, AA_SEED = 10_000, 20_000 # the first seeds of the search and of the A/A arm
-RATES = ('learning_rate', 'hidden_lr', 'min_lr') # a factor is one of all of these
+RATES = ('learning_rate', 'hidden_lr', 'min_lr') # all are multiplied by an arm's factor
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Statistics, on lists of numbers
 
 def t_probability(t, n):
-    """P(-t < T < t) of Student's t with n degrees of freedom: with t = sqrt(n) tan(x), by Simpson's rule."""
+    """P(-t < T < t) for Student's t with n degrees of freedom: substitutes t = sqrt(n) tan(x), then Simpson's rule."""
     end, m = math.atan(t / math.sqrt(n)), 200
     x = [math.cos(i * end / m) ** (n - 1) for i in range(m + 1)]
     total = (x[0] + x[-1] + 4 * sum(x[1::2]) + 2 * sum(x[2:-1:2])) * end / m / 3
@@ -89,18 +89,18 @@ def t_quantile(p, n):
 
 
 def interval(values):
-    """Mean and half of the 95% t-interval, which is None for a single value."""
+    """Mean and half-width of the 95% t-interval (None for a single value)."""
     n = len(values)
     return mean(values), t_quantile(0.95, n - 1) * stdev(values) / math.sqrt(n) if n > 1 else None
 
 
 def detectable(sd, n):
-    """The true difference that n pairs find at the 5% level four times out of five."""
+    """The true difference that n pairs detect at the 5% level with a power of 80%."""
     return (t_quantile(0.95, n - 1) + t_quantile(0.6, n - 1)) * sd / math.sqrt(n)
 
 
 def paired(a, b):
-    """b - a pair by pair -> dict(difference, half, p, detectable, needed: pairs that would find such a difference)."""
+    """b - a by pairs: dict(difference, half, p, detectable, needed: pairs that would detect such a difference)."""
     d = [y - x for x, y in zip(a, b)]
     n = len(d)
     if n < 2:
@@ -127,7 +127,7 @@ def holm(ps):
 
 
 def line_fit(x, y):
-    """The slope of y against x, and half of its 95% t-interval (None for two points)."""
+    """Slope of y against x, and the half-width of its 95% t-interval (None for two points)."""
     mx, my = mean(x), mean(y)
     square = sum((a - mx) ** 2 for a in x)
     slope = sum((a - mx) * (b - my) for a, b in zip(x, y)) / square
@@ -143,28 +143,28 @@ def line_fit(x, y):
 @dataclass
 class Arm:
     name: str
-    argv: list # of train.py, with the common settings
-    config: dict # of train.py
+    argv: list # arguments of train.py, with the common settings
+    config: dict # settings of train.py
     model: dict # fields of GPTConfig
-    sources: list # its config files, and the modules that these import, but for installed ones
+    sources: list # its config files and the modules that they import, except installed ones
     first_seed: int = 1
     params: int = 0
-    flops: float = 0.0 # a token
+    flops: float = 0.0 # per token
     steps: int = 0
     leak: str | None = None
-    proof: str = '' # in words
+    proof: str = '' # what was proven
     lr: float = 1.0 # the best factor
     lr_losses: dict = field(default_factory=dict) # factor -> mean loss; inf where a run failed
     bracketed: bool = True
 
 
 def configured(*files):
-    """What train.py would make of these config files and flags, whose mixers are then known."""
+    """The settings that train.py would get from these config files and flags. Registers their mixers."""
     return configure(settings_of('train.py'), GPTConfig, [str(f) for f in files], adopt=add_mixer)
 
 
 def split_arms(text):
-    """At the commas that are not in brackets."""
+    """Splits at commas outside of brackets."""
     names, depth = [''], 0
     for c in text:
         depth += (c in '([') - (c in ')]')
@@ -176,7 +176,7 @@ def split_arms(text):
 
 
 def unit_of(everyone):
-    """What the arms' losses are compared in: a token of another vocabulary is another piece of text."""
+    """The unit in which to compare losses: tokens of different vocabularies are different pieces of text."""
     metas = [load_meta(dataset_folder(arm.config['dataset'])) for arm in everyone]
     keys = 'tokenizer', 'encoding', 'characters', 'json', 'palette'
     vocabularies = [[meta.get(key) for key in keys] for meta in metas]
@@ -194,7 +194,7 @@ def unit_of(everyone):
 
 
 def is_own(module):
-    """Whether a module is a file outside of what is installed: somebody may be at work on it."""
+    """Whether a module is a file that is not installed: its user may be editing it."""
     path = getattr(module, '__file__', None) or ''
     return path.endswith('.py') and not path.startswith((sys.prefix, sys.base_prefix)) and 'site-packages' not in path
 
@@ -212,7 +212,7 @@ def make_arm(name, common, params=None):
     sources = settings.files + sorted(imported)
     settings.shorten('max_iters', 'lr_decay_iters', 'warmup_iters', 'wsd_decay_iters')
     config = settings.config
-    # runs are started in other folders: what a relative path means is settled here
+    # runs start in other folders, so resolve relative paths here
     paths = {name: str(find(config[name])) for name, find in dict(dataset=dataset_folder, init_from=find_path).items()
              if '/' in config[name] or os.sep in config[name]}
     argv += [f'--{name}={path}' for name, path in paths.items()]
@@ -236,7 +236,7 @@ def count(arm):
 
 
 def fit_params(arm, target):
-    """Sets the width of the arm's MLP, or of gMLP's gate, so that it has about target parameters."""
+    """Sets the width of the arm's MLP, or of gMLP's gate, so that the arm has about target parameters."""
     name, unit = ('mlp_ratio', 1) if arm.model['mlp'] != 'none' else ('gmlp_ratio', 2 * arm.model['n_head'])
     if name == 'gmlp_ratio' and arm.model['mixer'] != 'gmlp':
         raise ValueError(f"the arm {arm.name} has {arm.params:,} parameters and no MLP whose width could make them "
@@ -245,7 +245,7 @@ def fit_params(arm, target):
     def n_params(width):
         with torch.device('meta'):
             return GPT(GPTConfig(**arm.model | {name: width / arm.model['n_embd']})).get_num_params(False)
-    n1, n2 = n_params(unit), n_params(2 * unit) # linear in between and beyond
+    n1, n2 = n_params(unit), n_params(2 * unit) # linear in the width
     best = max(unit, round((target - n1) / (n2 - n1) + 1) * unit)
     if abs(n_params(best) - target) > 0.02 * target:
         raise ValueError(f"the arm {arm.name} has at least {n1:,} parameters and cannot have {target:,} by its {name}: "
@@ -257,7 +257,7 @@ def fit_params(arm, target):
 
 
 def prove_causal(arm):
-    """-> (what leaks, or None; what was proven, in words): at the run's length, in float64, in about 20 seconds."""
+    """Returns (leak or None, what was proven): at the run's length, in float64, for up to about 20 seconds."""
     torch.manual_seed(0)
     network, T = GPT(GPTConfig(**arm.model | dict(dropout=0.0))).double(), arm.model['block_size']
     rows = max(1, min(16, 4096 // T))
@@ -270,12 +270,12 @@ def prove_causal(arm):
 
 @dataclass
 class Cell:
-    """One run of train.py, in a folder that its settings, code and data name."""
+    """One run of train.py, in a folder named after the hash of its settings, code and data."""
     arm: Arm
     factor: float
     seed: int
     steps: int
-    timed: bool = False # only its speed counts: it evaluates as little as possible
+    timed: bool = False # only its speed matters: it evaluates as little as possible
 
     def __post_init__(self):
         share, config = self.steps / max(1, self.arm.config['max_iters']), self.arm.config
@@ -301,21 +301,21 @@ class Cell:
                 '--init_from=auto']
 
     def result(self):
-        """What came of it, losses in UNIT; None if it is not done."""
+        """The result, with losses in UNIT; None if the run is not finished."""
         path = self.folder / 'result.json'
         try:
             result = loads(path.read_text(encoding='utf-8')) if path.exists() else None
-        except ValueError: # a damaged file: it is done again
+        except ValueError: # a damaged file: repeat the run
             return None
         if result and result['loss'] and UNIT != 'nats':
-            bits_a_nat = result['bits'] / result['loss'] # of the same windows at each evaluation
+            bits_a_nat = result['bits'] / result['loss'] # the same windows at every evaluation
             result |= dict(loss=result['bits'], train_loss=result['train_loss'] * bits_a_nat,
                            curve=[[*point[:-1], point[-1] * bits_a_nat] for point in result['curve']])
         return result
 
 
 def sources():
-    """A hash of the code that trains."""
+    """Hash of the training code."""
     files = [PROJECT / name for name in ('model.py', 'train.py', 'configurator.py')]
     files += sorted((PROJECT / 'data').glob('*.py'))
     return hashlib.sha256(b''.join(path.read_bytes() for path in files)).hexdigest()
@@ -326,7 +326,7 @@ UNIT = 'nats' # of losses; see unit_of
 
 
 def fingerprint(arm):
-    """Of the data and of the arm's files."""
+    """Hashes of the data and of the arm's files."""
     name = arm.config['dataset']
     if name not in FINGERPRINTS:
         FINGERPRINTS[name] = [Split(dataset_folder(name), split).fingerprint() for split in ('train', 'val')]
@@ -334,13 +334,13 @@ def fingerprint(arm):
 
 
 def execute(command, folder, env=None):
-    """Runs a cell's command and writes its result.json, whatever came of it. Also what a cluster's node does."""
+    """Runs a cell's command and writes its result.json, even if it fails. Cluster nodes call this too."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     t0, run = time.time(), Run(folder)
     try:
         run.lock()
-    except ValueError: # this run is still at work: its comparison was killed, and it was not
+    except ValueError: # this run is still active: its comparison was killed, but the run was not
         return
     run.unlock()
     with open(folder / 'log.txt', 'w', encoding='utf-8') as log:
@@ -351,7 +351,7 @@ def execute(command, folder, env=None):
         PROCESSES.discard(process)
     stops = {getattr(signal, name, None) for name in ('SIGINT', 'SIGTERM', 'SIGKILL', 'SIGHUP', 'SIGUSR1')}
     if STOPPING.is_set() or status and (-status in stops or status - 128 in stops):
-        return # stopped or killed: it goes on next time
+        return # stopped or killed: it will be resumed
     result = read_run(folder, status) | dict(status=status, took=time.time() - t0)
     if not keep:
         for path in folder.glob('*.pt'):
@@ -365,7 +365,7 @@ PROCESSES, STOPPING = set(), threading.Event()
 
 
 def read_run(folder, status):
-    """A run's curve and figures. loss is None for one that failed, and failed says how."""
+    """Curve and figures of a run. If it failed, loss is None and failed says how."""
     lines = Run(folder).read_metrics()
     evaluated = [line for line in lines if line.get('val_loss') is not None]
     logged = [line for line in lines if 'tokens_per_s' in line]
@@ -386,7 +386,7 @@ def read_run(folder, status):
 
 
 def train_all(cells, what, at_once=None):
-    """Trains the cells that have no result, `jobs` at once, in their order."""
+    """Trains the cells that have no result yet, in order, `jobs` at a time."""
     at_once = at_once or jobs
     todo = list({cell.folder: cell for cell in cells if cell.result() is None}.values())
     if not todo:
@@ -404,7 +404,7 @@ def train_all(cells, what, at_once=None):
             return
         slot = slots.get()
         env = dict(CUDA_VISIBLE_DEVICES=str(slot % n_gpus)) if n_gpus and at_once > 1 else {}
-        if at_once > 1 and not n_gpus: # threads of several runs would wait for each other
+        if at_once > 1 and not n_gpus: # or the threads of several runs would compete
             env = dict(OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // at_once)))
         execute(cell.command(), cell.folder, env)
         slots.put(slot)
@@ -426,14 +426,14 @@ def train_all(cells, what, at_once=None):
 
 def refuse_unfinished(cells):
     for cell in cells:
-        if cell.result() is None: # by somebody else: a scheduler, the system where memory is short
+        if cell.result() is None: # by others: a scheduler, the system when out of memory
             raise ValueError(f"the run of {cell} was stopped or killed before its end (its log: "
                              f"{cell.folder / 'log.txt'}), or is still at work: the same command goes on; or leave the "
                              "arm out")
 
 
 def stop():
-    """Ctrl-C: each run saves where it is."""
+    """Ctrl-C: each run saves a checkpoint."""
     STOPPING.set()
     for process in list(PROCESSES):
         process.terminate()
@@ -441,11 +441,11 @@ def stop():
 
 
 def submit(cells):
-    """The same through submitit, which knows SLURM."""
+    """Like train_all, but via submitit, which supports SLURM."""
     import submitit
     executor = submitit.AutoExecutor(folder=Path(out) / 'submitit', cluster=cluster)
     executor.update_parameters(timeout_min=24 * 60, name='compare')
-    # a process of its own: what a node gets is pickled, and this script's locks cannot be
+    # as a separate process: a node's task is pickled, and this script's locks cannot be pickled
     code = (f"import sys, json; sys.path.insert(0, {str(PROJECT / 'tests')!r}); import compare; "
             f"compare.keep = {keep}; compare.execute(json.loads(sys.argv[1]), sys.argv[2])")
     submitted = [executor.submit(subprocess.run, [sys.executable, '-c', code, dumps(cell.command()),
@@ -470,19 +470,19 @@ def report(text):
 # The comparison
 
 def losses(cells):
-    """Of finished cells; inf for one that failed."""
+    """Losses of finished cells; inf for failed ones."""
     return [math.inf if cell.result()['failed'] else cell.result()['loss'] for cell in cells]
 
 
 def set_steps(arms, base):
-    """The number of steps that takes an arm as many FLOPs, or seconds, as the first one."""
-    def tokens(arm): # of a step
+    """Sets each arm's steps so that it takes as many FLOPs, or seconds, as the first arm."""
+    def tokens(arm): # per step
         return math.prod(arm.config[name] for name in ('batch_size', 'block_size', 'gradient_accumulation_steps'))
     if equal == 'flops':
         for arm in arms:
             arm.steps = max(1, round(base.steps * base.flops * tokens(base) / (arm.flops * tokens(arm))))
     if equal == 'seconds':
-        timing = [Cell(arm, 1.0, seed, 60, timed=True) for seed in (1, 2) for arm in arms] # in turn
+        timing = [Cell(arm, 1.0, seed, 60, timed=True) for seed in (1, 2) for arm in arms] # alternating
         train_all(timing, 'timing 60 steps', at_once=1)
         speeds = {}
         for cell in timing:
@@ -493,7 +493,7 @@ def set_steps(arms, base):
 
 
 def search_rates(arms):
-    """Each arm's best factor. Where it is the lowest or highest that was tried, the grid grows, twice at most."""
+    """Finds each arm's best factor. If it is at the end of the grid, extends the grid, at most twice."""
     for arm in arms:
         arm.lr = lrs[0]
     if len(lrs) == 1:
@@ -528,14 +528,14 @@ def make_arms(common, names):
             raise ValueError(f"the arm {arm.name} has max_iters={arm.steps} and the first one {everyone[0].steps}, and "
                              f"--equal={equal} compares equal steps: give --max_iters for all, or --equal=flops or "
                              "seconds")
-        twin = known.setdefault(Cell(arm, 1.0, 1, arm.steps).folder, arm) # the same runs, whatever else differs
+        twin = known.setdefault(Cell(arm, 1.0, 1, arm.steps).folder, arm) # the same runs, even if other settings differ
         if twin is not arm:
             raise ValueError(f"the arms {twin.name} and {arm.name} are the same: leave one out")
     return everyone
 
 
 def compare(everyone):
-    """Everything at one size -> the rows of the table."""
+    """Runs the whole comparison at one size. Returns the rows of the table."""
     base = everyone[0]
     for arm in everyone:
         proof = f"LEAKS: {arm.leak}" if arm.leak else f"causal, {arm.proof}"
@@ -583,7 +583,7 @@ def row_of(arm, cells, base, base_cells):
 
 
 def seconds_to(loss, curves):
-    """The mean time at which runs reach a loss, between evaluations on a straight line; None if one does not."""
+    """Mean time at which runs reach a loss, interpolated between evaluations; None if a run does not reach it."""
     times = []
     for curve in curves:
         for (_, _, t0, l0), (_, _, t1, l1) in zip(curve, curve[1:]):
@@ -596,7 +596,7 @@ def seconds_to(loss, curves):
 
 
 def verdict(row, failed_before=()):
-    """One sentence. failed_before: how runs of the first arm failed."""
+    """The verdict as one sentence. failed_before: how runs of the first arm failed."""
     what = {'steps': 'steps', 'params': 'parameters and steps', 'flops': 'FLOPs', 'seconds': 'seconds'}[equal]
     bad = f"; {len(row['failed'])} of {seeds} runs failed: it {row['failed'][0]}" if row['failed'] else ''
     if failed_before:
@@ -619,10 +619,10 @@ def verdict(row, failed_before=()):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Table and pictures
+# Table and plots
 
 def table(rows):
-    """As Markdown."""
+    """The table in Markdown, and the verdicts."""
     def pm(row, name, half):
         if row.get(name) is None:
             return '-'
@@ -651,7 +651,7 @@ def table(rows):
 
 
 def draw(rows, folder):
-    """curves.png, learning_rates.png, differences.png"""
+    """Draws curves.png, learning_rates.png and differences.png."""
     from matplotlib.figure import Figure
     shown = [row for row in rows if row.get('curves') and any(row['curves'])]
     if not shown: # all failed
@@ -697,7 +697,7 @@ def draw(rows, folder):
 
 
 def gains_by_size(by_width):
-    """For each arm: its difference to the first one at each size, and how that changes for ten times the FLOPs."""
+    """For each arm: its difference from the first arm at each size, and the change per factor 10 in FLOPs."""
     lines, results = [], []
     for i, row in enumerate(by_width[0][1][1:], 1):
         points = [(w, rows[0]['flops'] * rows[0]['steps'], rows[i]) for w, rows in by_width]
@@ -729,7 +729,7 @@ def check():
 
 @contextmanager
 def claimed(folder, common):
-    """The folder of one comparison: its arms and seeds may grow, what they have in common may not change."""
+    """Locks the folder of a comparison. Arms and seeds may be added, but the common settings may not change."""
     folder.mkdir(parents=True, exist_ok=True)
     run, path = Run(folder), folder / 'common.json'
     run.lock('out')
@@ -751,7 +751,7 @@ def main(argv):
     if not any(arg.endswith('.py') for arg in common):
         fail("give a config file, as in python tests/compare.py config/shakespeare_small.py --arms=qk_norm=True")
     configure(globals(), argv=own)
-    signal.signal(signal.SIGTERM, signal.default_int_handler) # as Ctrl-C: its runs end with it
+    signal.signal(signal.SIGTERM, signal.default_int_handler) # like Ctrl-C: its runs stop too
     explain_errors()
     check()
     at_width = {}
@@ -781,7 +781,7 @@ def main(argv):
         (folder / 'table.md').write_text(text + '\n', encoding='utf-8')
         print(dumps(results) if json else text)
         if all(row.get('loss') is None for _, rows in everything for row in rows):
-            sys.exit(1) # no run came to its end
+            sys.exit(1) # no run finished
 
 
 if __name__ == '__main__':

@@ -1,5 +1,5 @@
-# The UNet as it was once published: it merges tokens into their own first position, and so shows each the next ones.
-# Its loss means nothing. To see that for oneself, after a config file and with --allow_leak=True.
+# The UNet as it was once published: it merges tokens into the first position of their group, which leaks later tokens.
+# Its loss means nothing. To see that yourself, add this file after a config file, with --allow_leak=True.
 import math
 
 import torch
@@ -13,10 +13,10 @@ mlp_ratio = 3.5
 
 
 class LeakingUNet(model.UNet):
-    """Merges the tokens that START at position factor * i, and hands them back to that position and those after it."""
+    """Merges the tokens that START at position factor * i, and returns them to that position and those after it."""
     def forward(self, x, cache=model.NO_CACHE):
         T = x.size(1)
-        x = cache.append('x', x) # decoding sees what is there: training saw more, which is why its text is garbage
+        x = cache.append('x', x) # decoding lacks the later tokens that training saw, so its text is garbage
         B, S, C = x.size()
         x = self.down(x)
         n = math.ceil(S / self.factor)

@@ -1,11 +1,11 @@
 """
-Ways in which a token mixer sees what it must not: what loss each fakes, and what finds it.
+Ways in which a token mixer can see later tokens: the false loss that each gives, and whether the proof finds it.
 
     python tests/leaks.py --dataset=data/shakespeare_char --out=tests/results/leaks-cpu.json
 
-Each mixer of LEAKS is attention, plus what a line or two adds to it. For each, 300 steps of a small network that is not
-asked for a proof, its validation loss beside attention's, and what the proof said. Some leaks depend on the token that
-stands there, or on the mode: the validation loss is taken as train.py does, in evaluation without gradients.
+Each mixer in LEAKS is attention plus a leak of a line or two. For each, trains a small network for 300 steps despite
+the leak, and prints its validation loss and the result of the proof. Some leaks depend on the token or on the
+mode, so the validation loss is computed as in train.py, in evaluation mode without gradients.
 """
 import json
 import sys
@@ -24,20 +24,20 @@ from data.causality import find_leak
 from data.tokens import Split, dataset_folder
 from model import GPT, MIXERS, CausalSelfAttention, GPTConfig
 
-dataset = 'shakespeare_char' # a folder in data/, or any folder given with a slash
-iters = 300 # steps of each
+dataset = 'shakespeare_char' # a folder in data/, or a path with a slash
+iters = 300 # training steps per mixer
 block_size = 128
 n_layer = 1
 n_embd = 64
 batch_size = 16
 learning_rate = 4e-3
 seed = 1
-only = '' # names of leaks, with commas in between, whose rows in the file are made again; empty: all
-out = '' # a JSON file for the raw numbers
+only = '' # names of leaks, separated by commas, whose rows to measure again; empty: all
+out = '' # JSON file for the raw numbers
 
 
 class Leak(CausalSelfAttention):
-    """Attention, and a linear layer of leak(self, x), which is one of LEAKS."""
+    """Attention plus a linear layer on leak(self, x), one of LEAKS."""
     leak = None
 
     def __init__(self, config, block_size):
@@ -55,7 +55,7 @@ def following(x):
 
 
 def end_of_chunk(size):
-    """The last token of each chunk sees the first one of the next."""
+    """The last token of each chunk sees the first token of the next chunk."""
     def leak(self, x):
         ends = torch.arange(1, x.size(1) + 1, device=x.device) % size == 0
         return following(x) * ends[:, None]
@@ -83,13 +83,13 @@ def norm_over_time(self, x):
 
 
 def chosen(self, x):
-    """Half of the tokens: whether one is among them depends on those that follow."""
+    """Selects half of the tokens: whether one is selected depends on those after it."""
     lowest = x[..., 0].topk(-(-x.size(1) // 2), dim=1)[0][:, -1:]
     return x * (x[..., 0] >= lowest)[..., None]
 
 
 def fast_path(self, x, fast):
-    """The mean of the tokens so far; the fast path forgets the mask and takes all."""
+    """The mean of the tokens so far; the fast path lacks the mask and takes all tokens."""
     count = torch.arange(1, x.size(1) + 1, device=x.device)[:, None]
     return x.mean(1, keepdim=True).expand_as(x) if fast else x.cumsum(1) / count
 
@@ -144,7 +144,7 @@ def network(name, line_end=0, **settings):
 
 
 def train(model, split):
-    """300 steps, as nanoGPT takes them."""
+    """Trains as nanoGPT does, for `iters` steps."""
     opt = model.configure_optimizers(0.1, learning_rate, (0.9, 0.99), 'cpu')
     for step in range(iters):
         for group in opt.param_groups:

@@ -1,9 +1,9 @@
 """
-Studies that tests/compare.py cannot express: beside a peer, of solved problems, of texts.
+Studies that tests/compare.py cannot express: with a peer, of solved problems, of generated text.
 
-    python tests/studies.py recipe --peer=PATH     seconds to nanoGPT's loss by a speed-run config, several seeds
-    python tests/studies.py arithmetic             what zeros, steps, mixer and optimizer give to config/train_calc.py
-    python tests/studies.py repetition --run=out-x how often a trained model's greedy text loops, and what helps
+    python tests/studies.py recipe --peer=PATH     seconds until a speed-run config reaches nanoGPT's loss
+    python tests/studies.py arithmetic             what zeros, steps, mixer and optimizer bring in config/train_calc.py
+    python tests/studies.py repetition --run=out-x how often greedy text of a model loops, and what helps
 
 GPTConfig's fields change the model of any study but repetition: --n_layer=2. Raw numbers go to tests/results/.
 """
@@ -34,21 +34,21 @@ variants: tuple[str, ...] = () # arithmetic: rows of the table; (): all
 iterations = 0 # training steps; 0: the config's
 # recipe
 recipe_of: Literal['shakespeare_cpu', 'shakespeare'] = 'shakespeare_cpu' # which config/speedrun_*.py
-dataset = 'shakespeare_char' # a folder in data/, or any folder given with a slash
-peer: str | None = None # a checkout of nanoGPT, which trains in turn
+dataset = 'shakespeare_char' # a folder in data/, or a path with a slash
+peer: str | None = None # a checkout of nanoGPT, which trains alternately
 # arithmetic and repetition
 problems = 2000 # held-out problems to solve
 run = '' # folder of the run
-prompts = 32 # texts, each begun by 32 tokens of the validation split
-length = 400 # tokens generated for each
+prompts = 32 # number of texts, each with a prompt of 32 validation tokens
+length = 400 # tokens to generate for each
 # ---------------------------------------------------------------------------------------------------------------------
 
-# the loss to reach, and the flags with which nanoGPT reaches it
+# the target loss, and the flags with which nanoGPT reaches it
 RECIPES = {
     'shakespeare_cpu': (1.898, SMALL_RUN),
-    'shakespeare': (1.4697, {}), # config/train_shakespeare_char.py as it is: hours on a CPU
+    'shakespeare': (1.4697, {}), # config/train_shakespeare_char.py unchanged: hours on a CPU
 }
-# changes of the calc dataset, and of its config
+# changes to the calc dataset, and to its config
 ARITHMETIC = {
     'as it is': ({}, {}),
     'no results backwards': (dict(reverse=''), {}),
@@ -87,20 +87,20 @@ def model_flags():
 
 
 def step_flags(steps):
-    """A run of so many steps, evaluated at its end; 0: as the config has it."""
+    """Flags for a run of this many steps, evaluated at the end; 0: as in the config."""
     if not steps:
         return {}
     return dict(max_iters=steps, lr_decay_iters=steps, eval_interval=steps, warmup_iters=min(20, steps // 2))
 
 
 def train(folder, files, flags):
-    """train.py in folder -> its last validation loss, and seconds to then without evaluations."""
+    """Runs train.py in folder. Returns its last validation loss and the seconds until then, without evaluations."""
     with tempfile.TemporaryDirectory() as parent:
         lines = run_train(folder, *files, out_dir=f'{parent}/run', **flags)
     before = evaluating = 0.0
     for seconds, line in lines:
         found = re.match(r'step \d+: train loss [\d.]+, val loss ([\d.]+)', line)
-        if found: # an evaluation lasts from the line before it to its own
+        if found: # an evaluation lasts from the previous line to its own
             result = dict(seconds=before - evaluating, val_loss=float(found[1]))
             evaluating += seconds - before
         before = seconds
@@ -108,7 +108,7 @@ def train(folder, files, flags):
 
 
 def spread(values):
-    """Mean, lowest and highest."""
+    """Mean (lowest-highest)."""
     return f'{sum(values) / len(values):.4f} ({min(values):.4f}-{max(values):.4f})' if values else '-'
 
 
@@ -133,7 +133,7 @@ def recipe():
     vocab_size = load_meta(dataset_folder(dataset))['vocab_size']
     flags |= dict(device=device, dataset=write_data(vocab_size, dataset))
     title, runs = f'recipe, {recipe_of}', {'ours': [], 'peer': []}
-    for seed in seeds: # in turn
+    for seed in seeds: # alternating
         jobs = {f'ours, seed {seed}': recipe_job({}, seed)}
         if peer:
             jobs[f'peer, beside seed {seed}'] = partial(train, peer, ['config/train_shakespeare_char.py'], flags)
@@ -151,7 +151,7 @@ def recipe():
 
 
 def solve(prepare, changes, seed):
-    """Makes the calc dataset, trains, evaluates -> {operator or all: percent of held-out problems that are solved}"""
+    """Prepares the calc dataset, trains, evaluates: {operator or all: percent of held-out problems solved}."""
     with tempfile.TemporaryDirectory() as folder:
         def script(path, **flags):
             command = [sys.executable, path, *(f'--{name}={value}' for name, value in flags.items())]
@@ -181,7 +181,7 @@ def arithmetic():
 
 
 def loops(tokens, longest=100):
-    """Does this list end by saying the same again, three times in a row or more, in up to `longest` tokens?"""
+    """Whether this list ends with the same sequence of up to `longest` tokens at least three times in a row."""
     return any(tokens[-p:] * 3 == tokens[-3 * p:] for p in range(1, longest + 1) if 3 * p <= len(tokens))
 
 
@@ -192,7 +192,7 @@ def generate(model, idx, beams=None, **options):
 
 
 def repetition():
-    """What each way to control repetition does to greedy text and, beside it, to drawn text."""
+    """Effect of each way to control repetition on greedy text, with sampled text for comparison."""
     model, checkpoint = load_model(run, device)
     T = model.config.block_size
     split = Split(dataset_folder(checkpoint['config']['dataset']), 'val')
@@ -205,7 +205,7 @@ def repetition():
         written = texts[:, idx.size(1):].tolist()
         grams = [[tuple(text[i:i + 8]) for i in range(len(text) - 7)] for text in written]
         distinct = sum(len(set(g)) for g in grams) / sum(len(g) for g in grams)
-        with torch.no_grad(): # in windows of block_size, as the model sees text in training
+        with torch.no_grad(): # in windows of block_size, as in training
             windows = texts.unfold(1, T + 1, T).unbind(1)
             nats = [model(w[:, :-1].contiguous(), w[:, 1:].contiguous())[1].item() for w in windows]
         rows.append({'way': name, 'end in a loop': sum(map(loops, written)) / len(written),

@@ -570,7 +570,7 @@ def test_settings_are_taken_from_the_run(script):
                   gone=1, schedule='cyclic')
     # betas are the run's, asked for anew; a name that is not taken is no change
     assert settings.take(stored, ('out_dir', 'start')) == [
-        "schedule='cosine': the checkpoint's 'cyclic' is no choice any more", 'max_iters=7, was 5']
+        "schedule='cosine': the checkpoint's 'cyclic' is no longer a choice", 'max_iters=7, was 5']
     expected = dict(max_iters=7, betas=(0.9, 0.95), learning_rate=1.0, shape=(1, 2), out_dir='new', start=None)
     for name, value in expected.items():
         assert settings.config[name] == namespace[name] == value, name

@@ -1,6 +1,6 @@
-# The gated delta rule: a state of constant size that corrects what it stored, and time linear in the length.
-# Give it after config/shakespeare_small.py. Loss 1.857 ± 0.011 after 1000 steps at learning rate 0.002 (5 seeds).
-# Needs no positions: decoding goes on beyond block_size.
+# The gated delta rule: a constant-size state that corrects what it stored, and time linear in the length.
+# Use it after config/shakespeare_small.py. Loss 1.857 ± 0.011 after 1000 steps at learning rate 0.002 (5 seeds).
+# Needs no position embedding, so decoding can continue beyond block_size.
 import math
 
 import torch
@@ -17,21 +17,21 @@ mlp_ratio = 3.5
 
 class GatedDelta(Mixer):
     """
-    S_t = g_t (I - b_t k_t^T k_t) S_{t-1} + b_t k_t^T v_t and y_t = q_t S_t, S (D, D) in each head: what the state holds
+    S_t = g_t (I - b_t k_t^T k_t) S_{t-1} + b_t k_t^T v_t and y_t = q_t S_t, S (D, D) per head: the value stored
     for the key k_t moves by b_t towards v_t (DeltaNet in parallel, arXiv 2406.06484; Gated DeltaNet, arXiv 2412.06464).
-    Written as S_t = g_t S_{t-1} + k_t^T u_t with u_t = b_t (v_t - g_t k_t S_{t-1}), a chunk's u are one triangular
+    Written as S_t = g_t S_{t-1} + k_t^T u_t with u_t = b_t (v_t - g_t k_t S_{t-1}), a chunk's u solve one triangular
     system: (1 + A) u = b (v - G k S), A_ij = b_i G_i / G_j k_i k_j for j < i, G the decay since the chunk began.
     """
-    chunk: int = 64 # tokens done at once
+    chunk: int = 64 # tokens per chunk
     bounded = False
 
     def __init__(self, config, block_size):
         super().__init__(config, block_size)
         C, H = config.n_embd, config.n_head
         self.n_head, self.chunk = H, config.chunk
-        self.c_attn = Linear(C, 4 * C, bias=config.bias, parts=4) # queries, keys, values, and a gate of the output
-        self.gates = Linear(C, 2 * H, bias=False, parts=2) # the decay and b
-        memory = torch.logspace(2, 9, H, base=2) # tokens: from 4 to 512, head by head
+        self.c_attn = Linear(C, 4 * C, bias=config.bias, parts=4) # queries, keys, values, output gate
+        self.gates = Linear(C, 2 * H, bias=False, parts=2) # decay and b
+        memory = torch.logspace(2, 9, H, base=2) # in tokens: from 4 to 512 over the heads
         self.decay_bias = nn.Parameter(torch.log(torch.expm1(1 / memory)))
         self.c_proj = Linear(C, C, bias=config.bias)
         self.resid_dropout = Dropout(config.dropout)
@@ -46,7 +46,7 @@ class GatedDelta(Mixer):
         B, T, C = x.size()
         q, k, v, gate = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.c_attn(x).chunk(4, dim=2))
         decay, b = self.gates(x).transpose(1, 2).chunk(2, dim=1) # (B, H, T)
-        # 16 bits are too few for a sum over the whole past. Autocast does not know the meta device
+        # 16 bits are too few for a sum over the whole past. Autocast does not support the meta device
         with torch.autocast(x.device.type.replace('meta', 'cpu'), enabled=False):
             q, k, v, decay, b = (t if t.dtype == torch.float64 else t.float() for t in (q, k, v, decay, b))
             q, k, log_g = F.normalize(q, dim=-1), F.normalize(k, dim=-1), -F.softplus(decay + self.decay_bias[:, None])
@@ -54,14 +54,14 @@ class GatedDelta(Mixer):
             y, state = self.scan(q, k, v, log_g, b.sigmoid(), state)
             y = F.rms_norm(y, y.shape[-1:], eps=1e-6).to(x.dtype)
         cache.put('state', state)
-        y = (y * F.silu(1 + gate)).transpose(1, 2).reshape(B, T, C) # 1: open at first, or recall is learned late
+        y = (y * F.silu(1 + gate)).transpose(1, 2).reshape(B, T, C) # 1: starts open, or recall is learned late
         return self.resid_dropout(self.c_proj(y))
 
     def scan(self, q, k, v, log_g, b, state):
-        """q, k, v (B, H, T, D), log_g, b (B, H, T), state (B, H, D, D) -> (y (B, H, T, D), the state after them)."""
+        """q, k, v (B, H, T, D), log_g, b (B, H, T), state (B, H, D, D) -> (y (B, H, T, D), final state)."""
         T, c = q.size(2), min(self.chunk, q.size(2))
         n = math.ceil(T / c)
-        # what fills the last chunk adds nothing to the state, and does not decay it
+        # padding of the last chunk adds nothing to the state and does not decay it
         q, k, v = (F.pad(t, (0, 0, 0, n * c - T)).unflatten(2, (n, c)) for t in (q, k, v)) # (B, H, n, c, D)
         log_g, b = (F.pad(t, (0, n * c - T)).unflatten(2, (n, c)) for t in (log_g, b)) # (B, H, n, c)
         since = log_g.cumsum(3)

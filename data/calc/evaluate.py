@@ -1,11 +1,11 @@
 """
 How many held-out problems of the calc dataset a model solves, by operator and by the number of digits. A problem is
-solved if the greedy answer is an exact match. Digits are those of the longer operand; in a division, of the divisor or
-the result.
+solved if the greedy answer is an exact match. Digits are counted in the longer operand; for /, in the longer of the
+divisor and the result.
 
     python data/calc/evaluate.py --out_dir=out-calc
 
-Evaluate on the dataset that the model was trained on: another seed holds out other problems.
+Evaluate on the dataset that the model was trained on: other seeds hold out other problems.
 """
 import re
 import sys
@@ -21,7 +21,7 @@ from data.tokens import DataError, Split, dataset_folder, find_path, map_tokens
 out_dir = 'out-calc' # folder of the run
 checkpoint = 'ckpt.pt' # file in out_dir: ckpt.pt is the latest, best.pt has the lowest validation loss
 dataset = 'calc' # a name in data/, or a folder
-max_problems = 0 # take only the first ones; 0: all [0, inf)
+max_problems = 0 # use only the first ones; 0: all [0, inf)
 batch_size = 256 # problems to solve at once [1, inf)
 device = 'auto' # auto | cpu | cuda | cuda:1 | mps
 
@@ -41,7 +41,7 @@ def read_problems(folder):
 
 def accuracy(generate_answers, problems, batch_size=256, progress=None):
     """
-    {(operator, digits): (solved, total)}. A problem is solved if what follows the last = matches exactly: the steps
+    {(operator, digits): (solved, total)}. A problem is solved if the text after the last = matches exactly; the steps
     before it do not count.
 
     generate_answers  (prompts of one length, n) -> a text of up to n characters for each
@@ -54,7 +54,7 @@ def accuracy(generate_answers, problems, batch_size=256, progress=None):
     for group in by_length.values():
         for i in range(0, len(group), batch_size):
             batch = group[i:i + batch_size]
-            longest = max(len(answer) for _, answer in batch) + 1 # with the end of the line
+            longest = max(len(answer) for _, answer in batch) + 1 # includes the newline
             texts = generate_answers([prompt for prompt, _ in batch], longest)
             for (prompt, answer), text in zip(batch, texts):
                 a, operator, b = re.fullmatch(r'(\d+)([-+*/])(\d+)=', prompt).groups()
@@ -85,7 +85,7 @@ def table(counts):
 
 
 def load_generator(path, device):
-    """A checkpoint's model as the generate_answers of accuracy()."""
+    """A checkpoint's model as generate_answers for accuracy()."""
     import torch
 
     from data.checkpoints import load_model
@@ -97,7 +97,7 @@ def load_generator(path, device):
         raise DataError(f"{path} names no tokenizer: it was not trained on a calc dataset, use another --out_dir")
 
     def generate_answers(prompts, n):
-        # as in the training data, a line begins after the end of another one
+        # a newline first: in the training data, each line follows another
         ids = torch.tensor([tokenizer.encode('\n' + prompt) for prompt in prompts], device=device)
         with torch.inference_mode():
             out = model.generate(ids, n, temperature=0.0)

@@ -1,14 +1,14 @@
 """
 Generated arithmetic, one problem per line:
 
-    012+034=6400            results of + and * are written backwards, as they are computed
+    012+034=6400            results of + and * are written backwards, in the order they are computed
     003-012=-009
-    12*34=48+360=408        * and / come with their steps (here neither padded nor backwards)
+    12*34=48+360=408        * and / include their steps (shown here neither padded nor backwards)
     408/34=1*340-68+2*68-0=12
 
 A validation problem is never in the training data, not even with its operands swapped (34+12 for 12+34).
-The default settings give 600,000 problems on numbers of up to three digits, of which 12,074 are held out. That is 14.1M
-training tokens and 288K for validation, of 16 characters. How many problems a model solves:
+By default there are 600,000 problems with numbers of up to three digits, of which 12,074 are held out: 14.1M training
+tokens and 288K validation tokens, with a vocabulary of 16 characters. To see how many problems a model solves:
 
     python data/calc/prepare.py
     python train.py config/train_calc.py
@@ -24,20 +24,20 @@ from data.tokenizers import CharTokenizer
 from data.tokens import DataError, dataset_folder
 from data.writer import Writer, fraction, summarize
 
-digits = 3 # most digits of an operand; in a division, of the divisor and the result
+digits = 3 # maximum digits of an operand; for /, of the divisor and the result
 examples = 100000 # problems per operator, training and validation together
-operators = '++--*/' # any of + - * /; one that is named twice gets twice as many problems
-reverse = '+*' # operators whose results and steps are written with the last digit first, as they are computed
+operators = '++--*/' # any of + - * /; an operator given twice gets twice as many problems
+reverse = '+*' # operators whose results and steps are written with the last digit first, in the order they are computed
 pad = True # write leading zeros, so that each place has its own column: 012+345=0357
 scratch = True # write the steps of * and / before the answer
 val_fraction = 0.02 # fraction of the problems to hold out
-seed = 1337 # another seed gives other problems
+seed = 1337 # selects the problems
 out = 'calc' # dataset to write: a name in data/, or a folder
 configure(globals())
 
 
 def problem(operator, i):
-    """The i-th problem of an operator -> (a, b, result), for i below n_problems."""
+    """The i-th problem of an operator as (a, b, result), for i below n_problems."""
     n = 10 ** digits
     a, b = divmod(i, n - (operator == '/'))
     if operator == '/': # a is the result so far
@@ -54,7 +54,7 @@ def padded(n, places):
 
 
 def number(operator, n, places):
-    """A result or a number of a step, below 10^places, as text."""
+    """A result or a number in a step, below 10^places, as text."""
     text = padded(abs(n), places)
     if operator in reverse:
         text = text[::-1]
@@ -62,7 +62,7 @@ def number(operator, n, places):
 
 
 def steps(operator, a, b, result):
-    """The steps of a problem with = after them, one for each digit of b or of the result; '' if one step does it."""
+    """The steps of a problem followed by =, one for each digit of b or of the result; '' if one step is enough."""
     n_steps = digits if pad else len(str(b if operator == '*' else result))
     if n_steps == 1 or operator not in '*/':
         return ''
@@ -70,7 +70,7 @@ def steps(operator, a, b, result):
 
 
 def product_steps(a, b, n_steps):
-    """Sum so far + what the next digit of b adds, from the last digit on."""
+    """Sum so far + the product of a and the next digit of b, starting with the last digit."""
     total = a * (b % 10)
     text = number('*', total, digits + 1)
     for i in range(1, n_steps):
@@ -83,7 +83,7 @@ def product_steps(a, b, n_steps):
 
 
 def division_steps(a, b, result, n_steps):
-    """Digit of the result * b (with its zeros) - what is left of a, from the first digit on."""
+    """Digit of the result * b (with its zeros) - remainder of a, starting with the first digit."""
     parts = []
     for i in reversed(range(n_steps)):
         digit = result // 10 ** i % 10

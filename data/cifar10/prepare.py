@@ -1,7 +1,7 @@
 """
-CIFAR-10's 60,000 pictures of 32 x 32 pixels (Krizhevsky 2009), or another set of small pictures on the Hugging Face
-hub, as iGPT has them: one token a pixel, the nearest of a palette of colours that k-means finds. The last tenth is held
-out. Bits per dimension are those of the colours of the palette.
+CIFAR-10's 60,000 pictures of 32 x 32 pixels (Krizhevsky 2009), or another dataset of small pictures on the Hugging Face
+Hub, in the style of iGPT: one token per pixel, the nearest colour in a palette found by k-means. The last tenth is held
+out. Bits per dimension refer to the colours of the palette.
 
     pip install scikit-learn
     python data/cifar10/prepare.py
@@ -19,19 +19,19 @@ from data.stream import open_stream
 from data.tokens import DataError, dataset_folder
 from data.writer import summarize
 
-source = 'uoft-cs/cifar10' # name on the hub; parquet: local files, see data_files
+source = 'uoft-cs/cifar10' # name on the Hub; parquet: local files, see data_files
 field = 'img' # the field of a document that holds its picture
-colours = 512 # of the palette [2, 4096]
+colours = 512 # size of the palette [2, 4096]
 max_pictures = 0 # stop after this many; 0: take all [0, inf)
 val_fraction = 0.1 # fraction of the pictures to hold out (0, 1)
-revision = '' # git revision on the hub
+revision = '' # git revision on the Hub
 data_files = '' # local files, if source is parquet; may be a pattern with *
 out = 'cifar10' # dataset to write: a name in data/, or a folder
 configure(globals())
 
 
 def read_pictures():
-    """-> (N, H, W, 1 or 3) of bytes."""
+    """Returns bytes (N, H, W, 1 or 3)."""
     pictures = []
     for i, document in enumerate(open_stream(source, '', revision, data_files)):
         if not hasattr(document.get(field), 'convert'):

@@ -1,12 +1,12 @@
 """
-Handwritten digits, 8 x 8 pixels in 17 greys (scikit-learn's copy of the UCI set: no download), as iGPT has pictures:
-one token a pixel, row by row, and one that begins a picture. 1,797 pictures, of which 180 are held out.
+Handwritten digits, 8 x 8 pixels in 17 greys (scikit-learn's copy of the UCI set: no download), in the style of iGPT:
+one token per pixel, row by row, and one that starts each picture. 1,797 pictures, of which 180 are held out.
 
     pip install scikit-learn
     python data/digits/prepare.py
     python train.py config/digits.py
-    python sample.py --out_dir=out-digits --num_samples=64                 pictures
-    python sample.py --out_dir=out-digits --num_samples=8 --start=3        completes the upper half of a held-out one
+    python sample.py --out_dir=out-digits --num_samples=64                 new pictures
+    python sample.py --out_dir=out-digits --num_samples=8 --start=3        completes the upper half of held-out digits
 """
 import sys
 from pathlib import Path
@@ -20,7 +20,7 @@ from data.tokens import DataError, dataset_folder
 from data.writer import summarize
 
 val_fraction = 0.1 # fraction of the pictures to hold out (0, 1)
-seed = 1337 # which ones
+seed = 1337 # selects the held-out pictures
 out = 'digits' # dataset to write: a name in data/, or a folder
 configure(globals())
 

@@ -1,15 +1,15 @@
 """
-FineWeb-Edu (huggingface.co/datasets/HuggingFaceFW/fineweb-edu), its sample of 10 billion tokens, in GPT-2's tokens:
-9,672,101 documents, about 9.95 billion tokens. Every 2000th document is held out, about 5 million tokens. Takes 20 GB
-of disk, and keeps nothing else. Other subsets: sample-100BT, sample-350BT, a crawl such as CC-MAIN-2024-10.
+FineWeb-Edu (huggingface.co/datasets/HuggingFaceFW/fineweb-edu), its 10-billion-token sample, as GPT-2 tokens:
+9,672,101 documents, about 9.95 billion tokens. Every 2000th document is held out, about 5 million tokens. Needs 20 GB
+of disk, for the tokens only. Other subsets: sample-100BT, sample-350BT, a crawl such as CC-MAIN-2024-10.
 
-The text is streamed, which takes hours. After an interruption, the same command goes on where it stopped.
+The text is streamed, which takes hours. After an interruption, the same command continues where it stopped.
 
     python data/fineweb_edu/prepare.py
     python data/fineweb_edu/prepare.py --max_tokens=100_000_000     the first 100 million tokens
 
 Then: torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py --dataset=fineweb_edu
-It is data/hub/prepare.py with these settings; its others work here, too.
+This runs data/hub/prepare.py with these settings; its other settings work here too.
 """
 import runpy
 import sys

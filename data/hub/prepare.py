@@ -1,11 +1,11 @@
 """
-Any dataset of texts on the Hugging Face hub, streamed: it takes the disk of its tokens, and keeps nothing else.
+Any text dataset on the Hugging Face Hub, streamed: only the tokens are stored on disk.
 
     python data/hub/prepare.py --source=roneneldan/TinyStories
     python data/hub/prepare.py --source=roneneldan/TinyStories --tokenizer=bpe --vocab_size=4096 --out=stories
     python data/hub/prepare.py --source=json --data_files="mine/*.jsonl" --out=mine
 
-After an interruption, the same command goes on where it stopped.
+After an interruption, the same command continues where it stopped.
 """
 import hashlib
 import sys
@@ -19,21 +19,21 @@ from data.tokenizers import JsonTokenizer, choose_tokenizer, warn_of_changes
 from data.tokens import DataError, dataset_folder
 from data.writer import settings_for_text, summarize
 
-source = '' # name on the hub, as USER/NAME; json or parquet: local files, see data_files
-subset = '' # which part, for a dataset that has several
+source = '' # name on the Hub, as USER/NAME; json or parquet: local files, see data_files
+subset = '' # which subset, if the dataset has several
 field = 'text' # the field of a document that holds its text
-tokenizer = 'gpt2' # one of tiktoken; bytes; the path of a tokenizer.json; bpe: byte-level BPE of the first texts
-vocab_size = 4096 # ids of bpe
-bpe_documents = 20_000 # of which it is trained, those held out excepted
+tokenizer = 'gpt2' # a tiktoken encoding; bytes; a path of a tokenizer.json; bpe: byte-level BPE, trained on part of it
+vocab_size = 4096 # vocabulary size for bpe
+bpe_documents = 20_000 # documents to train bpe on, without the held-out ones
 max_tokens = 0 # stop after this many; 0: take all
 val_fraction = 0.0005 # fraction of the documents to hold out: every 2000th (0, 0.5]
 n_threads = 8 # threads for tokenizing
-revision = '' # git revision on the hub; refs/convert/parquet: the automatic copy as parquet files
+revision = '' # git revision on the Hub; refs/convert/parquet: the automatic copy as parquet files
 data_files = '' # local files, if source is json or parquet; may be a pattern with *
-out = '' # dataset to write: a name in data/, or a folder; '': the name on the hub
+out = '' # dataset to write: a name in data/, or a folder; '': the name on the Hub
 configure(globals())
 
-# tokens of GPT-2, to say beforehand how much disk they take
+# number of GPT-2 tokens, to predict the disk space
 EXPECTED = {('Skylion007/openwebtext', ''): 9_040_000_000, ('HuggingFaceFW/fineweb-edu', 'sample-10BT'): 9_950_000_000,
             ('HuggingFaceFW/fineweb-edu', 'sample-100BT'): 99_500_000_000,
             ('HuggingFaceFW/fineweb-edu', 'sample-350BT'): 350_000_000_000}
@@ -56,7 +56,7 @@ codec = train_tokenizer() if tokenizer == 'bpe' else choose_tokenizer(tokenizer)
 warn_of_changes(codec)
 if codec.eot is None:
     raise DataError(f"tokenizer={tokenizer} has no token that ends a document: take another")
-# what decides what is written: another vocabulary must not go on with these files
+# everything that determines the output: a run with another vocabulary must not continue these files
 of_bpe = dict(vocab_size=vocab_size, bpe_documents=bpe_documents) if tokenizer == 'bpe' else {}
 job = dict(source=source, subset=subset, revision=revision, data_files=data_files, field=field, tokenizer=tokenizer,
            **of_bpe, vocabulary=hashlib.sha256(codec.json.encode()).hexdigest() if hasattr(codec, 'json') else '',

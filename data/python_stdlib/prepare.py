@@ -1,8 +1,8 @@
 """
-The source text of Python's own standard library, as bytes. It needs no download, since the running interpreter has it.
+The source code of Python's standard library, as bytes. No download is needed: the running interpreter has it.
 
-A tenth of the files is held out. Their names decide, so that every machine and version holds out the same ones. Python
-3.11 gives 10.35 million training tokens and 1.01 million for validation, in a second. Other versions differ.
+A tenth of the files is held out, selected by name, so that every machine and version holds out the same ones. Python
+3.11 gives 10.35 million training tokens and 1.01 million validation tokens, in a second. Other versions differ.
 
     python data/python_stdlib/prepare.py
 """
@@ -24,7 +24,7 @@ max_bytes = 0 # stop after this many bytes of source; 0: take all
 out = 'python_stdlib' # dataset to write: a name in data/, or a folder
 configure(globals())
 
-# pydoc_data is one file of prose, which would be nearly half of the held-out bytes
+# pydoc_data is one file of prose, and would be nearly half of the held-out bytes
 SKIPPED = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', '__pycache__', 'pydoc_data'}
 
 
@@ -45,7 +45,7 @@ with Writer(dataset_folder(out), tokenizer) as writer:
     for path in tqdm(files, unit='file', disable=None):
         name = path.relative_to(root).as_posix()
         split = 'val' if fraction(name) < val_fraction else 'train'
-        text = read_text(path).replace('\r\n', '\n') # as on every machine
+        text = read_text(path).replace('\r\n', '\n') # the same bytes on every machine
         writer.write(split, tokenizer.encode(text, allow_special=False) + [tokenizer.eot])
         if max_bytes and writer.n_bytes >= max_bytes:
             break

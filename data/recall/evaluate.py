@@ -1,12 +1,12 @@
 """
-How well a model recalls: the share of right answers, by the size of the problem, and of examples that are right in all
-answers; then what it holds in memory for one sequence.
+How well a model recalls: the fraction of right answers by problem size, and of examples with only right answers. Also
+prints the bytes of state that the model keeps for one sequence.
 
     python data/recall/evaluate.py --out_dir=out-recall
     python data/recall/evaluate.py config/mixers/gated_delta.py --out_dir=out-recall-delta --dataset=recall-long
 
-Each answer is the likeliest token after what stands before it in the example. So an example with no wrong answer is one
-that greedy decoding gets right as a whole.
+Each answer is the likeliest token given the true tokens before it. So an example without a wrong answer is one that
+greedy decoding gets completely right.
 """
 import sys
 from pathlib import Path
@@ -21,7 +21,7 @@ from data.tokens import DataError, Split, dataset_folder
 from model import Cache, GPTConfig, add_mixer
 
 out_dir = 'out-recall' # folder of the run
-dataset = 'recall' # a name in data/, or a folder; it may have longer examples than the run's
+dataset = 'recall' # a name in data/, or a folder; its examples may be longer than the run's
 batch_size = 100 # examples at once [1, inf)
 device = 'auto' # auto | cpu | cuda | cuda:1 | mps
 
@@ -47,7 +47,7 @@ def accuracy(model, split, batch_size=100):
 
 @torch.inference_mode()
 def state_bytes(model, T):
-    """Bytes that the model keeps of one sequence of T tokens, to go on from."""
+    """Bytes of state that the model keeps for one sequence of T tokens."""
     cache = Cache()
     model.hidden(torch.zeros(1, T, dtype=torch.long, device=model.lm_head.weight.device), cache)
     return cache.n_bytes()
@@ -61,7 +61,7 @@ if __name__ == '__main__':
         raise DataError(f"{dataset} is not a recall dataset: run python data/recall/prepare.py")
     device = Machine(device).device
     model, _ = load_model(out_dir, device)
-    split.vocab_size = model.config.vocab_size # an id beyond it is an error in a line
+    split.vocab_size = model.config.vocab_size # larger ids end in a one-line error
     about = split.meta['recall']
     T = about['length']
     if model.bounded and T > model.config.block_size:

@@ -1,16 +1,16 @@
 """
-Tasks that tell memories apart, one example in every `length` tokens. What must be predicted is underlined here; nothing
-else is a target of the training (train.mask, val.mask).
+Synthetic tasks that test a mixer's memory, with one example in every `length` tokens. Only the underlined tokens are
+training targets (train.mask, val.mask).
 
     mqar            3a7fBc   7f 3a  Bc       multi-query associative recall (arXiv 2312.04927): pairs of a key and its
-                             -   -   -       value, then every key once more, most of them soon
-    copy            f3aZ|f3aZ                the symbols again
+                             -   -   -       value, then each key again, most of them soon
+    copy            f3aZ|f3aZ                repeat the symbols
                          ----
-    selective_copy  f  3 a   Z|f3aZ          the same, scattered among blanks (arXiv 2312.00752)
+    selective_copy  f  3 a   Z|f3aZ          the same, with blanks in between (arXiv 2312.00752)
                               ----
-    induction       a3f*Zk0d9a*Z             what followed the mark before (arXiv 2212.14052)
+    induction       a3f*Zk0d9a*Z             the symbol after the first * (arXiv 2212.14052)
                                -
-    parity          0110101|0                whether the number of ones is odd (arXiv 2411.12537)
+    parity          0110101|0                1 if the number of ones is odd (arXiv 2411.12537)
                             -
 
     python data/recall/prepare.py --task=mqar --sizes=2,4,8
@@ -31,22 +31,22 @@ from data.tokens import DataError, dataset_folder
 from data.writer import Writer, summarize
 
 task: Literal['mqar', 'copy', 'selective_copy', 'induction', 'parity'] = 'mqar'
-sizes = (2, 4, 8) # how hard, in turn: pairs, symbols to copy, symbols since the mark, bits
-length = 32 # tokens of an example; blanks fill it up [1, inf)
-symbols = 32 # different ones; of mqar half are keys and half are values [2, 8192]
-examples = 100000 # to train on [1, inf)
-val_examples = 3000 # held out [1, inf)
+sizes = (2, 4, 8) # difficulty, alternating: number of pairs, symbols to copy, symbols since the mark, or bits
+length = 32 # tokens per example, filled with blanks [1, inf)
+symbols = 32 # number of different symbols; in mqar half are keys and half are values [2, 8192]
+examples = 100000 # training examples [1, inf)
+val_examples = 3000 # held-out examples [1, inf)
 seed = 1337
 out = 'recall' # dataset to write: a name in data/, or a folder
 
 BLANK, BAR, MARK, FIRST = range(4) # FIRST is the first symbol's id
-NEAR = 0.01 # of mqar: the chance of a question falls with its distance to the power of NEAR - 1, as in the paper
+NEAR = 0.01 # mqar: the probability of a query is proportional to distance ** (NEAR - 1), as in the paper
 
 
 def mqar(n, rng):
     keys = FIRST + rng.choice(symbols // 2, n, replace=False)
     values = FIRST + symbols // 2 + rng.integers(symbols // 2, size=n)
-    slots = (length - 2 * n) // 2 # where a question may stand
+    slots = (length - 2 * n) // 2 # possible places of a query
     chance = np.arange(1, slots + 1) ** (NEAR - 1.0)
     at = 2 * n + 2 * rng.choice(slots, n, replace=False, p=chance / chance.sum())
     row = np.full(length, BLANK)
@@ -84,7 +84,7 @@ def parity(n, rng):
     return row, np.array([n + 1])
 
 
-# task -> (what makes an example of size n: its tokens, and where the answers stand; the tokens that it takes)
+# task -> (function that makes an example of size n: tokens, positions of the answers; number of tokens needed)
 TASKS = dict(mqar=(mqar, lambda n: 4 * n), copy=(copy, lambda n: 2 * n + 1), induction=(induction, lambda n: n + 3),
              selective_copy=(selective_copy, lambda n: 2 * n + 1), parity=(parity, lambda n: n + 2))
 

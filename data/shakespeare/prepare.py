@@ -1,6 +1,6 @@
 """
-Tinyshakespeare in GPT-2's tokens, with nanoGPT's split: 301,966 tokens train, 36,059 validate. The download of 1.1 MB
-is shared with shakespeare_char. tiktoken downloads GPT-2's vocabulary once.
+Tinyshakespeare as GPT-2 tokens, with nanoGPT's split: 301,966 training and 36,059 validation tokens. Shares the
+1.1 MB download with shakespeare_char. tiktoken downloads GPT-2's vocabulary once.
 
     python data/shakespeare/prepare.py
 """

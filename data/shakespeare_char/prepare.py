@@ -1,6 +1,6 @@
 """
 Tinyshakespeare as characters, with nanoGPT's ids and split: 1,115,394 characters, 65 different ones. The first nine
-tenths (1,003,854) train, the rest (111,540) validates. Downloads 1.1 MB once.
+tenths (1,003,854) are for training, the rest (111,540) for validation. Downloads 1.1 MB once.
 
     python data/shakespeare_char/prepare.py
 """

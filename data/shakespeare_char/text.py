@@ -1,4 +1,4 @@
-"""The text of tinyshakespeare, 1,115,394 characters. shakespeare_char and shakespeare share it."""
+"""The text of tinyshakespeare, 1,115,394 characters, shared by shakespeare_char and shakespeare."""
 import hashlib
 import os
 import urllib.request
@@ -24,7 +24,7 @@ def tiny_shakespeare(input_file=''):
         if hashlib.sha256(data).hexdigest() != SHA256:
             raise DataError(f"{URL} sent {len(data)} bytes that are not the expected text: try again, or get it in "
                             "another way and give --input_file=PATH")
-        new = path.with_name(f'input.txt.{os.getpid()}.tmp') # another may be downloading it, too
+        new = path.with_name(f'input.txt.{os.getpid()}.tmp') # another process may be downloading it too
         new.write_bytes(data)
         os.replace(new, path)
     return read_text(path)

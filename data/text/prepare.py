@@ -1,15 +1,15 @@
 """
-Your own text: files or folders of plain text, or of JSON (a line each, or an array) with the text in one field.
+Your own text: files or folders of plain text, or of JSON (one value per line, or an array) with the text in one field.
 
     python data/text/prepare.py --input=book.txt
     python data/text/prepare.py --input=notes/,more.jsonl --tokenizer=gpt2 --out=notes
-    python data/text/prepare.py --input=book.txt --tokenizer=bpe --vocab_size=4096      a vocabulary of its own
+    python data/text/prepare.py --input=book.txt --tokenizer=bpe --vocab_size=4096      trains a vocabulary
     python train.py config/text.py --dataset=notes --out_dir=out-notes
 
-A document is a file or a value of JSON (null is none), and <|endoftext|> within them begins another one. If there are
-several documents, <|endoftext|> ends each of them in the output. Of many documents, whole ones are held out for
-validation. Of few, the end of each file is. A file that comes twice counts once. The text is read twice, in pieces, so
-it may be larger than memory. Line ends stay as they are.
+Each file or JSON value is a document (null is skipped), and <|endoftext|> in it starts another. If there are several
+documents, <|endoftext|> ends each of them in the output. If there are many, whole documents are held out for
+validation; if few, the end of each file. Duplicate files are used once. The text is read twice, in pieces, so it may be
+larger than memory. Line ends are kept.
 """
 import codecs
 import json
@@ -29,11 +29,11 @@ from data.tokens import DataError, dataset_folder, hash_file
 from data.writer import Writer, fraction, settings_for_text, summarize
 
 input = '' # files and folders, separated by commas
-tokenizer = 'bytes' # bytes: UTF-8; char: an id for each character in the text; bpe: byte-level BPE trained on the text;
-    # one of tiktoken: gpt2, o200k_base...; or the path of a tokenizer.json
-vocab_size = 4096 # ids of bpe
+tokenizer = 'bytes' # bytes: UTF-8; char: one id per character in the text; bpe: byte-level BPE trained on the text;
+    # a tiktoken encoding: gpt2, o200k_base...; or the path of a tokenizer.json
+vocab_size = 4096 # vocabulary size for bpe
 val_fraction = 0.1 # fraction of the text to hold out (0, 1)
-field = 'text' # the field of JSON that holds the text
+field = 'text' # the JSON field that holds the text
 suffixes = '.txt,.md,.jsonl' # which files to take from folders
 out = 'text' # dataset to write: a name in data/, or a folder
 configure(globals())
@@ -44,7 +44,7 @@ without_text = set() # places of documents whose text is null
 
 
 def split_names(text):
-    """Paths that commas separate. One that has commas itself is known by being there."""
+    """Splits a comma-separated list of paths. A path that itself contains commas is recognized if it exists."""
     parts, names = text.split(','), []
     while parts:
         n = next((n for n in range(len(parts), 1, -1) if os.path.exists(os.path.expanduser(','.join(parts[:n])))), 1)
@@ -55,7 +55,7 @@ def split_names(text):
 
 def find_files(names, suffixes):
     """
-    -> (paths of the named files, and of those in named folders in the order of their names; {why: what was skipped}).
+    Returns (paths of the named files and of the files in named folders, sorted by name; {reason: skipped paths}).
     """
     files, left_out = [], {}
     for name in filter(None, names):
@@ -77,7 +77,7 @@ def find_files(names, suffixes):
 
 
 def walk(root, left_out):
-    """The sorted files of a folder and of those in it, linked ones too, but for hidden ones such as checkpoints."""
+    """All files below a folder, sorted, following links. Hidden files, such as editor checkpoints, are skipped."""
     files, hidden, dead, visited = [], [], [], set()
     for folder, folders, names in os.walk(root, onerror=refuse, followlinks=True):
         if os.path.realpath(folder) in visited: # links may go in circles
@@ -99,9 +99,9 @@ def refuse(error):
 
 
 def each_once(files, left_out):
-    """The files without those that hold the text of one before: what is held out of it would train by the other."""
+    """Drops files with the same content as an earlier one: held-out text could otherwise be trained on in the copy."""
     sizes = Counter(path.stat().st_size for path in dict.fromkeys(files))
-    first = {} # what a file holds -> the path that has it first
+    first = {} # content -> the first path with it
     for path in files:
         size = path.stat().st_size
         other = first.setdefault(hash_file(path) if sizes[size] > 1 and size else path.resolve(), path)
@@ -124,8 +124,8 @@ def read_plain(path, progress):
 
 def place_to_cut(text):
     """
-    Where the text can be tokenized in two parts: after a newline between words, which no BPE token crosses. Long text
-    without such a place is cut near its end, but not within an <|endoftext|> that may have begun there.
+    Where to cut the text for tokenizing in two parts: after a newline between words, which no BPE token crosses. Long
+    text without such a place is cut near its end, but not inside an <|endoftext|> that may have started there.
     """
     at = len(text)
     while (at := text.rfind('\n', 0, at)) > 0:
@@ -135,7 +135,7 @@ def place_to_cut(text):
 
 
 def read_json(path, progress):
-    """Yields (piece of text, whether a document ends after it) of the field of each value."""
+    """Yields (piece of text, whether a document ends after it) from the field of each value."""
     for place, value in json_values(path, progress):
         if not isinstance(value, dict) or not isinstance(value.get(field, 0), str | None):
             raise DataError(f"{place} has no text in a field {field!r}: name it with --field=NAME")
@@ -146,7 +146,7 @@ def read_json(path, progress):
 
 
 def json_values(path, progress):
-    """Yields (its place, value) of jsonl, a line at a time, or of one array, which has to fit into memory."""
+    """Yields (place, value) from jsonl, one line at a time, or from an array, which must fit into memory."""
     def parse(text, place):
         try:
             return json.loads(text)
@@ -166,12 +166,12 @@ def json_values(path, progress):
 
 def read(files, label):
     """Yields (path, piece of text, whether a document ends after it), without empty documents and pieces."""
-    begun = False # part of the current document has come; its end may come alone, with an empty piece
+    begun = False # part of the current document was read; its end may follow with an empty piece
     total = sum(path.stat().st_size for path in files)
     with tqdm(total=total, unit='B', unit_scale=True, desc=label, disable=None) as bar:
         for path in files:
             for text, ends in (read_json if path.suffix.lower() in JSON else read_plain)(path, bar.update):
-                text = text.encode('utf-8', 'replace').decode() # jsonl can have halves of characters
+                text = text.encode('utf-8', 'replace').decode() # jsonl may contain lone surrogates
                 begun = begun or bool(text)
                 if text or begun and ends:
                     yield path, text, ends
@@ -215,13 +215,13 @@ several = n_documents > 1
 by_document = n_documents * val_fraction >= 20
 if tokenizer == 'char':
     codec = CharTokenizer(''.join(sorted(characters)), eot=several)
-elif tokenizer == 'bpe': # of what is trained on alone
+elif tokenizer == 'bpe': # trained on the training split only
     codec = JsonTokenizer.train((parts.get('train', '') for parts, _ in read_parts('vocabulary')), vocab_size)
 if several and codec.eot is None:
     raise DataError(f"tokenizer={tokenizer} has no token that ends a document: one of "
                     f"{', '.join(JsonTokenizer.ENDS)} is needed for several")
 
-written = set() # splits that have a part of the document
+written = set() # splits that contain part of the document
 with Writer(dataset_folder(out), codec) as writer:
     for parts, ends in read_parts('writing'):
         for split, part in parts.items():
@@ -241,7 +241,7 @@ if without_text:
     print(f"skipped, {field} is null: {first_few(sorted(without_text))}")
 print(f"{n_documents:,} document{'s' if several else ''}, {n_characters:,} characters; held out: "
       f"{'whole documents' if by_document else 'the end of each file' if len(files) > 1 else 'the end'}")
-# config/text.py takes 2,048 tokens a step; small texts are seen 20 times, large ones for some minutes
+# config/text.py takes 2,048 tokens per step; small texts are seen 20 times, large ones for a few minutes
 steps = max(100, min(2000, 100 * round(20 * writer.tokens['train'] / 2048 / 100)))
 summarize(writer, 'config/text.py', out, **settings_for_text(writer), max_iters=steps,
           out_dir=f'out-{Path(out).name}')
