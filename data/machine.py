@@ -148,7 +148,9 @@ class Machine:
         store, _, _ = next(dist.rendezvous('env://'))
         store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
         name = backend if backend != 'auto' else 'nccl' if self.kind == 'cuda' else 'gloo'
+        hook = sys.excepthook
         dist.init_process_group(name, rank=self.rank, world_size=self.world, store=store)
+        sys.excepthook = hook # torch's would swallow the words of one that exits
 
     def deal(self, items):
         """Deals out items: yields (an item, whether it counts), equally often in each process as sharding needs."""
