@@ -66,8 +66,8 @@ class Machine:
     def __str__(self):
         how, parallel = ('compiled' if self.compiled else 'eager'), ('sharded, ' if self.sharded else '')
         flops, source = self.peak
-        return (f'{self.device}, {self.dtype}, {how}, {parallel}world size {self.world}; '
-                f'peak {(flops or math.nan) / 1e12:.4g} TFLOP/s ({source})')
+        peak = f'{flops / 1e12:.4g} TFLOP/s' if flops else 'n/a'
+        return f'{self.device}, {self.dtype}, {how}, {parallel}world size {self.world}; peak {peak} ({source})'
 
     # a step
 
