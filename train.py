@@ -11,6 +11,7 @@ best.pt (the lowest validation loss), config.json, metrics.jsonl and loss.png.
 """
 import math
 import random
+import shutil
 import textwrap
 from dataclasses import fields
 from typing import Literal
@@ -338,7 +339,8 @@ def describe(flops, kept):
     days = max_iters * tokens * flops / (0.4 * (machine.peak[0] or math.inf) * machine.world) / 86400
     given = '  '.join(f'{name}={value!r}' for name, value in settings.given.items())
     lines = [
-        textwrap.fill(given, 110, initial_indent='settings ', subsequent_indent=' ' * 9, break_long_words=False),
+        textwrap.fill(given, shutil.get_terminal_size().columns, initial_indent='settings ',
+                      subsequent_indent=' ' * 9, break_long_words=False, break_on_hyphens=False),
         f"model    {n_params / 1e6:.2f}M parameters, {(n_params - sum(embeddings)) / 1e6:.2f}M without embeddings, "
         f"{(n_params - n_rest) / 1e6:.2f}M decayed; {flops / 1e9:.4g} GFLOP a token",
         f"machine  {machine}",
