@@ -11,6 +11,7 @@ latest state), best.pt (the lowest validation loss), config.json, metrics.jsonl 
 """
 import math
 import random
+import shutil
 import textwrap
 from dataclasses import fields
 from typing import Literal
@@ -260,8 +261,8 @@ def evaluate():
     if state.evaluated == state.step: # the first step of a resumed run
         return
     state.seconds += machine.lap()[0]
-    if always_save_checkpoint and state.step > state.first_step:
-        save(run.latest) # before evaluating, which can fail too
+    if (always_save_checkpoint or state.step >= max_iters) and state.step > state.first_step:
+        save(run.latest) # first: an evaluation can fail, too
     train_loss, val_loss = (mean_loss(eval_batches(split)) for split in (data.train, data.val))
     if run.stop: # the evaluation was interrupted
         return
@@ -325,7 +326,7 @@ def explain_bad_steps(x, y, norm):
         run.say(f"stopping after {n} such steps; the weights are those before them. What usually helps: a lower "
                 f"learning_rate (now {learning_rate:g}), a longer warmup_iters ({warmup_iters}), "
                 f"grad_clip ({grad_clip:g}), dtype=bfloat16 or float32 instead of float16")
-        run.asked_to_stop = 1
+        run.stop = 1 # in all processes at this step
 
 
 def describe(flops, kept):
@@ -338,7 +339,8 @@ def describe(flops, kept):
     days = max_iters * tokens * flops / (0.4 * (machine.peak[0] or math.inf) * machine.world) / 86400
     given = '  '.join(f'{name}={value!r}' for name, value in settings.given.items())
     lines = [
-        textwrap.fill(given, 110, initial_indent='settings ', subsequent_indent=' ' * 9, break_long_words=False),
+        textwrap.fill(given, shutil.get_terminal_size().columns, initial_indent='settings ',
+                      subsequent_indent=' ' * 9, break_long_words=False, break_on_hyphens=False),
         f"model    {n_params / 1e6:.2f}M parameters, {(n_params - sum(embeddings)) / 1e6:.2f}M without embeddings, "
         f"{(n_params - n_rest) / 1e6:.2f}M decayed; {flops / 1e9:.4g} GFLOP a token",
         f"machine  {machine}",
@@ -436,18 +438,18 @@ while not run.stop:
             explain_bad_steps(x, y, norm)
     if due(checkpoint_interval):
         save(run.latest)
-    run.stop = machine.agree(run.asked_to_stop) # all processes at the same step
+    run.stop = max(run.stop, machine.agree(run.asked_to_stop)) # all processes at the same step
 
 batches.close()
-if state.step > state.first_step:
-    save(run.latest)
-    run.plot()
-status = run.status(state.step)
+save(run.latest) # at its first step, too: a signal may have come in an evaluation
+run.plot()
+if status := run.status(state.step):
+    machine.exit(status)
 if dry_run:
     size = run.speaks and load_checkpoint(run.latest) and run.latest.stat().st_size
     run.say(f"dry run passed: {planned:,} steps take about {duration(state.seconds / 3 * planned)} without "
             f"evaluations; a checkpoint has {size / 1e9:.3g} GB; peak memory {(machine.peak_memory or 0) / 1e9:.3g} GB")
-elif not run.stop:
+else:
     own_mixer = set(state.model.config.mixers()) - {MIXERS[name] for name in BUILT_IN}
     run.sum_up(state, settings.files if own_mixer else [])
-machine.exit(status)
+machine.exit(0)

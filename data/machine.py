@@ -66,8 +66,8 @@ class Machine:
     def __str__(self):
         how, parallel = ('compiled' if self.compiled else 'eager'), ('sharded, ' if self.sharded else '')
         flops, source = self.peak
-        return (f'{self.device}, {self.dtype}, {how}, {parallel}world size {self.world}; '
-                f'peak {(flops or math.nan) / 1e12:.4g} TFLOP/s ({source})')
+        peak = f'{flops / 1e12:.4g} TFLOP/s' if flops else 'n/a'
+        return f'{self.device}, {self.dtype}, {how}, {parallel}world size {self.world}; peak {peak} ({source})'
 
     # a step
 
@@ -148,7 +148,9 @@ class Machine:
         store, _, _ = next(dist.rendezvous('env://'))
         store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
         name = backend if backend != 'auto' else 'nccl' if self.kind == 'cuda' else 'gloo'
+        hook = sys.excepthook
         dist.init_process_group(name, rank=self.rank, world_size=self.world, store=store)
+        sys.excepthook = hook # torch's would swallow the words of one that exits
 
     def deal(self, items):
         """Deals items to the processes: yields (item, whether it counts), equally often in each, as sharding needs."""

@@ -65,7 +65,7 @@ class Run:
             self.lock()
         begun = self.metrics.exists() and self.metrics.stat().st_size and not restart
         if not allowed and (begun or self.has_checkpoint()):
-            raise ValueError(f"out_dir={str(self.path)!r} already holds a run: resume it with --init_from=resume, "
+            raise ValueError(f"out_dir={str(self.path)!r} already holds a run: resume it with --init_from=auto, "
                              "choose another --out_dir, or replace it with --overwrite=True")
 
     def lock(self, setting='out_dir'):
@@ -80,9 +80,10 @@ class Run:
         self.locked = None
 
     def load(self):
-        """The checkpoint to resume from."""
-        checkpoint = load_checkpoint(self.latest if self.latest.exists() else self.best)
-        # a nanoGPT checkpoint may name the device of another machine
+        """The checkpoint that the run goes on from."""
+        one_is_lost = self.best.exists() and not self.latest.exists()
+        checkpoint = load_checkpoint(self.best if one_is_lost else self.latest)
+        # nanoGPT's names the device of another machine, perhaps
         strange = () if 'format' in checkpoint else ('device', 'dtype', 'compile', 'backend')
         config = {k: v for k, v in checkpoint.get('config', {}).items() if k not in strange}
         return checkpoint | dict(config=config)
@@ -102,7 +103,7 @@ class Run:
         self.path.mkdir(parents=True, exist_ok=True)
         # another run may have started since the first check
         self.claim(resuming or config['overwrite'], config['init_from'] == 'auto')
-        if config['wandb_log']: # before anything is deleted: it can fail
+        if config['wandb_log'] and not config['dry_run']: # before anything is deleted: it may refuse
             self.logs['wandb'] = begin_wandb(config, self.path)
         if resuming: # drop the lines after the checkpoint: this run writes them again
             kept = [line for line in self.read_metrics() if line['step'] < state.step or line['step'] == state.step
@@ -241,7 +242,8 @@ class Run:
         self.say(f"done     {state.step:,} steps, {state.tokens:,} tokens in {duration(state.seconds)}; lowest "
                  f"validation loss {state.best_val_loss:.4f} at step {state.best_step:,}")
         if state.step == state.first_step:
-            self.say(f"note     the run was at step {state.step} already: to go on, raise --max_iters")
+            self.say(f"note     the run was at step {state.step} already: to go on, raise --max_iters or "
+                     "--patience")
         self.say(f"next     python sample.py {shlex.join([*files, f'--out_dir={self.out_dir}'])}")
 
     def status(self, step):

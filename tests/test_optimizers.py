@@ -95,7 +95,7 @@ def test_sm3_is_the_papers(shape):
     """Number by number in float64: nu = min of the sums of the slices that hold it, plus g^2; each sum = max of nus."""
     torch.manual_seed(0)
     p = torch.nn.Parameter(torch.randn(shape, dtype=torch.float64))
-    optimizer = SM3([dict(params=[p], weight_decay=0.1)], 0.3, 0.8, nesterov=True)
+    optimizer = SM3([dict(params=[p], weight_decay=0.1)], 0.3, 0.8)
     w, m = p.detach().clone(), torch.zeros(shape, dtype=torch.float64)
     sums = [[0.0] * n for n in shape]
     for step in range(5):
@@ -144,7 +144,7 @@ def test_adaptive_clipping():
 
 def test_hidden_matrices_have_a_rate_of_their_own():
     model = network(tie_weights=False, time_weighting='full')
-    optimizer = model.configure_optimizers(0.1, 1e-3, (0.8, 0.9), 'cpu', lrs=dict(hidden=2e-3))
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.8, 0.9), 'cpu', hidden_lr=2e-3)
     found = {id(p): (group['lr'], group['lr_scale'], group['weight_decay'])
              for group in optimizer.param_groups for p in group['params']}
     attn = model.transformer.h[0].attn
