@@ -12,6 +12,7 @@ wins over files wherever it stands.
 """
 import ast
 import builtins
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -115,6 +116,8 @@ def explain_errors(files=(), hint=lambda error: '', trace=False):
     Anything else is a bug and keeps its traceback, with what hint(error) says below it.
     """
     known = {os.path.abspath(path): path for path in files}
+    with contextlib.suppress(AttributeError): # a notebook's, or none at all
+        sys.stdout.reconfigure(errors='backslashreplace') # a terminal may lack some of the characters
 
     def hook(kind, error, tb):
         if kind is KeyboardInterrupt:
@@ -131,6 +134,12 @@ def explain_errors(files=(), hint=lambda error: '', trace=False):
         if raised or isinstance(error, (OSError, ImportError)):
             fail(in_words(error))
     sys.excepthook = hook
+
+
+def end_with_reader():
+    """From here on the process ends quietly when nobody reads its output any more, as with | head."""
+    if hasattr(signal, 'SIGPIPE'):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 
 def in_words(error):
@@ -511,7 +520,6 @@ def show_help(namespace, known):
             lines.append(head.ljust(left) + text)
             head = ''
     sys.stdout.reconfigure(errors='backslashreplace') # a terminal may lack some of the characters
-    if hasattr(signal, 'SIGPIPE'):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL) # nobody may read on, as with | head
+    end_with_reader()
     print('\n'.join(lines), flush=True)
     sys.exit(0)
