@@ -12,6 +12,7 @@ whatever the order.
 """
 import ast
 import builtins
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -109,6 +110,8 @@ def explain_errors(files=(), hint=lambda error: '', trace=False):
     Any other exception is a bug: it keeps its traceback, followed by hint(error).
     """
     known = {os.path.abspath(path): path for path in files}
+    with contextlib.suppress(AttributeError): # a notebook's, or none at all
+        sys.stdout.reconfigure(errors='backslashreplace') # a terminal may lack some of the characters
 
     def hook(kind, error, tb):
         if kind is KeyboardInterrupt:
@@ -124,6 +127,12 @@ def explain_errors(files=(), hint=lambda error: '', trace=False):
         elif is_mistake:
             fail(f'{places[-1]}: {kind.__name__}: {error}' if places else in_words(error))
     sys.excepthook = hook
+
+
+def end_with_reader():
+    """From here on the process ends quietly when nobody reads its output any more, as with | head."""
+    if hasattr(signal, 'SIGPIPE'):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 
 def in_words(error):
@@ -498,7 +507,6 @@ def show_help(namespace, known):
         text = f'{setting.comment} ({type_name(setting.hint)})'.strip()
         lines.append(textwrap.fill(text, width, initial_indent=head.ljust(left), subsequent_indent=' ' * left))
     sys.stdout.reconfigure(errors='backslashreplace') # a terminal may lack some of the characters
-    if hasattr(signal, 'SIGPIPE'):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL) # the reader may stop early, as in | head
+    end_with_reader()
     print('\n'.join(lines), flush=True)
     sys.exit(0)

@@ -732,32 +732,29 @@ class GPT(nn.Module):
                repetition_window=None, no_repeat_ngram=0, min_p=0.0, vocab_size=None, use_cache=True, static=None,
                generator=None):
         """
-        Yields max_new_tokens times the next token (B, 1) after idx (B, T).
+        Yields max_new_tokens times the next token (B, 1) after idx (B, T): -1 where the logits are not finite.
 
         temperature 0 takes the most likely token. top_k keeps the k most likely, top_p (arXiv 1904.09751) the smallest
         set that holds this much probability, min_p (arXiv 2407.01082) those with this share of the likeliest one's.
         repetition_penalty and no_repeat_ngram: see penalize. vocab_size leaves out a padded vocabulary's last ids.
-        use_cache=False recomputes the window for every token: slow, for comparison. static: decode with a Decoder; None
-        does so on a GPU, where the architecture allows it.
+        use_cache=False recomputes the window for every token: slow, for comparison. static: see Decoder.
         """
-        check_generation(self, idx, repetition_penalty, repetition_window, no_repeat_ngram,
-                         temperature, top_k, top_p, min_p)
-        n = idx.size(1)
-        out = torch.cat([idx, idx.new_empty(idx.size(0), max_new_tokens)], dim=1)
-        if static is None:
-            static = idx.device.type == 'cuda' and Decoder.supports(self)
-        window = Window(self, use_cache, Decoder(self, idx.size(0)) if static and use_cache else None)
+        options = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        check_generation(self, idx, repetition_penalty, repetition_window, no_repeat_ngram, **options)
+        window, n, out = Window(self, use_cache, Decoder.choose(self, idx, use_cache and static)), idx.size(1), idx
         for n in range(n, n + max_new_tokens):
+            if n == out.size(1):
+                out = torch.cat([out, torch.empty_like(out)], dim=1) # memory as the text grows
             logits = window.next_logits(out[:, :n])[:, :vocab_size]
             context = out[:, max(0, n - (repetition_window or self.config.block_size)):n]
             logits = penalize(logits, context, repetition_penalty, no_repeat_ngram)
-            token = pick(logits, temperature, top_k, top_p, min_p, generator)
-            out[:, n:n + 1] = token
+            token = pick(logits, **options, generator=generator)
+            out[:, n:n + 1] = token.clamp(min=0)
             yield token
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **options):
         """idx (B, T) -> (B, T + max_new_tokens): idx with the new tokens appended. More options: see stream."""
-        return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k, **options)], dim=1)
+        return finite(torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k, **options)], dim=1))
 
     def get_num_params(self, non_embedding=True):
         """Number of parameters; non_embedding leaves out wpe, as in nanoGPT. wte counts, since the head uses it."""
@@ -815,6 +812,7 @@ def penalize(logits, context, repetition_penalty=1.0, no_repeat_ngram=0):
     row that are there already (arXiv 1705.04304).
     """
     if repetition_penalty != 1.0:
+        repetition_penalty = min(max(repetition_penalty, 1e-20), 1e20) # beyond, float32 overflows
         seen = logits.gather(1, context)
         seen = torch.where(seen > 0, seen / repetition_penalty, seen * repetition_penalty)
         logits = logits.scatter(1, context, seen)
@@ -829,10 +827,11 @@ def penalize(logits, context, repetition_penalty=1.0, no_repeat_ngram=0):
 
 
 def pick(logits, temperature, top_k, top_p, min_p, generator):
-    """Draws the next token (B, 1) from logits (B, V); what the options mean: see GPT.stream."""
-    if temperature == 0.0:
-        return logits.argmax(dim=1, keepdim=True)
-    logits, tokens, V = logits / temperature, None, logits.size(1)
+    """Draws the next token (B, 1) from logits (B, V), as GPT.stream says."""
+    diverged = ~logits.amax(dim=1, keepdim=True).isfinite() # the largest: -inf may be a token that is ruled out
+    if temperature < 1e-6: # a division by it could overflow
+        return logits.argmax(dim=1, keepdim=True).masked_fill(diverged, -1)
+    logits, tokens, V = logits / min(temperature, 1e30), None, logits.size(1)
     if top_k is not None and top_k < V or top_p is not None and top_p < 1.0:
         logits, tokens = logits.topk(min(top_k or V, V)) # what follows is done on k candidates
     probs = logits.softmax(dim=1)
@@ -842,10 +841,9 @@ def pick(logits, temperature, top_k, top_p, min_p, generator):
     if min_p > 0.0:
         probs = probs.masked_fill(probs < min_p * probs.amax(dim=1, keepdim=True), 0.0)
     # the smallest of exponential times at these rates: what torch.multinomial draws, without its two waits for a GPU
-    torch._assert_async(probs.isfinite().all(), "the logits are not finite: there is no token to draw")
     times = torch.empty_like(probs).exponential_(generator=generator)
     drawn = (probs / times).argmax(dim=1, keepdim=True)
-    return drawn if tokens is None else tokens.gather(1, drawn)
+    return (drawn if tokens is None else tokens.gather(1, drawn)).masked_fill(diverged, -1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -949,7 +947,7 @@ def check_unet(c):
 # Decoding: beams, and CUDA graphs
 
 def check_generation(model, idx, repetition_penalty, repetition_window, no_repeat_ngram, temperature=1.0, top_k=None,
-                     top_p=None, min_p=0.0):
+                     top_p=None, min_p=0.0, length_penalty=1.0):
     """Raises ValueError for options that are out of range."""
     block_size = model.config.block_size
     in_window = repetition_window is None or 1 <= repetition_window <= block_size
@@ -961,9 +959,18 @@ def check_generation(model, idx, repetition_penalty, repetition_window, no_repea
             ('min_p', min_p, 0 <= min_p <= 1, 'from 0 to 1'),
             ('repetition_penalty', repetition_penalty, repetition_penalty > 0, 'above 0'),
             ('repetition_window', repetition_window, in_window, f'from 1 to block_size={block_size}, or None'),
-            ('no_repeat_ngram', no_repeat_ngram, no_repeat_ngram >= 0, 'at least 0')]:
+            ('no_repeat_ngram', no_repeat_ngram, no_repeat_ngram >= 0, 'at least 0'),
+            ('length_penalty', length_penalty, -30 <= length_penalty <= 30, 'from -30 to 30')]: # n ** 99 may overflow
         if not right:
             raise ValueError(f"{name}={value} must be {rule}")
+
+
+def finite(tokens):
+    """The tokens, once none of them is -1, which stands for logits that are not finite: then ValueError."""
+    if (tokens < 0).any():
+        raise ValueError("the logits are not finite: the model has diverged, or its dtype is too narrow; use another "
+                         "checkpoint, or float32")
+    return tokens
 
 
 @torch.no_grad()
@@ -974,7 +981,7 @@ def beam_search(model, idx, max_new_tokens, beams=4, length_penalty=1.0, repetit
     It ends with the token eot, if that is given and comes. Likeliest means the largest sum of log-probabilities
     divided by n ** length_penalty: above 0 favours long ones. Penalties change scores as in stream.
     """
-    check_generation(model, idx, repetition_penalty, repetition_window, no_repeat_ngram)
+    check_generation(model, idx, repetition_penalty, repetition_window, no_repeat_ngram, length_penalty=length_penalty)
     if beams < 1 or idx.size(0) != 1:
         raise ValueError(f"beams={beams} must be at least 1, and the prompt one row, not {idx.size(0)}")
     out, window, finished = idx, Window(model), [] # finished: (score, sequence)
@@ -986,7 +993,7 @@ def beam_search(model, idx, max_new_tokens, beams=4, length_penalty=1.0, repetit
         candidates = totals + logits.log_softmax(dim=1) # (beams, V)
         # twice as many as are kept, since each beam may end with eot
         best, where = candidates.flatten().topk(min(2 * beams, candidates.numel()))
-        rows, tokens = where // candidates.size(1), where % candidates.size(1)
+        rows, tokens = where // candidates.size(1), finite((where % candidates.size(1)).masked_fill(best.isnan(), -1))
         ends = tokens == eot if eot is not None else torch.zeros_like(tokens, dtype=torch.bool)
         for i in ends[:beams].nonzero().flatten().tolist():
             finished.append((best[i].item() / n ** length_penalty, torch.cat([out[rows[i]], tokens[i:i + 1]])))
@@ -1030,7 +1037,10 @@ class StaticCache(Cache):
 
 
 class Decoder:
-    """Decodes one token after another with a StaticCache: on a GPU as one CUDA graph, captured once and replayed."""
+    """
+    Decodes one token after another with a StaticCache: on a GPU as one CUDA graph, captured once and replayed.
+    static=True asks for it, and None does so on a GPU where the architecture allows it.
+    """
     streams = {} # one a device: CUDA's libraries keep tens of MB for each stream that they have run on
 
     @staticmethod
@@ -1038,6 +1048,13 @@ class Decoder:
         c = model.config # what reads positions or past tokens as Python numbers cannot be captured
         return c.mixer == 'attention' and c.time_weighting == 'none' and 'relative' not in c.pos_emb and \
             not c.time_mixing and not c.unet_layers and not c.attention_window
+
+    @classmethod
+    def choose(cls, model, idx, static):
+        """One for idx, or None."""
+        if static is None:
+            static = idx.device.type == 'cuda' and cls.supports(model)
+        return cls(model, idx.size(0)) if static else None
 
     def __init__(self, model, batch):
         if not self.supports(model):

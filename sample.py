@@ -18,17 +18,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-from configurator import configure, explain_errors, settings_of, yield_if_busy
+from configurator import configure, end_with_reader, explain_errors, settings_of, yield_if_busy
 
 explain_errors()
 yield_if_busy()
 import torch
 
-from data.checkpoints import load_model
+from data.checkpoints import GPT2_NAMES, find_weights, load_model
 from data.machine import Machine
 from data.tokenizers import GPT2, GPT2_SIZES, load_tokenizer, read_argument, read_text, tokenizer_of, with_line_ends
 from data.tokens import dataset_folder, find_path
-from model import GPTConfig, add_mixer, beam_search
+from model import GPTConfig, add_mixer, beam_search, finite
 
 # ---------------------------------------------------------------------------------------------------------------------
 # where the weights come from
@@ -51,7 +51,7 @@ repetition_penalty = 1.0 # above 1: tokens that are in the context already becom
 repetition_window: int | None = None # how many of the last tokens that looks at; None: block_size [1, inf)
 no_repeat_ngram = 0 # no n tokens in a row come twice within that window; 0: they may [0, inf)
 beams = 1 # above 1: the best text that a beam search finds, instead of drawing at random [1, inf)
-length_penalty = 1.0 # of a beam search: above 0 favours longer texts
+length_penalty = 1.0 # of a beam search: above 0 favours longer texts [-30, 30]
 stop: tuple[str, ...] = () # strings that end a sample, separated by commas; they are not printed
 special = False # print special tokens such as <|endoftext|>, and go on after them
 seed = 1337
@@ -75,9 +75,9 @@ def load():
     """-> (model, tokenizer), and says where they are from."""
     source = init_from
     if init_from == 'resume':
-        folder = find_path(out_dir)
-        wanted = folder / ('best.pt' if checkpoint == 'best' else 'ckpt.pt')
-        source = wanted if wanted.is_file() else folder / 'ckpt.pt'
+        source = find_weights(out_dir) if checkpoint == 'best' else find_path(out_dir) / 'ckpt.pt'
+    elif init_from not in GPT2_NAMES:
+        source = find_weights(init_from)
     model, stored = load_model(source, dropout=0.0)
     about = "pretrained"
     if 'iter_num' in stored:
@@ -92,9 +92,9 @@ def load():
         meta = GPT2 # as nanoGPT takes its checkpoints
     tokenizer = load_tokenizer(meta)
     if tokenizer is None or tokenizer.vocab_size > model.config.vocab_size:
-        what = f"{tokenizer.name!r}, with {tokenizer.vocab_size} ids, is not" if tokenizer else "is not known"
-        raise ValueError(f"the tokenizer of {source}, which has {model.config.vocab_size} ids, {what}: name their "
-                         "dataset by --dataset=NAME")
+        what = f"{tokenizer.name!r} has {tokenizer.vocab_size}" if tokenizer else "is not known"
+        raise ValueError(f"{source} has {model.config.vocab_size} ids, and its tokenizer {what}: name the dataset of "
+                         "these weights by --dataset=NAME")
     return model, tokenizer
 
 
@@ -107,6 +107,15 @@ def read_prompt():
     return with_line_ends(read_argument(start, 'start'))
 
 
+def encode(text):
+    """Its ids. Of an empty text, the token that begins one."""
+    ids = tokenizer.encode(text)
+    if not ids and tokenizer.eot is None:
+        raise ValueError("the prompt is empty, and the model's tokenizer has no eot, the token that begins a text: "
+                         "write some, as with --start=TEXT")
+    return ids or [tokenizer.eot]
+
+
 def generate_text(prompt, stops):
     """
     The text after the prompt's ids, piece by piece as it is generated. Ends before the first of stops, and at
@@ -115,8 +124,8 @@ def generate_text(prompt, stops):
     ids = torch.tensor([prompt], device=machine.device)
     options = dict(repetition_penalty=repetition_penalty, repetition_window=repetition_window,
                    no_repeat_ngram=no_repeat_ngram, vocab_size=tokenizer.vocab_size)
+    eot = None if special else tokenizer.eot
     if beams > 1:
-        eot = None if special else tokenizer.eot
         tokens = beam_search(model, ids, max_new_tokens, beams, length_penalty, eot=eot, **options)[0, len(prompt):]
     else:
         tokens = model.stream(ids, max_new_tokens, temperature, top_k, top_p, min_p=min_p, generator=generator,
@@ -124,8 +133,8 @@ def generate_text(prompt, stops):
     decoder = codecs.getincrementaldecoder('utf-8')('replace') # a character may be several tokens
     held = '' # text that may be the beginning of a stop string
     for token in tokens:
-        token = token.item()
-        if token == tokenizer.eot and not special:
+        token = finite(token).item()
+        if token == eot:
             break
         held += decoder.decode(tokenizer.decode_bytes([token], special=special))
         found = [held.index(s) for s in stops if s in held]
@@ -149,8 +158,8 @@ def chat():
     ways = "/reset forgets what was said, Ctrl-C stops an answer, Ctrl-D or /quit ends the chat"
     if sys.stdin.isatty():
         print(f"({ways})")
-    history = ''
-    room = model.config.block_size - min(max_new_tokens, model.config.block_size // 2)
+    history, room = '', model.config.block_size - min(max_new_tokens, model.config.block_size // 2)
+    sys.stdin.reconfigure(errors='surrogateescape', newline=None) # a line that is no text is refused below
     stops = [s for s in (*map(with_line_ends, stop), user_prefix.strip()) if s]
     while True:
         try:
@@ -165,11 +174,10 @@ def chat():
             print('(forgotten)' if line.strip() == '/reset' else f'({ways})')
             continue
         try:
-            prompt = tokenizer.encode(history + user_prefix + line + bot_prefix)[-room:]
-        except ValueError as e: # characters that the vocabulary lacks: only this line is lost
+            line = read_argument(line, 'the line')
+            prompt = encode(history + user_prefix + line + bot_prefix)[-room:]
+        except ValueError as e: # characters that the vocabulary lacks, or no UTF-8: only this line is lost
             print('error:', e, file=sys.stderr)
-            continue
-        if not prompt:
             continue
         show(bot_prefix.lstrip('\n'))
         answer = ''
@@ -192,9 +200,8 @@ def draw():
         picture = data.pictures.held_out(dataset_folder(dataset), tokenizer, int(start))
         prompt = picture[:1 + tokenizer.height // 2 * tokenizer.width].tolist()
     idx = torch.tensor([prompt] * num_samples, device=machine.device)
-    n = tokenizer.height * tokenizer.width
-    ids = model.generate(idx, 1 + n - len(prompt), temperature, top_k, top_p=top_p, min_p=min_p, generator=generator,
-                         vocab_size=tokenizer.eot)[:, 1:] # without the id that begins another picture
+    ids = model.generate(idx, 1 + tokenizer.height * tokenizer.width - len(prompt), temperature, top_k, top_p=top_p,
+                         min_p=min_p, generator=generator, vocab_size=tokenizer.eot)[:, 1:] # eot would begin another
     path = find_path(out_dir) / 'samples.png'
     data.pictures.save_grid(tokenizer.pictures_of(ids.cpu().numpy()), path, math.ceil(math.sqrt(num_samples)))
     print(f"picture  {path}")
@@ -203,17 +210,18 @@ def draw():
 def export_model():
     """Writes the folder that --export names, and says how it is opened."""
     import data.export # here: it takes a library that nobody else needs
-    with_code, deviation = data.export.export(model, tokenizer, export)
+    folder = os.path.expanduser(export)
+    with_code, deviation = data.export.export(model, tokenizer, folder)
     code = ', trust_remote_code=True' if with_code else ''
     checked = "logits not checked: pip install transformers"
     if deviation is not None:
         checked = f"transformers' logits differ by at most {deviation:.1e}"
-    print(f"written  {export}: {'with its code' if with_code else 'as GPT-2'}; {checked}")
-    print(f"open it  transformers.AutoModelForCausalLM.from_pretrained({export!r}{code})")
+    print(f"written  {folder}: {'with its code' if with_code else 'as GPT-2'}; {checked}")
+    print(f"open it  transformers.AutoModelForCausalLM.from_pretrained({folder!r}{code})")
     if tokenizer.eot is None:
-        print("note     the tokenizer has no token that begins a document, which lm_eval wants")
+        print("note     the tokenizer has no eot, the token that begins a document, which lm_eval wants")
     else:
-        args = shlex.quote(f"pretrained={export}{code.replace(' ', '')}")
+        args = shlex.quote(f"pretrained={folder}{code.replace(' ', '')}")
         print(f"evaluate lm_eval --model hf --model_args {args} --tasks hellaswag")
 
 
@@ -226,20 +234,17 @@ def main():
     if interactive:
         return chat()
     text_before = read_prompt()
-    prompt = tokenizer.encode(text_before)
-    if not prompt and tokenizer.eot is None:
-        raise ValueError("the prompt is empty: give one with --start")
+    prompt = encode(text_before)
     for _ in range(num_samples):
         show(text_before)
-        for text in generate_text(prompt or [tokenizer.eot], [with_line_ends(s) for s in stop if s]):
+        for text in generate_text(prompt, [with_line_ends(s) for s in stop if s]):
             show(text)
         show('\n---------------\n')
 
 
-sys.stdout.reconfigure(errors='replace') # ? for what a terminal lacks
 with torch.inference_mode(): # a few percent faster than no_grad where a token takes a millisecond
     machine = Machine(device, dtype)
-    user_prefix, bot_prefix = with_line_ends(user_prefix), with_line_ends(bot_prefix)
+    settings.update(user_prefix=with_line_ends(user_prefix), bot_prefix=with_line_ends(bot_prefix))
     model, tokenizer = load()
     if (repetition_window or 0) > model.config.block_size:
         raise ValueError(f"repetition_window={repetition_window} must be at most this model's block_size="
@@ -250,5 +255,6 @@ with torch.inference_mode(): # a few percent faster than no_grad where a token t
     model.to(machine.device, machine.torch_dtype)
     if compile:
         model.hidden = torch.compile(model.hidden, dynamic=True)
-    generator = torch.Generator(machine.device).manual_seed(seed)
+    generator = torch.Generator(machine.device).manual_seed(seed % 2 ** 64) # all that it takes
+    end_with_reader()
     main()

@@ -290,11 +290,15 @@ def in_words(bits):
 def sample():
     model.eval()
     prompt = torch.tensor([data.prompt(sample_prompt)], device=machine.device)
-    with machine.autocast:
-        text = state.model.generate(prompt, sample_tokens, vocab_size=data.tokenizer.vocab_size,
-                                    static=False if machine.sharded else None,
-                                    generator=torch.Generator(machine.device).manual_seed(seed))
-    model.train()
+    try:
+        with machine.autocast:
+            text = state.model.generate(prompt, sample_tokens, vocab_size=data.tokenizer.vocab_size,
+                                        static=False if machine.sharded else None,
+                                        generator=torch.Generator(machine.device).manual_seed(seed))
+    except ValueError as e: # the model has diverged: that is max_bad_steps' business
+        return f"warning: no sample: {e}"
+    finally:
+        model.train()
     return data.tokenizer.decode(text[0].tolist())
 
 

@@ -6,6 +6,7 @@ A checkpoint is a dict of tensors and plain values in torch's own zip format. Op
 import errno
 import math
 import os
+import re
 import shutil
 import zipfile
 from contextlib import suppress
@@ -18,6 +19,7 @@ from data.tokens import find_path
 from model import GPT, MIXERS, GPTConfig, optimizer_groups, own_settings
 
 GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
+TIED = ('transformer.wte.weight', 'lm_head.weight')
 NANOGPT_FIELDS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
 
 
@@ -158,22 +160,24 @@ def build_model(args, state, allow_changes=False, **changes):
 
 def load_weights(model, state, grow=False):
     """
-    Loads a state dict by name: this project's, nanoGPT's or GPT-2's. With grow=True, parameters that start as the
-    identity may be missing; returns their names. Any other mismatch raises ValueError with a list.
+    Loads a state dict by name: this project's, nanoGPT's or GPT-2's, whatever wrappers they were saved in. With
+    grow=True, parameters that start as the identity may be missing; returns their names. Anything else that does not
+    fit raises ValueError with the list.
     """
     own, tied = model.state_dict(), model.config.tie_weights
     if tied:
-        del own['lm_head.weight'] # it is the embedding
-    state = {k.removeprefix('module.').removeprefix('_orig_mod.'): v for k, v in state.items()}
-    # old GPT-2 checkpoints store causal masks under these names
+        del own['lm_head.weight'] # the embedding's
+    n, state = len(state), {own_name(k): v for k, v in state.items()}
+    if len(state) < n:
+        raise ValueError("two of the checkpoint's parameters have the same name but for a prefix, such as module.")
+    # old checkpoints of GPT-2 hold causal masks under these names
     masks = {k for k, v in state.items()
              if k.endswith('.attn.masked_bias') or k.endswith('.attn.bias') and v.dim() == 4}
     state = {k: v for k, v in state.items() if k in own or k not in masks}
-    wte, head = state.get('transformer.wte.weight'), state.get('lm_head.weight')
-    if wte is not None and head is None and not tied:
-        state['lm_head.weight'] = wte # untying starts from the tied matrix
-    if tied and head is not None and wte is not None:
-        if head.shape != wte.shape or not torch.equal(head, wte):
+    matrices = [state[k] for k in TIED if k in state]
+    state = {k: v for v in matrices[:1] for k in TIED} | state # of two tied ones a file may have either
+    if tied and matrices:
+        if not torch.equal(matrices[0], matrices[-1]):
             raise ValueError("the checkpoint's head differs from its embedding: set tie_weights=False")
         del state['lm_head.weight']
     surplus, missing = sorted(state.keys() - own.keys()), sorted(own.keys() - state.keys())
@@ -190,6 +194,12 @@ def load_weights(model, state, grow=False):
     for k, v in state.items():
         own[k].copy_(v)
     return missing
+
+
+def own_name(name):
+    """A parameter's name without what torch.compile, DDP and GPT2LMHeadModel put before it, in any order."""
+    name = re.sub(r'^((_orig_mod|module|transformer)\.)+', '', name).replace('._orig_mod.', '.')
+    return name if name.startswith('lm_head.') else f'transformer.{name}'
 
 
 def crop_block_size(model, block_size):

@@ -11,12 +11,13 @@ import json
 import re
 import tempfile
 from base64 import b64encode
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
 import torch
 
-from data.checkpoints import GPT2_NAMES, stored_config
+from data.checkpoints import GPT2_NAMES, first_few, stored_config
 from data.tokenizers import (EOT, GPT2, CharTokenizer, JsonTokenizer, TiktokenTokenizer, import_tokenizers,
                              tokenizer_of)
 from model import BUILT_IN, MIXERS, GPTConfig
@@ -25,10 +26,12 @@ PROJECT = Path(__file__).resolve().parent.parent
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# In: a folder with config.json and model.safetensors
+# In: a folder with config.json and the weights
 
 # GPT-2's Conv1D holds a Linear's matrix transposed
 CONV1D = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')
+# the first of these that a folder has counts; an index lists the shards of larger weights
+WEIGHTS = ('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin', 'pytorch_model.bin.index.json')
 MLP_OF_ACTIVATION = dict(gelu_new='gelu_tanh', gelu_pytorch_tanh='gelu_tanh', gelu='gelu', relu2='relu2')
 ACTIVATION_OF_MLP = dict(gelu_tanh='gelu_new', gelu='gelu', relu2='relu2')
 
@@ -39,21 +42,47 @@ def open_hugging_face(name):
     say what is wrong with it.
     """
     folder = download(name) if name in GPT2_NAMES else Path(name)
-    for file in ('config.json', 'model.safetensors'):
-        if not (folder / file).is_file():
-            raise OSError(f"{folder} has no {file}: expected {', '.join(GPT2_NAMES)} or a folder with config.json and "
-                          "model.safetensors")
+    config, weights = needed(folder, 'config.json'), needed(folder, *WEIGHTS)
+    with damage_in_words(folder):
+        hf = dict(json.loads(config.read_text(encoding='utf-8-sig')))
+    args = args_of_hugging_face(hf, folder)
+    with damage_in_words(folder):
+        state = {k: v.t() if k.endswith(CONV1D) else v.detach() for k, v in read_weights(weights).items()}
+    return dict(model=state, model_args=args, meta=GPT2 if name in GPT2_NAMES else tokenizer_of(folder))
+
+
+def needed(folder, *names):
+    """The path of the first of these files that the folder has. OSError says what it has instead."""
+    found = [folder / name for name in names if (folder / name).is_file()]
+    if not found:
+        others = first_few(sorted(path.name for path in folder.iterdir())) or 'nothing'
+        raise OSError(f"{folder} has no {' or '.join(names)}, but {others}: expected {', '.join(GPT2_NAMES)}, a run's "
+                      f"folder with best.pt or ckpt.pt, or one with config.json and {' or '.join(WEIGHTS[::2])}")
+    return found[0]
+
+
+@contextmanager
+def damage_in_words(folder):
+    """Whatever a parser raises on a damaged file becomes a ValueError."""
     try:
+        yield
+    except (OSError, ImportError):
+        raise
+    except Exception as e:
+        reason = f'{type(e).__name__}: {e}'.splitlines()[0]
+        raise ValueError(f"{folder} is not readable as GPT-2 in Hugging Face's layout: {reason}") from e
+
+
+def read_weights(path):
+    """The tensors by name in a file, or in all those that an .index.json lists. Executes nothing."""
+    if path.suffix == '.json':
+        shards = sorted(set(json.loads(path.read_text(encoding='utf-8'))['weight_map'].values()))
+        parts = [read_weights(needed(path.parent, Path(shard).name)) for shard in shards]
+        return {name: tensor for part in parts for name, tensor in part.items()}
+    if path.suffix == '.safetensors':
         from safetensors.torch import load_file # here: only those who load it need it
-        hf = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-        state = load_file(folder / 'model.safetensors')
-    except Exception as e: # whatever the parsers raise on a damaged file
-        raise ValueError(f"{folder} is not readable as GPT-2 in Hugging Face's layout: {e}") from e
-    # names without the prefix are how the hub has them
-    state = {k if k.startswith(('transformer.', 'lm_head.')) else 'transformer.' + k: v for k, v in state.items()}
-    state = {k: v.t() if k.endswith(CONV1D) else v for k, v in state.items()}
-    meta = GPT2 if name in GPT2_NAMES else tokenizer_of(folder)
-    return dict(model=state, model_args=args_of_hugging_face(hf, folder), meta=meta)
+        return load_file(path)
+    return torch.load(path, 'cpu', weights_only=True)
 
 
 def download(name):
@@ -79,6 +108,8 @@ def args_of_hugging_face(hf, folder):
     for field, value in only.items():
         if hf.get(field, value) != value:
             raise ValueError(f"{folder}/config.json has {field}={hf[field]}, and this GPT only has {value}")
+    if lost := {'n_layer', 'n_head', 'n_embd', 'n_positions', 'vocab_size'} - hf.keys():
+        raise ValueError(f"{folder}/config.json lacks {', '.join(sorted(lost))}: get it again")
     C = hf['n_embd']
     return dict(n_layer=hf['n_layer'], n_head=hf['n_head'], n_embd=C, block_size=hf['n_positions'],
                 vocab_size=hf['vocab_size'], mlp=MLP_OF_ACTIVATION[activation],

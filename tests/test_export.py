@@ -1,16 +1,22 @@
-"""Exported folders, opened by transformers: this project's logits, texts and ids, for every architecture."""
+"""
+Exported folders, opened by transformers: this project's logits, texts and ids, for every architecture. And folders of
+transformers', opened here.
+"""
 import json
 import math
 import os
+import re
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
+from data.checkpoints import load_model, load_weights, save_checkpoint, stored_config
 from data.export import as_fast, export
 from data.tokenizers import EOT, ByteTokenizer, CharTokenizer, JsonTokenizer, TiktokenTokenizer
-from helpers import PROJECT, V, corpus, flags, random_model, run, settings_of, well, write_checkpoint
+from helpers import (PROJECT, V, assert_same, corpus, flags, random_model, run, settings_of, well, write_checkpoint,
+                     write_malicious)
 from model import MIXERS, GPT, GPTConfig
 
 transformers = pytest.importorskip('transformers')
@@ -212,3 +218,143 @@ def test_in_the_harness_that_everybody_quotes(tmp_path):
         text[35:40], tokenizer.encode(text[:30])) for text in texts]
     accuracy = sum(r == (i % 2 == 0) for i, r in enumerate(right)) / len(texts)
     assert found['local_choice']['acc,none'] == accuracy and 0 < accuracy < 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In
+
+def hugging_face_model(**more):
+    """transformers' GPT-2 with random weights throughout."""
+    config = transformers.GPT2Config(**dict(vocab_size=V, n_positions=12, n_embd=16, n_layer=2, n_head=2) | more)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.2)
+    return model
+
+
+def write_single(model, folder):
+    model.save_pretrained(folder)
+
+
+def write_shards(model, folder):
+    model.save_pretrained(folder, max_shard_size='5KB')
+    assert len(list(folder.glob('model-*-of-*.safetensors'))) > 2 and not (folder / 'model.safetensors').exists()
+
+
+def write_bin(model, folder, state=None):
+    model.config.save_pretrained(folder)
+    torch.save(model.state_dict() if state is None else state, folder / 'pytorch_model.bin')
+
+
+def write_legacy_bin(model, folder):
+    """As torch wrote files before 1.6, and OpenAI's weights still are."""
+    model.config.save_pretrained(folder)
+    torch.save(model.state_dict(), folder / 'pytorch_model.bin', _use_new_zipfile_serialization=False)
+
+
+def write_bin_shards(model, folder):
+    model.config.save_pretrained(folder)
+    state = model.state_dict()
+    files = {name: f'pytorch_model-0000{1 + i % 2}-of-00002.bin' for i, name in enumerate(state)}
+    for file in set(files.values()):
+        torch.save({name: v for name, v in state.items() if files[name] == file}, folder / file)
+    (folder / 'pytorch_model.bin.index.json').write_text(json.dumps(dict(metadata={}, weight_map=files)))
+
+
+def write_base(model, folder):
+    """Of GPT2Model, without a head: the names on the hub."""
+    model.transformer.save_pretrained(folder)
+
+
+def write_head_alone(model, folder):
+    """Of two tied matrices only the one that comes first in the alphabet."""
+    write_bin(model, folder, {k: v for k, v in model.state_dict().items() if k != 'transformer.wte.weight'})
+
+
+def write_masks_and_parameters(model, folder):
+    """As old checkpoints: causal masks among them, and Parameters for tensors."""
+    masks = {f'transformer.h.{i}.attn.bias': torch.ones(1, 1, 12, 12).tril() for i in range(2)}
+    masks |= {f'transformer.h.{i}.attn.masked_bias': torch.tensor(-1e4) for i in range(2)}
+    write_bin(model, folder, {k: torch.nn.Parameter(v) for k, v in model.state_dict().items()} | masks)
+
+
+LAYOUTS = [write_single, write_shards, write_bin, write_legacy_bin, write_bin_shards, write_base, write_head_alone,
+           write_masks_and_parameters]
+
+
+@pytest.mark.parametrize('tied', [True, False])
+@pytest.mark.parametrize('write', LAYOUTS, ids=lambda write: write.__name__)
+def test_layouts(write, tied, tmp_path):
+    """Whatever lies in the folder: transformers' logits of it, and sample.py takes it."""
+    if write in (write_base, write_head_alone) and not tied:
+        pytest.skip('which only a tied model can be')
+    other = hugging_face_model(tie_word_embeddings=tied)
+    write(other, tmp_path / 'folder')
+    model, _ = load_model(tmp_path / 'folder')
+    idx = torch.randint(V, (3, 12))
+    with torch.no_grad():
+        assert (model(idx)[0] - other(input_ids=idx).logits).abs().max() < 1e-5
+    assert model.config.tie_weights == tied
+
+
+@pytest.mark.parametrize('prefix', ['', 'transformer.', 'module.', '_orig_mod.', '_orig_mod.module.',
+                                    'module._orig_mod.', 'module.transformer.', '_orig_mod.module.transformer.'])
+def test_prefixes_in_any_order(prefix, tmp_path):
+    """Of a folder's names and of a checkpoint's, whether or not transformer. stands before them already."""
+    other, idx = hugging_face_model(), torch.randint(V, (3, 12))
+    with torch.no_grad():
+        expected = other(input_ids=idx).logits
+    bare = {k.removeprefix('transformer.'): v for k, v in other.state_dict().items()}
+    write_bin(other, tmp_path / 'folder', {prefix + k: v for k, v in bare.items()})
+    model, _ = load_model(tmp_path / 'folder')
+    state = {prefix + k.removeprefix('transformer.'): v for k, v in model.state_dict().items()}
+    save_checkpoint(tmp_path / 'ckpt.pt', dict(model=state, model_args=stored_config(model.config)))
+    again, _ = load_model(tmp_path / 'ckpt.pt')
+    with torch.no_grad():
+        assert (model(idx)[0] - expected).abs().max() < 1e-5 and torch.equal(again(idx)[0], model(idx)[0])
+
+
+def test_blocks_that_were_compiled_one_by_one():
+    model = random_model(V)
+    state = {re.sub(r'(\.h\.\d+)\.', r'\1._orig_mod.', k): v for k, v in model.state_dict().items()}
+    other = GPT(model.config)
+    load_weights(other, state)
+    assert_same(dict(other.state_dict()), dict(model.state_dict()))
+    with pytest.raises(ValueError, match='the same name but for a prefix'):
+        load_weights(other, model.state_dict() | {'module.transformer.ln_f.weight': torch.ones(16)})
+
+
+# what is done to a folder -> what is said
+UNREADABLE = {
+    'nothing': (lambda folder: (folder / 'pytorch_model.bin').unlink(),
+                'has no model.safetensors or .* but config.json: expected gpt2, .* best.pt or ckpt.pt'),
+    'no config': (lambda folder: (folder / 'config.json').unlink(), 'has no config.json, but pytorch_model.bin: '),
+    'of TensorFlow': (lambda folder: (folder / 'pytorch_model.bin').rename(folder / 'tf_model.h5'),
+                      'but config.json, tf_model.h5: '),
+    'a shard is missing': (lambda folder: (folder / 'model.safetensors.index.json').write_text(
+        '{"weight_map": {"wte.weight": "../pytorch_model.bin", "x": "model-2.safetensors"}}'),
+        'has no model-2.safetensors, but config.json, '),
+    'an index of nothing': (lambda folder: (folder / 'model.safetensors.index.json').write_text('[]'),
+                            'is not readable as GPT-2 .*TypeError'),
+    'damaged': (lambda folder: (folder / 'pytorch_model.bin').write_bytes(b'PK\3\4 and no more'),
+                'is not readable as GPT-2'),
+    'no tensors': (lambda folder: torch.save(dict(epoch=3), folder / 'pytorch_model.bin'), 'is not readable as GPT-2'),
+    'code': (lambda folder: write_malicious(folder / 'pytorch_model.bin'), 'is not readable as GPT-2'),
+    'no size': (lambda folder: (folder / 'config.json').write_text('{"model_type": "gpt2", "n_layer": 2}'),
+                'config.json lacks n_embd, n_head, n_positions, vocab_size'),
+    'a list': (lambda folder: (folder / 'config.json').write_text('[2]'), 'is not readable as GPT-2'),
+    'of another kind': (lambda folder: (folder / 'config.json').write_text('{"model_type": "llama"}'),
+                        "model_type 'llama', and only 'gpt2'"),
+}
+
+
+@pytest.mark.parametrize('name', UNREADABLE)
+def test_what_a_folder_has_is_said(name, tmp_path):
+    write_bin(hugging_face_model(), tmp_path)
+    change, words = UNREADABLE[name]
+    change(tmp_path)
+    before = sorted(tmp_path.rglob('*'))
+    with pytest.raises((ValueError, OSError), match=words) as error:
+        load_model(tmp_path)
+    assert '\n' not in str(error.value) and sorted(tmp_path.rglob('*')) == before

@@ -1,4 +1,6 @@
 """The real sample.py as a process of its own, on checkpoints with known answers."""
+import itertools
+import math
 import os
 import select
 import signal
@@ -8,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.checkpoints import save_pretrained, stored_config
+from data.checkpoints import stored_config
+from data.export import save_pretrained
 from data.tokenizers import ByteTokenizer, CharTokenizer, load_tokenizer
-from helpers import (JOBS, V, WORDS, Run, flags, job, jobs, random_model, run, tree, well,  # noqa: F401
-                     write_checkpoint, write_malicious, write_nano, write_nano_data)
-from model import GPT, GPTConfig
+from helpers import (ENV, JOBS, PROJECT, V, WORDS, Run, flags, job, jobs, random_model, run, train, tree,  # noqa: F401
+                     well, write_checkpoint, write_data, write_malicious, write_nano, write_nano_data)
+from model import GPT, GPTConfig, beam_search, pick
 
 posix = pytest.mark.skipif(os.name != 'posix', reason='needs signals and a pseudo-terminal')
 
@@ -167,7 +170,7 @@ def sampled(folder):
     write_chars(folder, seed=3)
     settings = dict(start='one', max_new_tokens=50, num_samples=2, temperature=1.2)
     kinds = dict(
-        one=dict(), same=dict(), seeded=dict(seed=2), top_k=dict(top_k=1), top_p=dict(top_p=1e-6, top_k=None),
+        one=dict(), same=dict(), seeded=dict(seed=1 - 2 ** 64), top_k=dict(top_k=1), top_p=dict(top_p=1e-6, top_k=None),
         repetition=dict(temperature=0, repetition_penalty=100.0),
         latest=dict(checkpoint='latest', temperature=0, dtype='bfloat16'))
     return model, tokenizer, {name: sample(folder, **settings | kind) for name, kind in kinds.items()}
@@ -251,7 +254,7 @@ def test_tiktoken(tiktoken):
     assert same == text and 'weights' in said
     line = refused.stderr.decode().splitlines()[-1]
     assert refused.returncode == 2 and line.startswith('error: ')
-    assert '50257 ids' in line and f'exported know {V}' in line
+    assert f'exported has {V} ids, and its tokenizer is not known' in line and '--dataset=NAME' in line
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -270,6 +273,126 @@ def test_streams(tmp_path):
     assert len(first) < 4096 # not a buffer full
     assert text == (b'a' + follow('a', len(text)))[:len(text)]
     assert done.returncode == 130 and b'Traceback' not in done.stderr
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='needs SIGPIPE')
+def test_ends_quietly_with_its_reader(tmp_path):
+    """As in sample.py | head -1: by the signal that ends other programs, too."""
+    write_cycle(tmp_path)
+    args = flags(out_dir=tmp_path / 'out', device='cpu', start='a', temperature=0, max_new_tokens=10 ** 6)
+    with subprocess.Popen([sys.executable, str(PROJECT / 'sample.py'), *args], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, env=ENV) as process:
+        assert process.stdout.read(100).startswith(b'ab')
+        process.stdout.close()
+        said = process.stderr.read().decode()
+    assert process.returncode == -signal.SIGPIPE and said.count('\n') == 1 # where it speaks from
+
+
+def narrow(script, *args, text=b''):
+    """The script on a terminal that knows only cp1252 -> (stdout, stderr)."""
+    done = subprocess.run([sys.executable, str(PROJECT / script), *args], env=ENV | dict(PYTHONIOENCODING='cp1252'),
+                          input=text, capture_output=True, check=True)
+    return done.stdout.decode('cp1252'), done.stderr.decode('cp1252')
+
+
+def test_a_terminal_that_lacks_characters(tmp_path):
+    """They are escaped, of what is sampled and of a path."""
+    write_cycle(tmp_path)
+    text, _ = narrow('sample.py', *flags(out_dir=tmp_path / 'out', device='cpu', start='xa', num_samples=1,
+                                         max_new_tokens=len(CYCLE), temperature=0))
+    assert text.splitlines()[0] == 'xabéc\\u65e5dEND. a'
+    (tmp_path / 'łódź.txt').write_text('the cat sat. ' * 400, encoding='utf-8')
+    text, _ = narrow('data/text/prepare.py', *flags(input=tmp_path / 'łódź.txt', out=tmp_path / 'data'))
+    assert '\\u0142ód\\u017a.txt' in text and (tmp_path / 'data/train.bin').exists()
+
+
+def test_lines_of_a_chat_are_text(tmp_path):
+    """One with bytes that are no UTF-8 is refused; a byte order mark and \\r are no part of one; the chat goes on."""
+    write_cycle(tmp_path)
+    args = flags(out_dir=tmp_path / 'out', device='cpu', temperature=0, max_new_tokens=3, interactive=True,
+                 user_prefix='', bot_prefix='')
+    done = subprocess.run([sys.executable, str(PROJECT / 'sample.py'), *args], env=ENV, capture_output=True,
+                          input='\ufeffa\r\n'.encode() + b'x\xff\n' + b'xD\n', check=True)
+    assert done.stdout == b'b' + 'é'.encode() + b'\n. a\n\n'
+    said = done.stderr.decode().splitlines()
+    assert said[1:] == ['error: the line is not UTF-8 at byte 1: save it as UTF-8, or leave it out']
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# extremes
+
+def generate(model, n=12, seed=0, **options):
+    return model.generate(torch.tensor([[1, 2, 3]]), n, generator=torch.Generator().manual_seed(seed),
+                          **options)[0, 3:].tolist()
+
+
+def test_extremes_mean_what_they_say():
+    """Never NaN, whose largest is any token: a division by nearly zero, a product beyond float32, -inf by infinity."""
+    model = random_model(V)
+    best = generate(model, temperature=0)
+    assert len(set(best)) > 2
+    for options in [dict(temperature=1e-300), dict(temperature=1e-45), dict(temperature=1e-38), dict(top_p=5e-324),
+                    dict(top_p=5e-324, top_k=5)]:
+        assert generate(model, **options) == best, options
+    assert generate(model, min_p=5e-324) == generate(model)
+    for temperature in (1e300, math.inf):
+        drawn = generate(model, temperature=temperature, no_repeat_ngram=1) # what is ruled out stays so
+        assert len({1, 2, 3, *drawn}) == 3 + 12
+    # each token once, as long as there are others
+    assert len({1, 2, 3, *generate(model, repetition_penalty=1e300, temperature=0)}) == 3 + 12
+    assert generate(model, repetition_penalty=1e-300) == generate(model, repetition_penalty=1e-12)
+    model.lm_head.weight.data.zero_() # 0 times infinity
+    assert set(generate(model, 50, repetition_penalty=1e300)) <= set(range(V))
+
+
+@pytest.mark.parametrize('static', [True, False])
+def test_memory_as_the_text_grows(static):
+    """10 ** 13 tokens are 80 TB, of which a few are read. The context is whole across the places where it grows."""
+    model, idx = random_model(V), torch.tensor([[1, 2, 3]] * 2)
+    stream = model.stream(idx, 10 ** 13, temperature=0, static=static)
+    found = torch.cat([idx, *itertools.islice(stream, 40)], dim=1)
+    expected = model.generate(idx, 40, temperature=0, use_cache=False)
+    assert torch.equal(found, expected) and torch.equal(idx, torch.tensor([[1, 2, 3]] * 2))
+
+
+def diverged():
+    model = random_model(V)
+    model.transformer.h[1].attn.c_proj.weight.data[0, 0] = math.nan
+    return model
+
+
+def test_a_diverged_model():
+    """A token is never drawn from logits that are not finite."""
+    logits = torch.tensor([[1.0, math.nan, 0.0], [2.0, math.inf, 0.0], [-math.inf] * 3, [-math.inf, 0.0, -math.inf]])
+    for temperature in (0.0, 1.0):
+        for options in dict(top_k=None), dict(top_k=2), dict(top_k=2, top_p=0.5):
+            drawn = pick(logits, temperature, **dict(top_p=None, min_p=0.1, generator=None) | options)
+            assert drawn.flatten().tolist() == [-1, -1, -1, 1]
+        for static in (True, False):
+            idx = torch.tensor([[1, 2]])
+            assert next(diverged().stream(idx, 5, temperature, static=static)).item() == -1
+            with pytest.raises(ValueError, match='the model has diverged'):
+                diverged().generate(idx, 5, temperature, static=static)
+    with pytest.raises(ValueError, match='the model has diverged'):
+        beam_search(diverged(), idx, 5)
+
+
+def test_a_sample_that_cannot_be_drawn_ends_no_run(tmp_path):
+    """Training goes on, and ends as it would without one: after max_bad_steps steps that are not finite."""
+    write_data(tmp_path / 'data')
+    said = train(tmp_path, learning_rate=1e30, min_lr=0.0, warmup_iters=0, sample_tokens=5,
+                 sample_prompt='the')
+    assert 'warning: no sample: the logits are not finite' in said and '\ndone     20 steps' in said
+
+
+def test_beams_of_any_length():
+    """The power that a score is divided by can overflow: refused."""
+    model, idx = random_model(V), torch.tensor([[1, 2]])
+    for penalty in (1e6, math.inf, -1e6, -math.inf, 31):
+        with pytest.raises(ValueError, match=f'length_penalty={penalty} must be from -30 to 30'):
+            beam_search(model, idx, 5, length_penalty=penalty)
+    n = [beam_search(model, idx, 40, beams=8, length_penalty=penalty, eot=0).size(1) for penalty in (-30, 30)]
+    assert n[0] < n[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -363,7 +486,7 @@ def test_chat_prefixes(prefixes):
 # name -> (settings, what the message must say)
 MISTAKES = {
     'sample: unknown setting': (dict(temprature=1), ['--temprature', 'did you mean --temperature?']),
-    'sample: temperature': (dict(temperature=-1), ['temperature=-1', 'at least 0']),
+    'sample: temperature': (dict(temperature=-1), ['temperature=-1', '[0, inf)']),
     'sample: device': (dict(device='cuda:7'), ['cuda:7', '--device=auto']),
     'sample: which checkpoint': (dict(checkpoint='newest'), ["'newest'", 'best', 'latest']),
     'sample: missing': (dict(out_dir='/nowhere/out'), ['nowhere', 'no checkpoint']),
@@ -371,14 +494,20 @@ MISTAKES = {
     'sample: truncated': (dict(init_from='truncated.pt'), ['truncated.pt', 'damaged']),
     'sample: malicious': (dict(init_from='malicious.pt'), ['malicious.pt', 'not a checkpoint']),
     'sample: damaged best.pt': (dict(out_dir=Path('damaged')), [
-        'damaged/best.pt is damaged', 'good: ', 'damaged/ckpt.pt (step 7)', '--init_from=']),
+        'damaged/best.pt is damaged', 'use another one, here ', 'damaged/ckpt.pt\n']),
     'sample: architecture': (dict(init_from='architecture.pt'), ["architecture has warp, which this model.py lacks\n"]),
     'sample: tokenizer of another vocabulary': (dict(init_from='vocabulary.pt'), [
-        '257 ids', f'vocabulary.pt know {V}']),
-    'sample: tokenizer of exported weights': (dict(init_from='exported'), ['257 ids', f'exported know {V}']),
+        f'vocabulary.pt has {V} ids', "'bytes' has 257", '--dataset=NAME']),
+    'sample: tokenizer of exported weights': (dict(init_from='exported'), [f'exported has {V} ids', "'bytes' has 257"]),
     'sample: no prompt file': (dict(start='FILE:nowhere.txt'), ['nowhere.txt']),
     'sample: unknown characters': (dict(start='the § cat Ж'), ["'§', 'Ж'", 'bytes']),
-    'sample: empty prompt': (dict(start=''), ['empty', '--start']),
+    'sample: empty prompt': (dict(start=''), ['empty', 'has no eot, the token that begins a text', '--start']),
+    'sample: long name': (dict(init_from='x' * 300), ['name too long', 'x' * 300]),
+    'sample: length_penalty': (dict(beams=2, length_penalty=1e6), ['length_penalty=1000000.0', '[-30, 30]']),
+    'sample: diverged': (dict(init_from='diverged.pt', start='t'), ['the model has diverged', 'float32']),
+    'sample: diverged, beams': (dict(init_from='diverged.pt', start='t', beams=3), ['the model has diverged']),
+    'sample: diverged, chat': (dict(init_from='diverged.pt', interactive=True, user_prefix='t', bot_prefix=''),
+                               ['the model has diverged']),
 }
 
 
@@ -392,13 +521,14 @@ def mistake(name):
         (folder / 'damaged/ckpt.pt').write_bytes(good)
         (folder / 'damaged/best.pt').write_bytes(good[:-700])
         model = random_model(V)
+        write_checkpoint(folder / 'diverged.pt', diverged(), meta=CharTokenizer.from_text(WORDS).meta())
         write_checkpoint(folder / 'vocabulary.pt', model, meta=ByteTokenizer().meta())
         write_checkpoint(folder / 'architecture.pt', model, model_args=stored_config(model.config) | dict(warp=2))
         save_pretrained(model, folder / 'exported', ByteTokenizer().meta())
         before = tree(folder)
         settings = dict(out_dir=Path('out'), device='cpu', start='the cat', num_samples=1) | MISTAKES[name][0]
         settings['out_dir'] = folder / settings['out_dir'] # an absolute path stays what it is
-        process = run('sample.py', flags(**settings), cwd=folder)
+        process = run('sample.py', flags(**settings), cwd=folder, text='the\n')
         return process, before, tree(folder), (folder / 'executed').exists()
     return work
 
@@ -416,4 +546,4 @@ def test_mistake(name, jobs):  # noqa: F811
     assert all('best validation loss' in line or 'pretrained' in line for line in said[:-1]), said
     for word in MISTAKES[name][1]:
         assert word in said[-1] + '\n'
-    assert process.stdout == b'' and before == after and not executed
+    assert process.stdout in (b'', b't') and before == after and not executed
