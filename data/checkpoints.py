@@ -110,12 +110,17 @@ def architecture(checkpoint):
 # From a checkpoint to a model
 
 def load_model(path, device='cpu', **changes):
-    """The weights that open_weights finds at path -> (model in evaluation mode, the checkpoint's dict)."""
+    """
+    The weights that open_weights finds at path -> (model in evaluation mode, the checkpoint's dict). Prints what
+    changes, as in build_model, add.
+    """
     checkpoint = open_weights(path)
     try:
-        model, _ = build_model(architecture(checkpoint), checkpoint['model'], **changes)
+        model, added = build_model(architecture(checkpoint), checkpoint['model'], **changes)
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from None
+    for line in added:
+        print(f"added    {line}")
     return model.to(device).eval(), checkpoint
 
 
