@@ -83,11 +83,13 @@ def load():
     if 'iter_num' in stored:
         about = f"step {stored['iter_num']}, best validation loss {float(stored.get('best_val_loss', 'nan')):.4f}"
     print(f"{source}: {about}", file=sys.stderr)
+    before = str(stored.get('config', {}).get('dataset', ''))
     # nanoGPT's checkpoints say nothing of the tokenizer, but their dataset may: a name in data/, never a path out of it
-    settings.update(dataset=dataset or Path(str(stored.get('config', {}).get('dataset', ''))).name)
+    named = dataset or Path(before).name
+    settings.update(dataset=dataset or before)
     meta = stored.get('meta') or {}
-    if 'tokenizer' not in meta and dataset:
-        meta = tokenizer_of(dataset_folder(dataset))
+    if 'tokenizer' not in meta and named:
+        meta = tokenizer_of(dataset_folder(named))
     if 'tokenizer' not in meta and 'format' not in stored and model.config.vocab_size in GPT2_SIZES:
         meta = GPT2 # as nanoGPT takes its checkpoints
     tokenizer = load_tokenizer(meta)

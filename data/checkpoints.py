@@ -112,12 +112,17 @@ def architecture(checkpoint):
 # From a checkpoint to a model
 
 def load_model(path, device='cpu', **changes):
-    """Loads the weights that open_weights finds at path. Returns (model in evaluation mode, checkpoint dict)."""
+    """
+    Loads the weights that open_weights finds at path. Returns (model in evaluation mode, checkpoint dict), and prints
+    what the changes, as in build_model, add.
+    """
     checkpoint = open_weights(path)
     try:
-        model, _ = build_model(architecture(checkpoint), checkpoint['model'], **changes)
+        model, added = build_model(architecture(checkpoint), checkpoint['model'], **changes)
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from None
+    for line in added:
+        print(f"added    {line}")
     return model.to(device).eval(), checkpoint
 
 

@@ -209,7 +209,7 @@ def make_arm(name, common, params=None):
     before = set(sys.modules)
     settings = configured(*argv)
     imported = [module.__file__ for name, module in sys.modules.items() if name not in before and is_own(module)]
-    sources = settings.files + sorted(imported)
+    sources = settings.files + sorted({*imported} - {*map(os.path.abspath, settings.files)})
     settings.shorten('max_iters', 'lr_decay_iters', 'warmup_iters', 'wsd_decay_iters')
     config = settings.config
     # runs start in other folders, so resolve relative paths here

@@ -205,6 +205,21 @@ def train(folder, out='out', n=1, files=(), cwd=None, first=NO_PICTURES, **setti
     return ''.join(map(well, run_together('train.py', args, n, cwd=cwd, first=first)))
 
 
+def mistake(capsys, call, *args):
+    """The line in which a script ends that refuses something, with status 2: configure's, or its excepthook's."""
+    before = sys.excepthook
+    with pytest.raises(SystemExit) as end:
+        try:
+            call(*args)
+        except Exception:
+            sys.excepthook(*sys.exc_info())
+        finally:
+            sys.excepthook = before
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith('error: ') and error.count('\n') == 1, error
+    return error
+
+
 def well(process):
     assert process.returncode == 0, process.stderr.decode() + process.stdout.decode()
     return process.stdout.decode()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
-from configurator import configure, exit_on_error, yield_if_busy
+from configurator import configure, explain_errors, yield_if_busy
 
 yield_if_busy()
 import torch
@@ -179,15 +179,15 @@ def measure(name, splits):
 
 
 if __name__ == '__main__':
-    config, *_ = configure(globals())
-    with exit_on_error():
-        folder = dataset_folder(dataset)
-        splits = {name: Split(folder, name) for name in ('train', 'val')}
-        rows = json.loads(Path(out).read_text(encoding='utf-8'))['rows'] if only and out else []
-        for name in only.split(',') if only else LEAKS:
-            rows = [row for row in rows if row['leak'] != name] + [measure(name, splits)]
-            print('| {leak} | {val_loss:.3f} | {proof} |'.format(**rows[-1]), flush=True)
-        if out:
-            rows.sort(key=lambda row: [*LEAKS].index(row['leak']))
-            found = dict(torch=torch.__version__, threads=torch.get_num_threads(), config=config, rows=rows)
-            Path(out).write_text(json.dumps(found, indent=1) + '\n', encoding='utf-8')
+    settings = configure(globals())
+    explain_errors()
+    folder = dataset_folder(dataset)
+    splits = {name: Split(folder, name) for name in ('train', 'val')}
+    rows = json.loads(Path(out).read_text(encoding='utf-8'))['rows'] if only and out else []
+    for name in only.split(',') if only else LEAKS:
+        rows = [row for row in rows if row['leak'] != name] + [measure(name, splits)]
+        print('| {leak} | {val_loss:.3f} | {proof} |'.format(**rows[-1]), flush=True)
+    if out:
+        rows.sort(key=lambda row: [*LEAKS].index(row['leak']))
+        found = dict(torch=torch.__version__, threads=torch.get_num_threads(), config=settings.config, rows=rows)
+        Path(out).write_text(json.dumps(found, indent=1) + '\n', encoding='utf-8')

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from helpers import ForkingSubprocess, PROJECT
+from helpers import ForkingSubprocess, PROJECT, mistake
 
 TINY = ['--device=cpu', '--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=32', '--vocab_size=11',
         '--batch_size=2', '--repeats=1', '--steps=1', '--iterations=4', '--new_tokens=3', '--contexts=1,8',
@@ -20,7 +20,7 @@ def bench(tmp_path, monkeypatch):
     spec.loader.exec_module(script)
     script.WIDTHS, script.DEPTHS, script.READ = (16,), (1, 2), 2 ** 20
     script.UNET = dict(unet_layers=(1, 1), n_layer=2)
-    monkeypatch.setattr(script, 'find_peak_flops', lambda *setting: (1e12, 'a test'))
+    monkeypatch.setattr('data.machine.find_peak_flops', lambda *setting: (1e12, 'a test'))
     script.run_worker_afresh = script.run_worker
     script.run_worker = lambda job: json.loads(json.dumps(script.work(json.loads(json.dumps(job))))) # no new torch
 
@@ -176,8 +176,4 @@ def test_ratios_are_of_a_round(bench):
     (['train', '--repeat=3'], 'did you mean --repeats'), (['train', '--preset=gpt3'], 'gpt2-medium'),
     (['mixers', '--device=cpu', '--variants=gpml'], 'not one of')])
 def test_mistakes(bench, capsys, arguments, words):
-    with pytest.raises(SystemExit) as end:
-        bench.script.main(arguments)
-    assert end.value.code == 2
-    error = capsys.readouterr().err
-    assert words in error and error.startswith('error: ')
+    assert words in mistake(capsys, bench.script.main, arguments)

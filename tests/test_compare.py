@@ -13,9 +13,9 @@ import scipy.stats
 
 import compare
 import helpers
-from data.run import RunFolder
+from data.run import Run
 from data.tokenizers import ByteTokenizer
-from helpers import ForkingSubprocess, NO_PICTURES, PROJECT, well, write_data
+from helpers import ForkingSubprocess, NO_PICTURES, PROJECT, mistake, well, write_data
 from model import MIXERS
 
 RNG = np.random.default_rng
@@ -134,18 +134,13 @@ def run(words, tmp_path, monkeypatch, capsys):
     draw = compare.draw
     monkeypatch.setattr(compare, 'draw', lambda *args: script.draws and draw(*args)) # takes longer than all the rest
 
-    def script(*arguments, status=None):
+    def script(*arguments, refused=False):
         for name, value in defaults.items():
             setattr(compare, name, value)
         script.asked = []
         argv = [str(words), f'--out={tmp_path}/out', *arguments]
-        if status is not None:
-            with pytest.raises(SystemExit) as end:
-                compare.main(argv)
-            assert end.value.code == status
-            error = capsys.readouterr().err
-            assert error.startswith('error: ') and error.count('\n') == 1, error
-            return error
+        if refused:
+            return mistake(capsys, compare.main, argv)
         compare.main(argv)
         script.text = capsys.readouterr().out
         return json.loads((tmp_path / 'out/compare.json').read_text())['tables'][0]['rows']
@@ -234,7 +229,7 @@ def test_a_run_that_somebody_stops_goes_on_next_time(run, monkeypatch):
     train = compare.execute
     monkeypatch.setattr(compare, 'execute', lambda command, folder, env=None: (
         None if '--seed=2' in command else train(command, folder, env)))
-    assert 'seed 2 was stopped or killed before its end' in run('--seeds=3', status=2)
+    assert 'seed 2 was stopped or killed before its end' in run('--seeds=3', refused=True)
     monkeypatch.setattr(compare, 'execute', train)
     run('--seeds=3')
     assert [seed for _, _, seed, _ in run.asked] == [2]
@@ -251,7 +246,7 @@ def test_a_killed_run_is_no_result(tmp_path):
 
 def test_a_run_that_is_still_at_work_is_left_alone(tmp_path):
     (tmp_path / 'ckpt.pt').touch()
-    other = RunFolder(tmp_path)
+    other = Run(tmp_path)
     other.lock()
     compare.execute([sys.executable, '-c', 'a mistake'], tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ['ckpt.pt']
@@ -262,7 +257,7 @@ def test_a_damaged_result_is_done_again(run, tmp_path):
     run('--seeds=2')
     folder = next(tmp_path.glob('out/runs/*'))
     (folder / 'result.json').write_text('{')
-    assert 'File exists' in run('--seeds=2', status=2) # it is asked for again, and the fixture makes its folder
+    assert 'File exists' in run('--seeds=2', refused=True) # it is asked for again, and the fixture makes its folder
 
 
 def test_runs_of_the_first_arm_that_fail_are_said(run):
@@ -273,9 +268,9 @@ def test_runs_of_the_first_arm_that_fail_are_said(run):
 
 def test_two_comparisons_in_one_folder(run, tmp_path):
     run('--seeds=2')
-    other = RunFolder(tmp_path / 'out')
+    other = Run(tmp_path / 'out')
     other.lock()
-    assert f"another run is at work in out={str(tmp_path / 'out')!r}" in run('--seeds=3', status=2)
+    assert f"another run is at work in out={str(tmp_path / 'out')!r}" in run('--seeds=3', refused=True)
     other.unlock()
     run('--seeds=3')
     assert [seed for _, _, seed, _ in run.asked] == [3]
@@ -285,7 +280,7 @@ def test_a_mistake_in_a_mixer(run, tmp_path):
     idea = tmp_path / 'idea.py'
     idea.write_text("from model import Mixer\nmixer = 'idea'\nclass Idea(Mixer):\n"
                     "    def mix(self, x):\n        return x.cumsumm(1)\n")
-    assert f"{idea}:5: AttributeError: 'Tensor' object has no attribute" in run(f'--arms={idea}', status=2)
+    assert f"{idea}:5: AttributeError: 'Tensor' object has no attribute" in run(f'--arms={idea}', refused=True)
     MIXERS.pop('idea') # other tests take all
 
 
@@ -313,19 +308,19 @@ def test_scale(run):
 @pytest.mark.parametrize('arguments, expected', [
     (['--arms=qk_nrom=True'], 'qk_nrom'), (['--arms=rope'], "'rope'"), (['--arms=nowhere.py'], 'nowhere.py'),
     (['--arms=qk_norm=True,qk_norm=True'], 'the same'), (['--arms=qk_norm=False'], 'the same'),
-    (['--lrs=0,1'], 'above 0'), (['--lrs=1,1'], 'different'), (['--seeds=0'], 'seeds=0'),
+    (['--lrs=0,1'], 'lie in (0, inf)'), (['--lrs=1,1'], 'different'), (['--seeds=0'], 'seeds=0'),
     (['--arms=mlp=none', '--equal=params'], '--equal=flops'), (['--dataset=shakespeare'], 'prepare.py'),
     (['--equal=watts'], 'watts'), (['--arms=seed=5'], 'the same'), (['--arms=log_interval=3'], 'the same'),
     (['--arms=max_iters=20'], 'max_iters=20 and the first one 8'), (['--out='], "out='' is no folder"),
     (['--arms=mixer=mlp_mixer+pos_emb=none+block_size=256', '--equal=params'], 'cannot have')])
 def test_mistakes(run, tmp_path, arguments, expected):
-    assert expected in run(*arguments, status=2)
+    assert expected in run(*arguments, refused=True)
     assert not (tmp_path / 'out').exists()
 
 
 def test_a_folder_of_another_comparison(run):
     run('--seeds=2')
-    assert 'holds the comparison of' in run('--seeds=2', '--n_embd=32', status=2)
+    assert 'holds the comparison of' in run('--seeds=2', '--n_embd=32', refused=True)
     (row,) = run('--seeds=1')
     assert row['loss_half'] is None
 

@@ -9,7 +9,7 @@ import bench
 from data.checkpoints import save_checkpoint
 from data.tokenizers import CharTokenizer
 from data.writer import Writer
-from helpers import ForkingSubprocess, PROJECT
+from helpers import ForkingSubprocess, PROJECT, mistake
 from model import GPT, GPTConfig
 
 TINY = ['--device=cpu', '--n_layer=1', '--n_head=2', '--n_embd=16', '--iterations=4']
@@ -101,8 +101,4 @@ def test_repetition(studies, words, tmp_path):
     (['train'], 'must be a command'), (['arithmetic', '--variants=SM4'], 'not one of'),
     (['recipe', '--recipe_of=shakespear'], 'shakespeare_cpu'), (['repetition', '--run=/nowhere'], '/nowhere')])
 def test_mistakes(studies, capsys, arguments, words):
-    with pytest.raises(SystemExit) as end:
-        studies.script.main(arguments)
-    assert end.value.code == 2
-    error = capsys.readouterr().err
-    assert words in error and error.startswith('error: ')
+    assert words in mistake(capsys, studies.script.main, arguments)
