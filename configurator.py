@@ -12,7 +12,6 @@ whatever the order.
 """
 import ast
 import builtins
-import contextlib
 import dataclasses
 import difflib
 import functools
@@ -36,6 +35,7 @@ from contextlib import suppress
 PROJECT = os.path.dirname(os.path.abspath(__file__))
 PLAIN = bool | int | float | str | tuple | None # what a setting can hold
 WORDS = {'true': True, 'false': False, '1': True, '0': False, 'inf': float('inf'), '-inf': -float('inf')}
+END_WITH_READER = getattr(signal, 'SIGPIPE', signal.SIGTERM), signal.SIG_DFL # as in | head; Windows has no SIGPIPE
 BOUNDS = {'[': operator.le, '(': operator.lt, ']': operator.ge, ')': operator.gt} # called as (bound, number)
 
 
@@ -47,12 +47,8 @@ class Setting(typing.NamedTuple):
 
 
 class Settings:
-    """What configure() made of a script's settings.
-
-    config    {name: value} of all settings
-    given     the part of config that a file or the command line set
-    replaced  for each flag, the value that it replaced
-    files     paths of the config files
+    """A script's settings: config has all values by name, given those that a file or the command line set, replaced the
+    value that each flag replaced, and files the paths of the config files.
     """
     def __init__(self, namespace, own, known, given, flags, files):
         self.namespace, self.own, self.known, self.files = namespace, own, known, files
@@ -110,7 +106,7 @@ def explain_errors(files=(), hint=lambda error: '', trace=False):
     Any other exception is a bug: it keeps its traceback, followed by hint(error).
     """
     known = {os.path.abspath(path): path for path in files}
-    with contextlib.suppress(AttributeError): # a notebook's, or none at all
+    with suppress(AttributeError): # a notebook's, or none at all
         sys.stdout.reconfigure(errors='backslashreplace') # a terminal may lack some of the characters
 
     def hook(kind, error, tb):
@@ -129,12 +125,6 @@ def explain_errors(files=(), hint=lambda error: '', trace=False):
     sys.excepthook = hook
 
 
-def end_with_reader():
-    """From here on the process ends quietly when nobody reads its output any more, as with | head."""
-    if hasattr(signal, 'SIGPIPE'):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-
-
 def in_words(error):
     """The message of an exception, without the "[Errno 2]" at the start of an OSError."""
     if isinstance(error, OSError) and error.strerror:
@@ -149,7 +139,6 @@ def configure(namespace, dataclass=None, argv=None, adopt=lambda cls: None, fore
     namespace: globals() of the script. Its settings are the module-level assignments above the call, except names that
         start with an underscore or are in capitals, and values that are not PLAIN (lists count as tuples).
     dataclass: each of its fields (all need defaults) is also a setting. The script's default overrides the field's.
-    argv: sys.argv[1:] by default.
     adopt: called with each class defined in a config file; it may add fields to dataclass. It returns the name that
         stands for the class as a setting's value, or None, and raises ValueError to reject the class.
     foreign: names of another script's settings. From a file that sets one of them, only out_dir is used.
@@ -204,7 +193,7 @@ def yield_if_busy():
             with open('/proc/loadavg', encoding='ascii') as f: # "0.12 0.20 0.15 3/417 9999": 3 run now, this one too
                 running.append(int(f.read().split()[3].split('/')[0]))
             time.sleep(0.01)
-    if min(running, default=1) - 1 >= max(1, (os.cpu_count() or 1) / 4):
+    if min(running, default=1) - 1 >= max(1, os.cpu_count() / 4):
         os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 
 
@@ -262,7 +251,6 @@ def scan_class(cls):
 
 def scan(source, body=None):
     """{name: (annotation, comment, group)} of the assignments at the top level of a script or in a class body.
-
     The comment stands behind the value, and in deeper indented lines under it; the group in the nearest lines above.
     """
     lines, found, group = source.split('\n'), {}, ''
@@ -507,6 +495,6 @@ def show_help(namespace, known):
         text = f'{setting.comment} ({type_name(setting.hint)})'.strip()
         lines.append(textwrap.fill(text, width, initial_indent=head.ljust(left), subsequent_indent=' ' * left))
     sys.stdout.reconfigure(errors='backslashreplace') # a terminal may lack some of the characters
-    end_with_reader()
+    signal.signal(*END_WITH_READER)
     print('\n'.join(lines), flush=True)
     sys.exit(0)

@@ -13,12 +13,13 @@ import codecs
 import math
 import os
 import shlex
+import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-from configurator import configure, end_with_reader, explain_errors, settings_of, yield_if_busy
+from configurator import END_WITH_READER, configure, explain_errors, settings_of, yield_if_busy
 
 explain_errors()
 yield_if_busy()
@@ -119,8 +120,7 @@ def encode(text):
 
 
 def generate_text(prompt, stops):
-    """
-    The text after the prompt's ids, piece by piece as it is generated. Ends before the first of stops, and at
+    """The text after the prompt's ids, piece by piece as it is generated. Ends before the first of stops, and at
     <|endoftext|> unless special tokens are shown.
     """
     ids = torch.tensor([prompt], device=machine.device)
@@ -258,5 +258,5 @@ with torch.inference_mode(): # a few percent faster than no_grad where a token t
     if compile:
         model.hidden = torch.compile(model.hidden, dynamic=True)
     generator = torch.Generator(machine.device).manual_seed(seed % 2 ** 64) # all that it takes
-    end_with_reader()
+    signal.signal(*END_WITH_READER)
     main()

@@ -187,12 +187,11 @@ del checkpoint, network # frees the checkpoint's memory
 # What the loop calls
 
 def load(step):
-    """
-    This process's micro-batches of a step, as (x, y, targets in the step / targets in y): a function of seed and step,
-    so resuming needs no state. The loss of a step is the mean over all of its targets.
+    """This process's micro-batches of a step, as (x, y, targets in the step / targets in y): a function of seed and
+    step, so resuming needs no state. The loss of a step is the mean over all of its targets.
     """
     lengths, n = window_lengths(), gradient_accumulation_steps
-    T = lengths[0] if len(lengths) == 1 else random.Random(f'{seed} {step}').choice(lengths)
+    T = random.Random(f'{seed} {step}').choice(lengths)
     first = state.first_samples + (step - state.first_step) * n * batch_size
     order = dict(block_size=T, sampling=sampling, seed=seed, stride=block_size)
     n_targets = max(1, data.train.count_targets(first, n * batch_size, **order)) # over all processes
@@ -274,7 +273,7 @@ def evaluate():
     if better and state.step > 0:
         save(run.best)
     run.plot(pause=60)
-    if sample_tokens:
+    if sample_tokens and math.isfinite(val_loss): # a model that has diverged writes nothing
         run.say(sample() + '\n')
     machine.lap()
 
@@ -290,15 +289,11 @@ def in_words(bits):
 def sample():
     model.eval()
     prompt = torch.tensor([data.prompt(sample_prompt)], device=machine.device)
-    try:
-        with machine.autocast:
-            text = state.model.generate(prompt, sample_tokens, vocab_size=data.tokenizer.vocab_size,
-                                        static=False if machine.sharded else None,
-                                        generator=torch.Generator(machine.device).manual_seed(seed))
-    except ValueError as e: # the model has diverged: that is max_bad_steps' business
-        return f"warning: no sample: {e}"
-    finally:
-        model.train()
+    with machine.autocast:
+        text = state.model.generate(prompt, sample_tokens, vocab_size=data.tokenizer.vocab_size,
+                                    static=False if machine.sharded else None,
+                                    generator=torch.Generator(machine.device).manual_seed(seed))
+    model.train()
     return data.tokenizer.decode(text[0].tolist())
 
 

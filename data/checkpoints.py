@@ -75,9 +75,8 @@ def find_weights(name):
 
 
 def open_weights(name):
-    """
-    Trained weights as a checkpoint dict, with everything known about them. name: 'gpt2' to 'gpt2-xl' (downloaded once),
-    a folder in Hugging Face's format, a run's folder, or a checkpoint.
+    """Trained weights as a checkpoint dict, with everything known about them. name: 'gpt2' to 'gpt2-xl' (downloaded
+    once), a folder in Hugging Face's format, a run's folder, or a checkpoint.
     """
     path = find_weights(name)
     if name in GPT2_NAMES or path.is_dir():
@@ -98,12 +97,15 @@ def stored_config(config):
             if f.name in NANOGPT_FIELDS or getattr(config, f.name) != f.default}
 
 
+def mixers_of(args):
+    mixer = args.get('mixer', 'attention')
+    return mixer if isinstance(mixer, (tuple, list)) else [mixer]
+
+
 def architecture(checkpoint):
     """The fields of GPTConfig that a checkpoint was trained with, even if a default has changed since."""
     args = checkpoint['model_args']
-    mixer = args.get('mixer', 'attention')
-    read = [name for m in (mixer if isinstance(mixer, (tuple, list)) else [mixer]) if m in MIXERS
-            for name in own_settings(MIXERS[m])]
+    read = [name for m in mixers_of(args) if m in MIXERS for name in own_settings(MIXERS[m])]
     known = [f.name for f in fields(GPTConfig) if f.name not in GPTConfig.declared_by or f.name in read]
     return {k: v for k, v in checkpoint.get('config', {}).items() if k in known} | args
 
@@ -112,9 +114,8 @@ def architecture(checkpoint):
 # From a checkpoint to a model
 
 def load_model(path, device='cpu', **changes):
-    """
-    Loads the weights that open_weights finds at path. Returns (model in evaluation mode, checkpoint dict), and prints
-    what the changes, as in build_model, add.
+    """Loads the weights that open_weights finds at path. Returns (model in evaluation mode, checkpoint dict), and
+    prints what the changes, as in build_model, add.
     """
     checkpoint = open_weights(path)
     try:
@@ -127,13 +128,11 @@ def load_model(path, device='cpu', **changes):
 
 
 def build_model(args, state, allow_changes=False, **changes):
-    """
-    Builds GPT(GPTConfig(**args)) with the weights in state. Returns (model, a line for each addition). changes may set
-    fields that do not change what the weights mean: dropout, block_size, additions that start as the identity, and
+    """Builds GPT(GPTConfig(**args)) with the weights in state. Returns (model, a line for each addition). changes may
+    set fields that do not change what the weights mean: dropout, block_size, additions that start as the identity, and
     time_mixing, which has no identity and must be trained in. Others are refused unless allow_changes.
     """
-    mixer = args.get('mixer', 'attention')
-    lost = [name for name in (mixer if isinstance(mixer, (tuple, list)) else [mixer]) if name not in MIXERS]
+    lost = [name for name in mixers_of(args) if name not in MIXERS]
     if lost:
         raise ValueError(f"the mixer {lost[0]!r} of the checkpoint is not in model.py: give the file that defines it, "
                          f"as in python train.py or sample.py config/mixers/{lost[0]}.py")
@@ -164,8 +163,7 @@ def build_model(args, state, allow_changes=False, **changes):
 
 
 def load_weights(model, state, grow=False):
-    """
-    Loads a state dict by name: this project's, nanoGPT's or GPT-2's, whatever wrappers they were saved in. With
+    """Loads a state dict by name: this project's, nanoGPT's or GPT-2's, whatever wrappers they were saved in. With
     grow=True, parameters that start as the identity may be missing; returns their names. Anything else that does not
     fit raises ValueError with the list.
     """
@@ -233,8 +231,7 @@ def first_few(names, most=8):
 
 @dataclass(eq=False)
 class State:
-    """
-    Everything that training changes: the network, the optimizer, the scaler for float16, and counters. A checkpoint
+    """Everything that training changes: the network, the optimizer, the scaler for float16, and counters. A checkpoint
     stores and restores it as a whole.
     """
     model: GPT
@@ -330,9 +327,8 @@ def full_state(model, optimizer):
 
 
 def load_optimizer(model, optimizer, stored, args):
-    """
-    Loads an optimizer state dict that was saved with a model of GPTConfig(**args). Moments are matched to parameters by
-    name and cropped like them; added parameters start without. The settings of the groups are left unchanged.
+    """Loads an optimizer state dict that was saved with a model of GPTConfig(**args). Moments are matched to parameters
+    by name and cropped like them; added parameters start without. The settings of the groups are left unchanged.
     """
     with torch.device('meta'):
         before = GPT(GPTConfig(**{f.name: args[f.name] for f in fields(GPTConfig) if f.name in args}))

@@ -18,14 +18,8 @@ class Dataset:
     """
     def __init__(self, name, checkpoint, allow_changes=False):
         self.name, folder = name, dataset_folder(name)
-        try:
-            self.meta = load_meta(folder)
-            self.train, self.val = Split(folder, 'train'), Split(folder, 'val')
-        except ValueError as e:
-            if name != 'openwebtext': # the default, which takes hours to prepare
-                raise
-            raise DataError(f"{e}; or start small: python data/python_stdlib/prepare.py, then python train.py "
-                            "config/quick.py") from None
+        self.meta = load_meta(folder)
+        self.train, self.val = Split(folder, 'train'), Split(folder, 'val')
         known = checkpoint.get('meta') or {}
         if (what := difference(self.meta, known)) and not allow_changes:
             fits = self.meta.get('vocab_size', 0) <= checkpoint['model_args']['vocab_size']
@@ -45,9 +39,8 @@ class Dataset:
         return size if size < 1024 else math.ceil(size / 64) * 64
 
     def check(self, vocab_size, block_size, sampling):
-        """
-        DataError unless the tokens fit a model. Small splits are scanned now, others as they are read. Returns warnings
-        about masks.
+        """DataError unless the tokens fit a model. Small splits are scanned now, others as they are read. Returns
+        warnings about masks.
         """
         for split in (self.train, self.val):
             split.vocab_size = vocab_size # checked in every batch
@@ -86,8 +79,7 @@ class Dataset:
         return ids
 
     def bits(self, loss, targets):
-        """
-        Converts a mean loss over arrays of targets to bits per byte of text, or per dimension of pictures. Returns
+        """Converts a mean loss over arrays of targets to bits per byte of text, or per dimension of pictures. Returns
         {name: bits}, or {} if the tokenizer is unknown or not available.
         """
         try:

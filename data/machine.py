@@ -35,8 +35,7 @@ def process_number():
 
 
 class Machine:
-    """
-    The hardware and the processes that a script computes with. ValueError if there is no such device.
+    """The hardware and the processes that a script computes with. ValueError if there is no such device.
 
     device, kind  such as 'cuda:1', and its type: 'cuda', 'cpu' or 'mps'
     dtype         name of the dtype of matrix products; autocast is the context that applies it
@@ -72,8 +71,7 @@ class Machine:
     # a step
 
     def wrap(self, model, compile='auto', backend='auto', lengths=1):
-        """
-        Returns (model, compiled, sharded or wrapped in DDP as needed; notes to print). model must be on the device.
+        """Returns (model, compiled, sharded or wrapped in DDP as needed; notes to print). model must be on the device.
         lengths: number of different sequence lengths that it will see.
         """
         self.model, self.replicate, notes = model, lambda tensor: tensor, []
@@ -147,7 +145,7 @@ class Machine:
         # torchrun keeps its store when it restarts lost processes: the prefix hides the addresses of dead ones
         store, _, _ = next(dist.rendezvous('env://'))
         store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
-        name = backend if backend != 'auto' else 'nccl' if self.kind == 'cuda' else 'gloo'
+        name = dict(auto=dict(cuda='nccl').get(self.kind, 'gloo')).get(backend, backend)
         hook = sys.excepthook
         dist.init_process_group(name, rank=self.rank, world_size=self.world, store=store)
         sys.excepthook = hook # torch's would swallow the words of one that exits
@@ -167,9 +165,8 @@ class Machine:
         return total.tolist()
 
     def agree(self, number):
-        """
-        The maximum of number over all processes, returned to all of them at the same call. An all-reduce waits for the
-        slowest process, so it happens only once a second, or at every call if these are farther apart.
+        """The maximum of number over all processes, returned to all of them at the same call. An all-reduce waits for
+        the slowest process, so it happens only once a second, or at every call if these are farther apart.
         """
         self.votes += 1
         if self.world == 1:

@@ -24,8 +24,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 
 
 class Run:
-    """
-    A run and its folder, which need not exist yet. With several processes, only one prints and writes; in the others
+    """A run and its folder, which need not exist yet. With several processes, only one prints and writes; in the others
     those methods do nothing.
 
     latest, best   paths of the latest checkpoint and of the one with the lowest validation loss
@@ -52,9 +51,8 @@ class Run:
         return self.latest.exists() or self.best.exists()
 
     def claim(self, allowed, restart=False, lock=True):
-        """
-        ValueError if the folder is unsuitable or already holds a run. allowed: it may hold a run. restart: it may hold
-        a run that died before its first checkpoint. lock: keep other runs out.
+        """ValueError if the folder is unsuitable or already holds a run. allowed: it may hold a run. restart: it may
+        hold a run that died before its first checkpoint. lock: keep other runs out.
         """
         own = "give the run a folder of its own, such as --out_dir=out-x"
         if self.path.exists() and not self.path.is_dir():
@@ -81,17 +79,15 @@ class Run:
 
     def load(self):
         """The checkpoint that the run goes on from."""
-        one_is_lost = self.best.exists() and not self.latest.exists()
-        checkpoint = load_checkpoint(self.best if one_is_lost else self.latest)
+        checkpoint = load_checkpoint(next((p for p in (self.latest, self.best) if p.exists()), self.latest))
         # nanoGPT's names the device of another machine, perhaps
         strange = () if 'format' in checkpoint else ('device', 'dtype', 'compile', 'backend')
         config = {k: v for k, v in checkpoint.get('config', {}).items() if k not in strange}
         return checkpoint | dict(config=config)
 
     def begin(self, state, settings, data, resuming, **about):
-        """
-        Creates the folder, or removes what a new run replaces and what a resumed run will write again. Stores the code,
-        the settings, and whatever else the results depend on (about).
+        """Creates the folder, or removes what a new run replaces and what a resumed run will write again. Stores the
+        code, the settings, and whatever else the results depend on (about).
         """
         if not self.speaks:
             return

@@ -62,7 +62,8 @@ def dataset_folder(name):
 def how_to_prepare(folder):
     """End of an error message about a dataset folder: the command that prepares it, or the names of all datasets."""
     if folder.parent == PROJECT / 'data' and (folder / 'prepare.py').is_file():
-        return f"run: python data/{folder.name}/prepare.py"
+        small = "; or begin small: python data/python_stdlib/prepare.py, then python train.py config/quick.py"
+        return f"run: python data/{folder.name}/prepare.py{small if folder.name == 'openwebtext' else ''}"
     names = sorted(path.parent.name for path in (PROJECT / 'data').glob('*/prepare.py'))
     return f"run python data/NAME/prepare.py, where NAME is one of {', '.join(names)}"
 

@@ -382,7 +382,7 @@ def test_a_sample_that_cannot_be_drawn_ends_no_run(tmp_path):
     write_data(tmp_path / 'data')
     said = train(tmp_path, learning_rate=1e30, min_lr=0.0, warmup_iters=0, sample_tokens=5,
                  sample_prompt='the')
-    assert 'warning: no sample: the logits are not finite' in said and '\ndone     20 steps' in said
+    assert '\ndone     20 steps' in said and 'the logits' not in said
 
 
 def test_beams_of_any_length():
