@@ -412,8 +412,8 @@ def test_sharded_and_plain_runs_continue_each_other(dataset, tmp_path):
 def test_accumulation_that_does_not_divide(dataset, tmp_path):
     process = run(dataset, tmp_path / 'out', '--gradient_accumulation_steps=5', code=2,
                   environment=dict(RANK='0', LOCAL_RANK='0', WORLD_SIZE='4'))
-    assert process.stderr == ("error: gradient_accumulation_steps=5 is not divisible by the number of processes, 4: take "
-                              "a multiple of that\n")
+    assert process.stderr == ("error: gradient_accumulation_steps=5 is not divisible by the number of processes, 4: "
+                              "take a multiple of that\n")
     assert not (tmp_path / 'out').exists()
 
 

@@ -15,9 +15,9 @@ from data.export import save_pretrained
 from data.tokenizers import CharTokenizer
 from data.writer import Writer
 from helpers import (assert_same, assert_same_run, corpus, flags, history, job, JOBS, jobs, losses, metrics,
-                     naive_nats, NANO_ARGS, NANO_GAINS, NANO_MATRICES, NO_PICTURES, PROJECT, random_model, Run, run, run_together,
-                     T, TINY, train, tree, V, val_ids, val_losses, well, write_checkpoint,
-                     write_data, write_malicious, write_nano, write_nano_data, write_run) # noqa: F401
+                     naive_nats, NANO_ARGS, NANO_GAINS, NANO_MATRICES, NO_PICTURES, PROJECT, random_model, Run, run,
+                     run_together, T, TINY, train, tree, V, val_ids, val_losses, well, write_checkpoint, write_data,
+                     write_malicious, write_nano, write_nano_data, write_run) # noqa: F401
 from model import GPT, GPTConfig, optimizer_groups
 
 
