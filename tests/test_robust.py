@@ -118,7 +118,7 @@ def test_auto_begins_again_what_was_killed_before_its_first_checkpoint(dataset, 
     out.mkdir()
     (out / 'metrics.jsonl').write_text('{"step": 1, "tokens": 128, "seconds": 0.1, "loss": 9.0}\n', encoding='utf-8')
     (out / 'ckpt.pt.tmp').write_bytes(b'half')
-    assert 'go on with it by --init_from=auto' in run(dataset, out, '--max_iters=2', code=2).stderr
+    assert 'resume it with --init_from=auto' in run(dataset, out, '--max_iters=2', code=2).stderr
     said = run(dataset, out, '--max_iters=2', '--init_from=resume', code=2).stderr # which is for checkpoints
     assert f"there is no checkpoint {out / 'ckpt.pt'}" in said and said.count('\n') == 1
     run(dataset, out, '--max_iters=2', '--init_from=auto')
@@ -138,7 +138,7 @@ def test_signals_save_and_exit_with_the_customary_code(name, dataset, whole, tmp
     rest = done.stdout.decode()
     assert done.returncode == 128 + getattr(signal, name)
     step = load_checkpoint(out / 'ckpt.pt')['iter_num']
-    assert step >= 7 and f"{name}: step {step} is saved in {out / 'ckpt.pt'}; go on with --init_from=resume" in rest
+    assert step >= 7 and f"{name}: step {step} is saved in {out / 'ckpt.pt'}; resume with --init_from=resume" in rest
     if name == 'SIGTERM': # and the run goes on as if nothing had been
         run(dataset, out, '--init_from=resume')
         same(out / 'ckpt.pt', whole / 'ckpt.pt')

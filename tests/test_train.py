@@ -349,7 +349,7 @@ def another_dataset(folder):
 
 def test_on_another_dataset_the_lowest_loss_begins_anew(another_dataset):
     folder, before, text = another_dataset
-    assert 'the validation data or windows are others than before: the lowest loss begins anew' in text
+    assert 'the validation data or windows have changed: the best loss so far is forgotten' in text
     val, state = val_losses(folder / 'out'), load_checkpoint(folder / 'out/ckpt.pt')['state']
     assert list(val) == [0, 5, 10, 15] and val[5] == before[5] and val[10] > before[10] # evaluated again
     assert state['best_val_loss'] == min(val[10], val[15]) > before[10]
@@ -371,7 +371,7 @@ def of_an_older_version(folder):
 
 def test_resumes_an_older_version_without_its_ema(of_an_older_version):
     folder, text = of_an_older_version
-    assert 'note     the run goes on without the EMA of its weights\n' in text
+    assert 'note     the run continues without the EMA of its weights\n' in text
     assert "compile='auto': the checkpoint's 'reduce-overhead' is no choice any more" in text
     checkpoint = load_checkpoint(folder / 'out/ckpt.pt')
     assert checkpoint['iter_num'] == 8 and 'average' not in checkpoint
