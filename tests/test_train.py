@@ -948,7 +948,7 @@ IDEAS_THAT_FAIL = {
     'neither mix nor forward': ('from model import Mixer\nclass Empty(Mixer): pass\nmixer = Empty',
                                 ['Empty', 'mix(x)', 'forward(x, cache)']),
     'unknown name in a pattern': ('mixer = "attention", "gone"', ["mixer='gone'", 'attention, container']),
-    'pattern too long': ('mixer = "attention", "gmlp", "attention"', ['pattern of 3', 'there are 2']),
+    'pattern too long': ('mixer = "attention", "gmlp", "attention"', ['pattern of 3', 'there are only 2']),
     'window below 1': ('attention_window = 0', ['attention_window=0', 'at least 1']),
     'a setting that clashes': ('from model import Mixer\nclass Own(Mixer):\n    mlp_ratio: int = 3\n'
                                '    def mix(self, x): return x\nmixer = Own', ['mlp_ratio', 'declared elsewhere']),
