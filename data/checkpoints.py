@@ -202,7 +202,7 @@ def load_weights(model, state, grow=False):
 def own_name(name):
     """A parameter's name without what torch.compile, DDP and GPT2LMHeadModel put before it, in any order."""
     name = re.sub(r'^((_orig_mod|module|transformer)\.)+', '', name).replace('._orig_mod.', '.')
-    return name if name.startswith('lm_head.') else f'transformer.{name}'
+    return re.sub(r'^(?=(wte|wpe|h|ln_f)\.)', 'transformer.', name)
 
 
 def crop_block_size(model, block_size):
