@@ -1127,7 +1127,8 @@ def test_prepare_text_mistakes(tmp_path):
         prepare('text', f'--input={tmp_path / name if name else ""}', f'--out={out}', error=words)
         assert content(out) == {}
     prepare('text', f'--input={tmp_path}/one.txt', f'--out={out}', '--tokenizer=gpt7', error='gpt7.*bytes')
-    prepare('text', f'--input={tmp_path}/one.txt', f'--out={out}', '--val_fraction=1', error='val_fraction is 1')
+    prepare('text', f'--input={tmp_path}/one.txt', f'--out={out}', '--val_fraction=1',
+            error=r'val_fraction=1\.0 must lie in \(0, 1\)')
 
 
 def windows_in(folder, n=32):
@@ -1225,10 +1226,10 @@ def test_the_command_works_as_printed(tmp_path, text, tokenizer, more):
     printed = prepare('text', f'--input={tmp_path}/a.txt', f'--tokenizer={tokenizer}', f'--out={out}')
     command = printed.split('next: python ')[1].strip()
     assert command.startswith(f'train.py config/text.py --dataset={shlex.quote(str(out))}{more} --max_iters=')
-    done = subprocess.run([sys.executable, *shlex.split(command), f'--out_dir={tmp_path}/run', '--device=cpu',
-                           '--max_iters=1', '--n_layer=1', '--eval_iters=1', '--sample_tokens=3'], cwd=ROOT,
-                          capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()
+    script, *args = shlex.split(command)
+    args += [f'--out_dir={tmp_path}/run', '--device=cpu', '--max_iters=1', '--eval_iters=1', '--sample_tokens=3',
+             '--batch_size=2', '--n_layer=1', '--n_head=2', '--n_embd=16', '--proof=quick']
+    helpers.well(helpers.run(script, args, cwd=ROOT, first=helpers.NO_PICTURES))
 
 
 def test_commands_name_the_dataset(tmp_path):
@@ -1249,7 +1250,7 @@ def test_long_names_are_a_line(tmp_path):
 
 def text_script(chunk):
     """The functions of data/text/prepare.py, reading `chunk` bytes at once."""
-    source = (ROOT / 'data/text/prepare.py').read_text(encoding='utf-8').split('\nwith exit_on_error():')[0]
+    source = (ROOT / 'data/text/prepare.py').read_text(encoding='utf-8').split('\nexplain_errors()')[0]
     namespace = {'__file__': str(ROOT / 'data/text/prepare.py'), '__name__': 'script'}
     exec(source.replace('configure(globals())', ''), namespace)
     namespace['CHUNK'] = chunk
@@ -1587,19 +1588,20 @@ def test_evaluate_recall(tmp_path):
     assert counts == {3: [2 * 16, 3 * 16, 0, 16], 5: [4 * 15, 5 * 15, 0, 15]}
 
 
-def test_recall_from_data_to_accuracy(tmp_path):
+@pytest.mark.parametrize('steps', [3, pytest.param(300, marks=pytest.mark.long('300 steps'))])
+def test_recall_from_data_to_accuracy(tmp_path, steps):
     """The three commands; also with an idea's file, on longer examples than it was trained on."""
     prepare('recall', f'--out={tmp_path}/short', '--sizes=2', '--length=8', '--symbols=4', '--examples=2000',
             '--val_examples=40')
     prepare('recall', f'--out={tmp_path}/long', '--sizes=2', '--length=20', '--symbols=4', '--examples=10',
             '--val_examples=40')
     small = [f'--out_dir={tmp_path}/run', f'--dataset={tmp_path}/short', '--block_size=8', '--n_embd=32',
-             '--max_iters=300', '--eval_interval=300', '--device=cpu']
+             f'--max_iters={steps}', f'--eval_interval={steps}', '--device=cpu']
     files = ['config/recall.py', 'config/mixers/gated_delta.py']
     helpers.well(helpers.run('train.py', [*files, *small], cwd=ROOT, first=helpers.NO_PICTURES))
     printed = prepare('recall/evaluate.py', files[1], f'--out_dir={tmp_path}/run', f'--dataset={tmp_path}/short')
     answers, examples, state = printed.splitlines()[1:]
-    assert float(answers.split()[-1].rstrip('%')) > 60 # guessing one of two values gives 50%
+    assert steps < 300 or float(answers.split()[-1].rstrip('%')) > 60 # guessing one of two values gives 50%
     assert float(examples.split()[-1].rstrip('%')) <= float(answers.split()[-1].rstrip('%'))
     # layers, bytes, heads, D x D; and the token before's shifted half of the channels
     assert state.split()[0].replace(',', '') == str(2 * 4 * 2 * 16 * 16 + 2 * 4 * 16)

@@ -152,15 +152,22 @@ def test_each_command_of_a_page_takes_the_settings_it_is_given(page):
 
 @pytest.mark.parametrize('page', PAGES)
 def test_settings_named_in_the_text_exist(page):
-    words = set(re.findall(r'`--(\w+)', PAGES[page])) - {'help', 'key', 'share'}
+    words = set(re.findall(r'`--(\w+)', PAGES[page])) - {'help', 'key', 'share', 'all'}
     scripts = 'sample.py', 'tests/bench.py', 'tests/compare.py', 'data/text/prepare.py', 'data/hub/prepare.py'
     known = settings_of().keys() | set().union(*map(names_assigned, scripts))
     assert words and words <= known, words - known
 
 
 def test_settings_that_were_removed_are_gone():
-    removed = re.search(r'that grow \(`(\w+)`, `(\w+)`, `(\w+)`\)', README).groups()
-    assert not set(removed) & settings_of().keys()
+    removed, = re.findall(r'^- Removed: (.*(?:\n  .*)*)', README, re.MULTILINE)
+    names = set(re.findall(r'`(\w+)`', removed)) - {'compile'} # which lost some of its modes
+    assert len(names) > 5 and not names & settings_of().keys()
+
+
+def test_settings_that_are_off_by_default_are():
+    off, = re.findall(r'^- Off by default: (.*)', README, re.MULTILINE)
+    named = {name: settings_of()[name] for name in re.findall(r'`(\w+)`', off)}
+    assert named.pop('optimizer') == 'adamw' and named and not any(named.values())
 
 
 def test_the_tables_of_the_results_name_every_file():
