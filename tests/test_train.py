@@ -372,7 +372,7 @@ def of_an_older_version(folder):
 def test_resumes_an_older_version_without_its_ema(of_an_older_version):
     folder, text = of_an_older_version
     assert 'note     the run continues without the EMA of its weights\n' in text
-    assert "compile='auto': the checkpoint's 'reduce-overhead' is no choice any more" in text
+    assert "compile='auto': the checkpoint's 'reduce-overhead' is no longer a choice" in text
     checkpoint = load_checkpoint(folder / 'out/ckpt.pt')
     assert checkpoint['iter_num'] == 8 and 'average' not in checkpoint
     assert_same(checkpoint['model'], random_model(V).state_dict(), 'model') # the weights, not their mean
