@@ -265,8 +265,10 @@ def architectures():
         places += [(block | TIME_MIXING[1], stack) for i, block in enumerate(BLOCKS)
                    for stack in ('flat', [*STACKS][1 + (i + m) % (len(STACKS) - 1)])]
         for n, (place, stack) in enumerate(places):
-            levels, configs = STACKS[stack], []
-            for block_size in BLOCK_SIZES[0] + BLOCK_SIZES[1][n % 4:n % 4 + 1]:
+            levels, configs, sizes = STACKS[stack], [], BLOCK_SIZES[0]
+            if n % 2 == 0 or stack == 'unet3x2': # which none of the first is enough for
+                sizes += (BLOCK_SIZES[1][n // 2 % 2],)
+            for block_size in sizes:
                 args = dict(block_size=block_size, vocab_size=11, n_head=2, n_embd=8, mixer=mixer)
                 try:
                     configs.append(GPTConfig(**args | levels | place))
