@@ -193,6 +193,9 @@ def unit_of(everyone):
     return 'bits per byte'
 
 
+IMPORTED = {} # {name: file} of the modules that config files have imported
+
+
 def is_own(module):
     """Whether a module is a file that is not installed: its user may be editing it."""
     path = getattr(module, '__file__', None) or ''
@@ -206,10 +209,14 @@ def make_arm(name, common, params=None):
             raise ValueError(f"the arm {name!r} has {part!r}: give a config file (x.py) or a setting (qk_norm=True)")
         argv.append(part if part.endswith('.py') else '--' + part.lstrip('-'))
     argv = [str(find_path(arg)) if arg.endswith('.py') else arg for arg in argv]
+    for module_name in IMPORTED: # by another arm's files: this one's may import them too
+        sys.modules.pop(module_name, None)
     before = set(sys.modules)
     settings = configured(*argv)
-    imported = [module.__file__ for name, module in sys.modules.items() if name not in before and is_own(module)]
-    sources = settings.files + sorted({*imported} - {*map(os.path.abspath, settings.files)})
+    IMPORTED.update({name: module.__file__ for name, module in sys.modules.items()
+                     if name not in before and is_own(module)})
+    imported = {IMPORTED[name] for name in sys.modules.keys() & IMPORTED.keys()}
+    sources = settings.files + sorted(imported - {*map(os.path.abspath, settings.files)})
     settings.shorten('max_iters', 'lr_decay_iters', 'warmup_iters', 'wsd_decay_iters')
     config = settings.config
     # runs start in other folders, so resolve relative paths here
