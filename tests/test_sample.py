@@ -4,6 +4,8 @@ import math
 import os
 import select
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
