@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -118,7 +119,7 @@ def test_auto_begins_again_what_was_killed_before_its_first_checkpoint(dataset, 
     out.mkdir()
     (out / 'metrics.jsonl').write_text('{"step": 1, "tokens": 128, "seconds": 0.1, "loss": 9.0}\n', encoding='utf-8')
     (out / 'ckpt.pt.tmp').write_bytes(b'half')
-    assert 'go on with it by --init_from=auto' in run(dataset, out, '--max_iters=2', code=2).stderr
+    assert 'resume it with --init_from=auto' in run(dataset, out, '--max_iters=2', code=2).stderr
     said = run(dataset, out, '--max_iters=2', '--init_from=resume', code=2).stderr # which is for checkpoints
     assert f"there is no checkpoint {out / 'ckpt.pt'}" in said and said.count('\n') == 1
     run(dataset, out, '--max_iters=2', '--init_from=auto')
@@ -138,7 +139,7 @@ def test_signals_save_and_exit_with_the_customary_code(name, dataset, whole, tmp
     rest = done.stdout.decode()
     assert done.returncode == 128 + getattr(signal, name)
     step = load_checkpoint(out / 'ckpt.pt')['iter_num']
-    assert step >= 7 and f"{name}: step {step} is saved in {out / 'ckpt.pt'}; go on with --init_from=resume" in rest
+    assert step >= 7 and f"{name}: step {step} is saved in {out / 'ckpt.pt'}; resume with --init_from=resume" in rest
     if name == 'SIGTERM': # and the run goes on as if nothing had been
         run(dataset, out, '--init_from=resume')
         same(out / 'ckpt.pt', whole / 'ckpt.pt')
@@ -339,6 +340,24 @@ def test_dry_run_writes_nothing_and_says_what_a_run_costs(dataset, tmp_path):
                '--dtype=float32', code=1)
     assert 'stopping after 1 such steps' in done.stdout and 'passed' not in done.stdout
     assert not (tmp_path / 'out').exists()
+
+
+def test_dry_run_of_a_resumed_run_times_its_own_steps(dataset, whole, tmp_path):
+    out = shutil.copytree(whole, tmp_path / 'out')
+    checkpoint = load_checkpoint(out / 'ckpt.pt')
+    checkpoint['state']['seconds'] = 1e9
+    torch.save(checkpoint, out / 'ckpt.pt')
+    done = run(dataset, out, '--dry_run', '--init_from=resume', f'--max_iters={STEPS + 10}')
+    assert re.search(r'dry run passed: 10 steps take about [\d.]+ (s|min) without', done.stdout), done.stdout
+    assert 'scanning' not in done.stderr # there is no terminal
+
+
+def test_an_evaluation_keeps_to_the_stop_that_processes_agreed_on(dataset, tmp_path):
+    """They vote once a second, and agree() returns 0 in between."""
+    first = helpers.NO_PICTURES + ("; from data.machine import Machine; votes = iter([143]); "
+                                   "Machine.agree = lambda self, number: next(votes, 0)")
+    done = run(dataset, tmp_path / 'out', first=first, code=143)
+    assert 'SIGTERM: step 0 is saved' in done.stdout and 'val loss' not in done.stdout
 
 
 def test_out_of_memory_says_what_to_change(dataset, tmp_path):
