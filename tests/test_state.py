@@ -11,12 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data.checkpoints import State, build_model, load_checkpoint, load_optimizer, stored_config
+from data.checkpoints import State, build_model, load_optimizer
 from data.machine import Machine
 from data.run import Run, replace_file
-from helpers import (PROJECT, T, TINY, V, assert_same, flags, metrics, random_model, run, run_together, val_ids, well,
+from helpers import (PROJECT, T, TINY, V, assert_same, flags, metrics, random_model, run, run_together, well,
                      write_checkpoint, write_data)
-from model import GPT, GPTConfig, optimizer_groups
 
 SETTINGS = dict(block_size=T, batch_size=4, gradient_accumulation_steps=1, sampling='random', decay_lr=True,
                 lr_decay_iters=10, max_iters=10)
