@@ -233,7 +233,7 @@ def mean_loss(batches):
         with machine.autocast:
             losses.append(model(*machine.put(x, y))[1]) # read at the end: no synchronization here
         counts.append((y >= 0).sum() * counts_here)
-        run.stop = machine.agree(run.asked_to_stop)
+        run.stop = max(run.stop, machine.agree(run.asked_to_stop)) # agree() mostly has no news
         if run.stop:
             break
     model.train()
@@ -391,6 +391,7 @@ if eval_only:
 if dry_run: # read all data and take three steps in a temporary folder
     data.scan(state.model.config.vocab_size, run.speaks)
     planned, max_iters, eval_tokens, sample_tokens = max_iters - state.step, state.step + 3, 1, 0
+    state.seconds = 0.0 # of these steps
 run.begin(state, settings, data, resuming, resolved=dict(device=machine.device, dtype=machine.dtype,
                                                          compile=machine.compiled, world=machine.world))
 

@@ -151,10 +151,8 @@ class Search:
         return self.run(mode, self.model.hidden, idx)
 
     def loss(self, mode, forward, idx, targets):
-        """The loss, (1,): a copy, since the next run of a CUDA graph overwrites it."""
-        if forward is not self.model: # no backward pass follows, which CUDA graphs would wait for
-            torch.compiler.cudagraph_mark_step_begin()
-        return self.run(mode, lambda: forward(idx, targets)[1])[None].clone()
+        """The loss, (1,)"""
+        return self.run(mode, lambda: forward(idx, targets)[1])[None]
 
     def changed(self, cuts, k=0):
         """The rows, in which every token after the cut is replaced by a different token from another window."""

@@ -54,7 +54,7 @@ class Dataset:
         """Reads all tokens. DataError at the first one that is not below vocab_size."""
         for split in (self.train, self.val):
             with tqdm(total=split.n_tokens, desc=f'scanning {split.split}', unit='token', unit_scale=True,
-                      disable=not shown) as progress:
+                      disable=not shown or None) as progress: # None: only on a terminal
                 split.scan(vocab_size, progress.update)
 
     def fingerprints(self):

@@ -208,8 +208,8 @@ class Machine:
         return lines
 
     def count(self, tokens, flops):
-        """Adds work that all processes together have done in this lap."""
-        self.tokens, self.flops = self.tokens + tokens, self.flops + flops
+        """Adds tokens that all processes together have trained on in this lap, and what each took."""
+        self.tokens, self.flops = self.tokens + tokens, self.flops + tokens * flops
 
     def lap(self):
         """Returns (seconds since the last call, tokens per second, MFU or None if the peak is unknown)."""

@@ -475,5 +475,5 @@ def difference(meta, known):
         return "another tokenizer.json than the weights were trained with"
     if changed[0] == 'eot':
         has, lacks = ('the dataset', 'the weights') if meta.get('eot') else ('the weights', 'the dataset')
-        return f"another eot, the token that ends a document: {has} has it, and {lacks} lack it"
+        return f"another eot, the token that ends a document: in {has}, not in {lacks}"
     return f"the {changed[0]} {meta.get(changed[0])!r}, and the weights were trained with {known.get(changed[0])!r}"

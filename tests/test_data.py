@@ -1250,7 +1250,7 @@ def test_long_names_are_a_line(tmp_path):
 
 def text_script(chunk):
     """The functions of data/text/prepare.py, reading `chunk` bytes at once."""
-    source = (ROOT / 'data/text/prepare.py').read_text(encoding='utf-8').split('\nexplain_errors()')[0]
+    source = (ROOT / 'data/text/prepare.py').read_text(encoding='utf-8').split('\nexplain_errors()\n')[0]
     namespace = {'__file__': str(ROOT / 'data/text/prepare.py'), '__name__': 'script'}
     exec(source.replace('configure(globals())', ''), namespace)
     namespace['CHUNK'] = chunk

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -339,6 +340,24 @@ def test_dry_run_writes_nothing_and_says_what_a_run_costs(dataset, tmp_path):
                '--dtype=float32', code=1)
     assert 'stopping after 1 such steps' in done.stdout and 'passed' not in done.stdout
     assert not (tmp_path / 'out').exists()
+
+
+def test_dry_run_of_a_resumed_run_times_its_own_steps(dataset, whole, tmp_path):
+    out = shutil.copytree(whole, tmp_path / 'out')
+    checkpoint = load_checkpoint(out / 'ckpt.pt')
+    checkpoint['state']['seconds'] = 1e9
+    torch.save(checkpoint, out / 'ckpt.pt')
+    done = run(dataset, out, '--dry_run', '--init_from=resume', f'--max_iters={STEPS + 10}')
+    assert re.search(r'dry run passed: 10 steps take about [\d.]+ (s|min) without', done.stdout), done.stdout
+    assert 'scanning' not in done.stderr # there is no terminal
+
+
+def test_an_evaluation_keeps_to_the_stop_that_processes_agreed_on(dataset, tmp_path):
+    """They vote once a second, and agree() returns 0 in between."""
+    first = helpers.NO_PICTURES + ("; from data.machine import Machine; votes = iter([143]); "
+                                   "Machine.agree = lambda self, number: next(votes, 0)")
+    done = run(dataset, tmp_path / 'out', first=first, code=143)
+    assert 'SIGTERM: step 0 is saved' in done.stdout and 'val loss' not in done.stdout
 
 
 def test_out_of_memory_says_what_to_change(dataset, tmp_path):

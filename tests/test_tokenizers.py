@@ -221,8 +221,8 @@ def test_a_folders_own_files_go_first(tmp_path):
 
 def test_differences_are_called_what_they_are():
     with_eot, without = CharTokenizer('abc', eot=True).meta(), CharTokenizer('abc').meta()
-    assert 'another eot, the token that ends a document: the dataset has it' in difference(with_eot, without)
-    assert 'another eot, the token that ends a document: the weights has it' in difference(without, with_eot)
+    assert 'another eot, the token that ends a document: in the dataset, not in the weights' in difference(with_eot, without)
+    assert 'another eot, the token that ends a document: in the weights, not in the dataset' in difference(without, with_eot)
     assert difference(with_eot, with_eot) == difference({}, with_eot) == difference(with_eot, {}) == ''
     assert "the characters 'abd', and the weights" in difference(CharTokenizer('abd').meta(), without)
     assert "the tokenizer 'char', and" in difference(without, TRAINED.meta())

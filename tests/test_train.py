@@ -94,6 +94,7 @@ def test_files(plain):
 
 def test_metrics(plain):
     lines = metrics(plain[0] / 'out')
+    flops, peak = (float(re.search(rf'(\S+) {unit}', plain[1])[1]) for unit in ('GFLOP a token', 'TFLOP/s'))
     steps = [line['step'] for line in lines]
     assert steps == sorted(steps)
     logged = [line for line in lines if 'loss' in line]
@@ -104,7 +105,8 @@ def test_metrics(plain):
         assert line['tokens'] == line['step'] * 2 * 4 * T and line['seconds'] >= 0
     for line in logged:
         assert {'loss', 'lr', 'grad_norm', 'tokens_per_s', 'mfu', 'peak_memory'} <= line.keys()
-        assert line['grad_norm'] > 0 and line['tokens_per_s'] > 0 and 0 < line['mfu'] < 1
+        assert line['grad_norm'] > 0 and line['tokens_per_s'] > 0
+        assert line['mfu'] == pytest.approx(line['tokens_per_s'] * flops / peak / 1000, rel=0.01)
     seconds = [line['seconds'] for line in lines]
     assert seconds == sorted(seconds)
 
