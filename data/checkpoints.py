@@ -301,9 +301,12 @@ def stored_state(checkpoint, config):
     """The counters of State, also from nanoGPT's checkpoints and from those older than State."""
     if 'state' in checkpoint:
         return checkpoint['state']
-    step, config = checkpoint['iter_num'], config | checkpoint.get('config', {})
+    step, now, config = checkpoint['iter_num'], config, config | checkpoint.get('config', {})
     samples = checkpoint.get('samples', step * config['gradient_accumulation_steps'] * config['batch_size'])
-    return dict(step=step, samples=samples, tokens=checkpoint.get('tokens', samples * config['block_size']),
+    measured = ('dataset', 'eval_iters', 'eval_tokens', 'batch_size', 'block_size')
+    same = all(config.get(name) == now.get(name) for name in measured)
+    return dict(mark='' if same else 'other windows', step=step, samples=samples,
+                tokens=checkpoint.get('tokens', samples * config['block_size']),
                 seconds=checkpoint.get('seconds', 0.0), best_val_loss=float(checkpoint['best_val_loss']),
                 best_step=step, evals_since_best=checkpoint.get('stale', 0))
 
