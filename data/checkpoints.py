@@ -282,6 +282,9 @@ class State:
         """Restores all but the weights, also from nanoGPT's and older checkpoints. Returns notes to print."""
         notes, before = [], checkpoint['config'].get('block_size', config['block_size'])
         vars(self).update(stored_state(checkpoint, config))
+        measured = ('dataset', 'eval_iters', 'eval_tokens', 'batch_size', 'block_size')
+        if any(checkpoint['config'].get(name, config.get(name)) != config.get(name) for name in measured):
+            self.mark = self.mark or 'other settings' # older checkpoints have none
         if config['sampling'] == 'epoch' and before != config['block_size']: # epochs are counted in windows
             self.samples = self.samples * before // config['block_size']
             notes.append("note     block_size has changed within an epoch, so its windows are different now: some "
@@ -301,12 +304,9 @@ def stored_state(checkpoint, config):
     """The counters of State, also from nanoGPT's checkpoints and from those older than State."""
     if 'state' in checkpoint:
         return checkpoint['state']
-    step, now, config = checkpoint['iter_num'], config, config | checkpoint.get('config', {})
+    step, config = checkpoint['iter_num'], config | checkpoint.get('config', {})
     samples = checkpoint.get('samples', step * config['gradient_accumulation_steps'] * config['batch_size'])
-    measured = ('dataset', 'eval_iters', 'eval_tokens', 'batch_size', 'block_size')
-    same = all(config.get(name) == now.get(name) for name in measured)
-    return dict(mark='' if same else 'other windows', step=step, samples=samples,
-                tokens=checkpoint.get('tokens', samples * config['block_size']),
+    return dict(step=step, samples=samples, tokens=checkpoint.get('tokens', samples * config['block_size']),
                 seconds=checkpoint.get('seconds', 0.0), best_val_loss=float(checkpoint['best_val_loss']),
                 best_step=step, evals_since_best=checkpoint.get('stale', 0))
 

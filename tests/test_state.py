@@ -327,10 +327,14 @@ def test_damaged_lines_of_metrics_are_left_out(tmp_path, line):
     assert Run(tmp_path).read_metrics() == [good, good]
 
 
+@pytest.mark.parametrize('version', [1, 2]) # without State, and with one that has no mark
 @pytest.mark.parametrize('change', [{}, dict(dataset='b'), dict(eval_iters=3), dict(eval_tokens=9)])
-def test_the_best_loss_of_an_old_checkpoint_counts_for_its_own_windows_only(change):
+def test_the_best_loss_of_an_old_checkpoint_counts_for_its_own_windows_only(change, version):
     state, config = begun(), SETTINGS | dict(dataset='a', eval_iters=2, eval_tokens=0)
-    old = {k: v for k, v in state.to_checkpoint(config, {}).items() if k != 'state'} | dict(best_val_loss=1.0)
+    old = state.to_checkpoint(config, {}) | dict(best_val_loss=1.0)
+    counters = old.pop('state')
+    if version == 2:
+        old['state'] = {k: v for k, v in counters.items() if k not in ('mark', 'evaluated')} | dict(best_val_loss=1.0)
     state.restore(old, config | change)
     assert len(state.judge_by('new')) == bool(change)
     assert state.best_val_loss == (math.inf if change else 1.0)
