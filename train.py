@@ -238,8 +238,9 @@ def mean_loss(batches):
             break
     model.train()
     counts = torch.tensor(counts, dtype=torch.float64)
-    nats, n_targets = machine.reduce([(torch.stack(losses).cpu().double() @ counts).item(), counts.sum().item()])
-    return nats / max(1, n_targets)
+    sums = machine.reduce([(torch.stack(losses).cpu().double() @ counts).item(), counts.sum().item()])
+    nats, n_targets = torch.tensor(sums, dtype=torch.float64)
+    return (nats / n_targets).item() # nan if every token is masked
 
 
 def due(interval):
