@@ -62,7 +62,7 @@ dataset = 'openwebtext' # a folder in data/, or a path with a slash
 sampling: Literal['random', 'epoch'] = 'random' # random: with replacement; epoch: each window once per epoch
 gradient_accumulation_steps = 5 * 8 # micro-batches per step, summed over all processes [1, inf)
 batch_size = 12 # sequences per micro-batch [1, inf)
-block_size = 1024 # context length in tokens
+block_size = 1024 # context length in tokens [1, inf)
 min_block_size = 0 # above 0: each step draws one of 8 context lengths from this to block_size [0, inf)
 # model; more settings at the end
 n_layer = 12
@@ -238,8 +238,9 @@ def mean_loss(batches):
             break
     model.train()
     counts = torch.tensor(counts, dtype=torch.float64)
-    nats, n_targets = machine.reduce([(torch.stack(losses).cpu().double() @ counts).item(), counts.sum().item()])
-    return nats / max(1, n_targets)
+    sums = machine.reduce([(torch.stack(losses).cpu().double() @ counts).item(), counts.sum().item()])
+    nats, n_targets = torch.tensor(sums, dtype=torch.float64)
+    return (nats / n_targets).item() # nan if every token is masked
 
 
 def due(interval):

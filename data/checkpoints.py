@@ -282,6 +282,9 @@ class State:
         """Restores all but the weights, also from nanoGPT's and older checkpoints. Returns notes to print."""
         notes, before = [], checkpoint['config'].get('block_size', config['block_size'])
         vars(self).update(stored_state(checkpoint, config))
+        measured = ('dataset', 'eval_iters', 'eval_tokens', 'batch_size', 'block_size')
+        if any(checkpoint['config'].get(name, config.get(name)) != config.get(name) for name in measured):
+            self.mark = self.mark or 'other settings' # older checkpoints have none
         if config['sampling'] == 'epoch' and before != config['block_size']: # epochs are counted in windows
             self.samples = self.samples * before // config['block_size']
             notes.append("note     block_size has changed within an epoch, so its windows are different now: some "

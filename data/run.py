@@ -106,7 +106,7 @@ class Run:
                     and ('val_loss' not in line or state.evaluated == state.step)]
             replace_file(self.metrics, ''.join(json.dumps(line) + '\n' for line in kept))
         else:
-            for path in (self.latest, self.best, self.metrics, self.path / 'loss.png'):
+            for path in (self.path / 'loss.png', self.latest, self.best, self.metrics):
                 path.unlink(missing_ok=True)
             for path in self.code():
                 shutil.rmtree(path)
@@ -153,9 +153,9 @@ class Run:
         for line in self.metrics.read_bytes().splitlines() if self.metrics.exists() else ():
             try:
                 values = json.loads(line)
-                lines += [values] if {'step', 'tokens'} <= values.keys() else []
-            except (ValueError, AttributeError):
-                pass # not JSON, or not an object
+                lines += [values] if type(values['step']) is type(values['tokens']) is int else []
+            except (ValueError, LookupError, TypeError, RecursionError):
+                pass # not JSON, or not such an object
         return lines
 
     def log(self, state, **values):
@@ -261,7 +261,7 @@ def begin_wandb(config, folder):
     import wandb
     try:
         wandb.init(project=config['wandb_project'], name=config['wandb_run_name'], config=config, dir=folder)
-    except wandb.Error as e:
+    except Exception as e: # its own, or those of what it uses
         raise ValueError(f"wandb_log=True: {str(e).rstrip('.')}; or WANDB_MODE=offline, or leave it out") from None
     return lambda values: wandb.log(values, step=values['step'])
 
@@ -272,6 +272,8 @@ def replace_file(path, text):
     try:
         temporary.write_text(text, encoding='utf-8')
         os.replace(temporary, path)
+    except OSError as e: # one of a write does not name the file
+        raise OSError(f"{path} could not be written: {e.strerror}; the old one is kept") from e
     finally:
         temporary.unlink(missing_ok=True)
 

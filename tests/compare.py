@@ -39,10 +39,11 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 from configurator import configure, explain_errors, fail, settings_of
 from data.causality import find_leak
+from data.checkpoints import GPT2_NAMES, architecture, find_weights, open_weights
 from data.dataset import Dataset
 from data.run import Run, git_commit
 from data.tokenizers import load_tokenizer
-from data.tokens import Split, dataset_folder, find_path, load_meta
+from data.tokens import Split, dataset_folder, find_path, hash_file, load_meta
 from model import GPT, GPTConfig, add_mixer, cost
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -64,6 +65,7 @@ keep = False # keep the runs' checkpoints
 json = False # print the results as JSON
 # ---------------------------------------------------------------------------------------------------------------------
 OWN = settings_of('tests/compare.py')
+UNTRAINED = 'scratch', 'auto' # values of init_from
 SEARCH_SEED, AA_SEED = 10_000, 20_000 # the first seeds of the search and of the A/A arm
 RATES = ('learning_rate', 'hidden_lr', 'min_lr') # all are multiplied by an arm's factor
 
@@ -220,12 +222,16 @@ def make_arm(name, common, params=None):
     settings.shorten('max_iters', 'lr_decay_iters', 'warmup_iters', 'wsd_decay_iters')
     config = settings.config
     # runs start in other folders, so resolve relative paths here
-    paths = {name: str(find(config[name])) for name, find in dict(dataset=dataset_folder, init_from=find_path).items()
-             if '/' in config[name] or os.sep in config[name]}
+    paths = {'dataset': str(dataset_folder(config['dataset']))} if {'/', os.sep} & set(config['dataset']) else {}
+    if config['init_from'] not in (*UNTRAINED, *GPT2_NAMES):
+        paths['init_from'] = str(find_path(config['init_from']))
     argv += [f'--{name}={path}' for name, path in paths.items()]
     config |= paths
     model = {f.name: config[f.name] for f in fields(GPTConfig)}
-    model['vocab_size'] = Dataset(config['dataset'], {}).vocab_size
+    weights = open_weights(config['init_from']) if config['init_from'] not in UNTRAINED else {}
+    model['vocab_size'] = Dataset(config['dataset'], weights).vocab_size
+    if weights: # as train.py does: what is not set is theirs
+        model |= {k: v for k, v in architecture(weights).items() if k in model and k not in settings.given}
     short = '+'.join(Path(part).stem if part.endswith('.py') else part for part in name.split('+'))
     explain_errors(settings.files)
     arm = count(Arm(short or 'as it is', argv, config, model, sources, steps=config['max_iters']))
@@ -304,8 +310,10 @@ class Cell:
 
     def command(self):
         more = [f'--{name}={value}' for name, value in self.settings.items()]
+        finetunes = self.arm.config['init_from'] not in UNTRAINED
+        begins = finetunes and not Run(self.folder).has_checkpoint() # later it resumes its own checkpoint
         return [sys.executable, str(PROJECT / 'train.py'), *self.arm.argv, *more, f'--out_dir={self.folder.resolve()}',
-                '--init_from=auto']
+                '--overwrite=True' if begins else '--init_from=auto']
 
     def result(self):
         """The result, with losses in UNIT; None if the run is not finished."""
@@ -333,11 +341,16 @@ UNIT = 'nats' # of losses; see unit_of
 
 
 def fingerprint(arm):
-    """Hashes of the data and of the arm's files."""
-    name = arm.config['dataset']
+    """Hashes of the data, of the weights that it begins with, and of the arm's files."""
+    name, start = arm.config['dataset'], arm.config['init_from']
     if name not in FINGERPRINTS:
         FINGERPRINTS[name] = [Split(dataset_folder(name), split).fingerprint() for split in ('train', 'val')]
-    return FINGERPRINTS[name] + [hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in arm.sources]
+    if start not in FINGERPRINTS:
+        weights = find_weights(start)
+        files = [] if start in UNTRAINED else [weights, *sorted(weights.glob('*'))]
+        FINGERPRINTS[start] = [hash_file(path) for path in files if path.is_file()]
+    sources = [hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in arm.sources]
+    return FINGERPRINTS[name] + FINGERPRINTS[start] + sources
 
 
 def execute(command, folder, env=None):

@@ -10,12 +10,14 @@ import sys
 import numpy as np
 import pytest
 import scipy.stats
+import torch
 
 import compare
 import helpers
 from data.run import Run
 from data.tokenizers import ByteTokenizer
-from helpers import ForkingSubprocess, NO_PICTURES, PROJECT, mistake, well, write_data
+from helpers import (ForkingSubprocess, NO_PICTURES, PROJECT, mistake, random_model, well, write_checkpoint,
+                     write_data)
 from model import MIXERS
 
 RNG = np.random.default_rng
@@ -303,6 +305,31 @@ def test_scale(run):
     assert rows[1]['difference'] == pytest.approx(-0.1, abs=0.01)
     line = run.text.strip().splitlines()[-1]
     assert 'qk_norm=True by n_embd: -0.' in line and 'for ten times the FLOPs' in line
+
+
+def test_a_module_that_two_arms_import_is_part_of_both(run, tmp_path):
+    (tmp_path / 'width_of_mlp.py').write_text('WIDTH = 2.0')
+    for i in (1, 2):
+        (tmp_path / f'arm{i}.py').write_text(f'import sys\nsys.path.insert(0, {str(tmp_path)!r})\nimport width_of_mlp as '
+                                             f'_module\nmlp_ratio = _module.WIDTH + {i}\n')
+    arms = f'--arms={tmp_path}/arm1.py,{tmp_path}/arm2.py'
+    run(arms, '--seeds=1')
+    assert len(run.asked) == 3
+    with open(tmp_path / 'width_of_mlp.py', 'a') as f:
+        f.write(' # a change')
+    run(arms, '--seeds=1')
+    assert len(run.asked) == 2
+
+
+def test_runs_begin_with_the_given_weights(run, words, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    write_checkpoint(tmp_path / 'w/ckpt.pt', random_model(24, n_embd=16, n_head=2, n_layer=1, block_size=16))
+    monkeypatch.chdir(tmp_path)
+    cell = compare.Cell(compare.make_arm('', [str(words), '--init_from=w/ckpt.pt']), 1.0, 1, 8)
+    command = cell.command()
+    assert f"--init_from={tmp_path / 'w/ckpt.pt'}" in command and '--init_from=auto' not in command
+    monkeypatch.setattr(Run, 'has_checkpoint', lambda self: True) # it was interrupted
+    assert cell.command()[-1] == '--init_from=auto'
 
 
 @pytest.mark.parametrize('arguments, expected', [

@@ -197,7 +197,7 @@ def test_a_file_is_replaced_or_stays(tmp_path, monkeypatch):
         open(self, 'w').write(text[:2])
         raise OSError(28, 'No space left on device')
     monkeypatch.setattr('pathlib.Path.write_text', full)
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match='config.json could not be written: No space left on device; the old one is kept'):
         replace_file(path, 'new')
     assert path.read_bytes() == b'old' and os.listdir(tmp_path) == ['config.json']
 
@@ -316,3 +316,24 @@ def test_items_are_dealt_equally_often(monkeypatch):
         hands.append(list(machine.deal(range(7))))
     assert len({len(hand) for hand in hands}) == 1 # as sharded weights need it
     assert sorted(item for hand in hands for item, counts in hand if counts) == list(range(7))
+
+
+@pytest.mark.parametrize('line', ['{"step": "3", "tokens": 3}', '{"step": null, "tokens": 1}', '[' * 100_000, '3', '[1]',
+                                  '{"step": 1}', '{"step": 1e999, "tokens": 1}', '"step tokens"', '\0'])
+def test_damaged_lines_of_metrics_are_left_out(tmp_path, line):
+    good = dict(step=1, tokens=64, loss=None)
+    (tmp_path / 'metrics.jsonl').write_text(f'{json.dumps(good)}\n{line}\n{json.dumps(good)}\n')
+    assert Run(tmp_path).read_metrics() == [good, good]
+
+
+@pytest.mark.parametrize('version', [1, 2]) # without State, and with one that has no mark
+@pytest.mark.parametrize('change', [{}, dict(dataset='b'), dict(eval_iters=3), dict(eval_tokens=9)])
+def test_the_best_loss_of_an_old_checkpoint_counts_for_its_own_windows_only(change, version):
+    state, config = begun(), SETTINGS | dict(dataset='a', eval_iters=2, eval_tokens=0)
+    old = state.to_checkpoint(config, {}) | dict(best_val_loss=1.0)
+    counters = old.pop('state')
+    if version == 2:
+        old['state'] = {k: v for k, v in counters.items() if k not in ('mark', 'evaluated')} | dict(best_val_loss=1.0)
+    state.restore(old, config | change)
+    assert len(state.judge_by('new')) == bool(change)
+    assert state.best_val_loss == (math.inf if change else 1.0)

@@ -178,6 +178,22 @@ def test_terminal(again):
     assert 'step 1: loss' not in text # the bar is in its place
 
 
+@job
+def without_targets(folder):
+    """Everything is masked."""
+    write_data(folder / 'data')
+    for split in ('train', 'val'):
+        n_tokens = (folder / f'data/{split}.bin').stat().st_size // 2
+        (folder / f'data/{split}.mask').write_bytes(bytes(n_tokens))
+    return folder, train(folder, max_iters=2)
+
+
+def test_an_evaluation_without_targets_has_no_loss(without_targets):
+    folder, text = without_targets
+    assert 'step 0: train loss nan, val loss nan' in text and 'the best so far' not in text
+    assert val_losses(folder / 'out') == {0: None, 2: None} and not (folder / 'out/best.pt').exists()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # evaluation only
 
