@@ -1,5 +1,6 @@
 """A dataset as a run uses it: both splits, the tokenizer, and whether the tokens fit the weights."""
 import math
+from contextlib import suppress
 from functools import cached_property
 
 from tqdm import tqdm
@@ -82,11 +83,9 @@ class Dataset:
         """Converts a mean loss over arrays of targets to bits per byte of text, or per dimension of pictures. Returns
         {name: bits}, or {} if the tokenizer is unknown or not available.
         """
-        try:
+        tokenizer, n_targets, n_bytes = None, 0, 0
+        with suppress(DataError):
             tokenizer = self.tokenizer
-        except DataError:
-            return {}
-        n_targets = n_bytes = 0
         for y in targets if tokenizer else ():
             n_targets, n_bytes = n_targets + (y >= 0).sum(), n_bytes + tokenizer.n_bytes(y)
         return {f'bits_per_{tokenizer.unit}': float(loss * n_targets / n_bytes / math.log(2))} if n_bytes else {}
