@@ -376,7 +376,7 @@ def evaluate_all():
     n = sum(n for _, _, n in data.val.all_batches(batch_size, block_size))
     run.say(f"whole validation split, {n:,} tokens: loss {loss:.4f}, perplexity "
             f"{torch.tensor(loss).exp():.4g}{in_words(bits)}")
-    if resuming: # the folder belongs to this run
+    if state.step > 0: # resumed: the folder belongs to this run
         run.log(state, whole_val_loss=loss, **bits)
 
 
