@@ -32,7 +32,8 @@ def pytest_configure(config):
 @pytest.hookimpl(tryfirst=True) # pytest-xdist's looks for the groups
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        if (mark := item.get_closest_marker('long')) and not config.getoption('--all'):
+        mark = item.get_closest_marker('long')
+        if mark and not (config.getoption('--all') or config.getoption('--mixer')):
             item.add_marker(pytest.mark.skip(reason=f'--all runs it: {mark.args[0]}'))
     for item in items: # what shares real runs stays in one process, or each would make them all again
         if 'jobs' in item.fixturenames:

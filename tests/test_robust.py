@@ -544,6 +544,7 @@ def test_random_window_lengths(mixer, dataset, tmp_path):
     same(tmp_path / 'a' / 'ckpt.pt', tmp_path / 'b' / 'ckpt.pt')
 
 
+@pytest.mark.long("it compiles eight lengths")
 def test_window_lengths_are_compiled_at_most_once_each():
     from model import GPT, GPTConfig, MIXERS
     for mixer in MIXERS:

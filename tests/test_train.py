@@ -538,6 +538,7 @@ torch.compile = functools.partial(torch.compile, backend='aot_eager')
 '''
 
 
+@pytest.mark.long("two processes that compile")
 def test_compiled_processes_train_alike(two_processes):
     """And the graph is split where gradients are exchanged: the proof of causality compiles it first."""
     folder, _, text = two_processes
