@@ -513,14 +513,14 @@ def test_patience(overfitted):
     assert load_checkpoint(folder / 'out/best.pt')['iter_num'] == best > 0
 
 
+OF_TWO = dict(gradient_accumulation_steps=4, batch_size=2, max_iters=5, eval_iters=3) # one process evaluates less
+
+
 @job
 def two_processes(folder):
     write_data(folder / 'data')
-    # one process evaluates less
-    settings = dict(gradient_accumulation_steps=4, batch_size=2, max_iters=5, eval_iters=3)
-    train(folder, 'one', **settings)
-    text = train(folder, 'two', n=2, **settings)
-    return folder, text, train(folder, 'compiled', n=2, compile=True, first=NO_PICTURES + AOT_EAGER, **settings)
+    train(folder, 'one', **OF_TWO)
+    return folder, train(folder, 'two', n=2, **OF_TWO)
 
 
 AOT_EAGER = '''
@@ -539,16 +539,18 @@ torch.compile = functools.partial(torch.compile, backend='aot_eager')
 
 
 @pytest.mark.long("two processes that compile")
-def test_compiled_processes_train_alike(two_processes):
+def test_compiled_processes_train_alike(tmp_path):
     """And the graph is split where gradients are exchanged: the proof of causality compiles it first."""
-    folder, _, text = two_processes
+    write_data(tmp_path / 'data')
+    train(tmp_path, 'one', **OF_TWO)
+    text = train(tmp_path, 'compiled', n=2, compile=True, first=NO_PICTURES + AOT_EAGER, **OF_TWO)
     assert 'float32, compiled, world size 2' in text and 'with compiling' in text and 'compiled inside DDP' in text
-    for a, b in zip(history(folder / 'one'), history(folder / 'compiled'), strict=True):
+    for a, b in zip(history(tmp_path / 'one'), history(tmp_path / 'compiled'), strict=True):
         assert a == pytest.approx(b, rel=1e-5, abs=1e-5)
 
 
 def test_two_processes_train_as_one(two_processes):
-    folder, text, _ = two_processes
+    folder, text = two_processes
     assert 'world size 2' in text and text.count(': loss ') == 5 # one of them speaks
     one, two = history(folder / 'one'), history(folder / 'two')
     assert len(one) == len(two) > 5
