@@ -38,8 +38,6 @@ class Run:
         self.asked_to_stop, self.stop = 0, 0
         self.unwritten, self.silent, self.last_plot = set(), False, time.perf_counter()
         self.bar, self.logs = tqdm(disable=True), {'metrics.jsonl': self.append}
-        with suppress(AttributeError): # in a notebook
-            sys.stdout.reconfigure(errors='backslashreplace') # the terminal may lack some characters
 
     def move(self, path):
         self.path = Path(path)
