@@ -12,12 +12,13 @@ C channels (n_embd), H heads, D channels of a head, V vocabulary.
 """
 
 import ctypes
+import hashlib
 import inspect
 import math
 import re
 import sys
 import typing
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -626,7 +627,7 @@ class Block(nn.Module):
 class Stack(nn.ModuleList):
     """n blocks in a row, for sequences of up to block_size tokens."""
     def __init__(self, config, n, block_size):
-        super().__init__(Block(config, layer, block_size) for layer in range(n))
+        super().__init__(apart(Block, config, layer, block_size) for layer in range(n))
         self.recompute = config.recompute is True
 
     def forward(self, x, cache=NO_CACHE):
@@ -687,15 +688,14 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        C, T = config.n_embd, config.block_size
+        C, T, start = config.n_embd, config.block_size, draw_seed()
         h = UNet(config, T) if config.unet_layers else Stack(config, config.n_layer, T)
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, C),
             wpe=nn.Embedding(T, C) if 'learned' in config.pos_emb else None,
             drop=Dropout(config.dropout),
             h=h,
-            ln_f=nn.LayerNorm(C, bias=config.bias),
-        ))
+            ln_f=nn.LayerNorm(C, bias=config.bias)))
         self.lm_head = Linear(C, config.vocab_size, bias=False)
         if config.tie_weights:
             self.transformer.wte.weight = self.lm_head.weight
@@ -703,8 +703,9 @@ class GPT(nn.Module):
         n_blocks = sum(isinstance(m, Block) for m in self.modules())
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                residual = name.endswith(('c_proj', 'expand'))
-                nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * n_blocks) if residual else 0.02)
+                std = 0.02 / math.sqrt(2 * n_blocks) if name.endswith(('c_proj', 'expand')) else 0.02
+                with seeded(start, name): # networks that share a layer share its start
+                    nn.init.normal_(module.weight, std=std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         # without position tables, sequences have no maximum length
@@ -1277,6 +1278,27 @@ def clip_adaptively(model, ratio):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Initial values that do not depend on what else the network has
+
+def draw_seed():
+    return torch.randint(2 ** 62, (), device='cpu').item()
+
+
+@contextmanager
+def seeded(*seeds):
+    """Random numbers in this context are a function of these numbers and strings; outside, nothing is drawn."""
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(int.from_bytes(hashlib.sha256(repr(seeds).encode()).digest()[:8], 'little') >> 1)
+        yield
+
+
+def apart(build, *args):
+    """build(*args), which draws as if it drew a single number: its size does not change what is drawn after it."""
+    with seeded(draw_seed()):
+        return build(*args)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Cost, memory and diagnosis
 
 class FusedAttention(TorchFunctionMode):
@@ -1286,6 +1308,22 @@ class FusedAttention(TorchFunctionMode):
             return torch.ops.aten._scaled_dot_product_efficient_attention(
                 *args, kwargs['attn_mask'], True, is_causal=kwargs['is_causal'])[0]
         return func(*args, **(kwargs or {}))
+
+
+def solve_flops(matrix, right, *args, out_shape=None, **options):
+    """Of a triangular solve: matrix (..., n, n), right (..., n, m)."""
+    return math.prod(right) * matrix[-1]
+
+
+@contextmanager
+def whole_triangles():
+    """Multiplies triangles as one block, as the counter of FLOPs takes attention's."""
+    global row_blocks
+    kept, row_blocks = row_blocks, lambda T: [(0, T)]
+    try:
+        yield
+    finally:
+        row_blocks = kept
 
 
 def checked(mixer, name):
@@ -1305,8 +1343,9 @@ def cost(model, T=None, dtype=torch.float32, device_type=None):
     """
     Returns (FLOPs per token, bytes of activation memory per token) at length T (default: block_size) on device_type
     (default: that of the weights). Counted on a meta-device copy, so it is right for any mixer: the matrix products of
-    the forward pass, times three for forward and backward. It does not see what a compiler optimizes away. ValueError
-    if a mixer changes the shape of its input.
+    the forward pass and triangular solves, times three for forward and backward. A product with a causal mask counts
+    in full, as in arXiv 2204.02311, whichever mixer it is in and whatever a kernel skips. It does not see what a
+    compiler optimizes away. ValueError if a mixer changes the shape of its input.
     """
     config = model.config
     T, device_type = T or config.block_size, device_type or model.lm_head.weight.device.type
@@ -1322,7 +1361,8 @@ def cost(model, T=None, dtype=torch.float32, device_type=None):
     def keep(t):
         kept[t.untyped_storage()._cdata] = t.untyped_storage()
         return t
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    formulas = {torch.ops.aten.linalg_solve_triangular: solve_flops}
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter, torch.no_grad(), whole_triangles():
         model(idx)
     attention = nullcontext() if device_type == 'cpu' else FusedAttention()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), attention:

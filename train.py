@@ -92,7 +92,8 @@ lr_decay_iters: int | None = None # step at which min_lr is reached; None: max_i
 wsd_decay_iters = 60000 # steps of wsd's decay [0, inf)
 min_lr = 6e-5 # final learning rate, about learning_rate / 10 [0, inf)
 # machine
-seed = 1337
+seed = 1337 # of batches, dropout and the initial weights
+init_offset = 0 # added to seed for the initial weights alone: other weights, the same batches
 device = 'auto' # auto | cpu | cuda | cuda:1 | mps
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto' # auto: the fastest on this machine
 deterministic = False # on a GPU: slower kernels that make a resumed run bit-identical; a CPU needs no setting
@@ -162,7 +163,7 @@ if sample_tokens:
 # ---------------------------------------------------------------------------------------------------------------------
 # Build it
 
-torch.manual_seed(seed)
+torch.manual_seed(seed + init_offset)
 if checkpoint:
     changes = {name: value for name, value in settings.given.items() if name in GPTConfig.__dataclass_fields__}
     changes |= dict(dropout=dropout)
