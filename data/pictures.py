@@ -57,11 +57,13 @@ class PictureTokenizer(Tokenizer):
                 'palette': self.palette.tolist()}
 
 
-def write_pictures(folder, tokenizer, pictures, val_fraction):
+def write_pictures(folder, tokenizer, pictures, val_fraction, test_fraction=0.0):
     """Writes a dataset of pictures (N, H, W, 1 or 3), holding out the last ones. Returns the finished Writer."""
-    n_val = round(val_fraction * len(pictures))
-    with Writer(folder, tokenizer) as out:
-        for split, part in ('train', pictures[:len(pictures) - n_val]), ('val', pictures[len(pictures) - n_val:]):
+    held_out = len(pictures) - round(val_fraction * len(pictures))
+    sealed = round(held_out * (1 - test_fraction))
+    parts = {'train': pictures[:sealed], 'test': pictures[sealed:held_out], 'val': pictures[held_out:]}
+    with Writer(folder, tokenizer, test_fraction=test_fraction) as out:
+        for split, part in parts.items():
             if len(part):
                 out.write(split, tokenizer.ids_of(part).flatten())
                 out.write(split, [tokenizer.eot]) # so that windows and their targets are whole pictures

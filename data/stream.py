@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from data.tokenizers import check_round_trip, gives_back
 from data.tokens import DataError, prefetch
-from data.writer import Writer
+from data.writer import Writer, split_of
 
 SHARD_TOKENS = 100_000_000
 BATCH = 1024 # documents tokenized at once
@@ -74,7 +74,13 @@ def read_batches(stream, field, n_documents):
             n_documents += len(texts)
 
 
-def write_shards(folder, stream, job, tokenizer, field, expected_tokens, max_tokens, val_fraction, n_threads):
+def split_at(i, val_fraction, test_fraction):
+    """The split of document i: every 1/val_fraction-th is held out."""
+    return 'val' if i % round(1 / val_fraction) == 0 else split_of(str(i), 0, test_fraction)
+
+
+def write_shards(folder, stream, job, tokenizer, field, expected_tokens, max_tokens, val_fraction, n_threads,
+                 test_fraction=0.0):
     """
     Tokenizes the documents of `stream` in order, ends each with <|endoftext|>, and holds out every 1/val_fraction-th.
     Stops at max_tokens (0: takes all). expected_tokens is their number (0: unknown), to estimate the disk space needed.
@@ -83,8 +89,7 @@ def write_shards(folder, stream, job, tokenizer, field, expected_tokens, max_tok
     `job` is a dict of the settings that determine the output. An interrupted run with the same job continues where it
     stopped.
     """
-    val_every = round(1 / val_fraction)
-    with Writer(folder, tokenizer, SHARD_TOKENS, job) as out:
+    with Writer(folder, tokenizer, SHARD_TOKENS, job, test_fraction=test_fraction) as out:
         n_documents, n_empty, n_changed, total = 0, 0, 0, sum(out.tokens.values())
         if out.state:
             n_documents = out.state['documents']
@@ -97,7 +102,7 @@ def write_shards(folder, stream, job, tokenizer, field, expected_tokens, max_tok
         bar = tqdm(total=wanted or None, initial=total, unit='tok', unit_scale=True, disable=None)
         with bar, closing(read_batches(stream, field, n_documents + n_empty)) as batches:
             for n_batches, (texts, state) in enumerate(batches, 1):
-                ids, before, n_read = {'train': [], 'val': []}, total, len(texts)
+                ids, before, n_read = {split: [] for split in out.tokens}, total, len(texts)
                 # lone surrogates, which JSON can contain, become ? as everywhere
                 texts = [text.encode('utf-8', 'replace').decode() for text in texts if text is not None]
                 n_empty += n_read - len(texts)
@@ -107,7 +112,7 @@ def write_shards(folder, stream, job, tokenizer, field, expected_tokens, max_tok
                         check_round_trip(tokenizer, text, document)
                     n_changed += not gives_back(tokenizer, text, document)
                     document.append(tokenizer.eot)
-                    ids['val' if n_documents % val_every == 0 else 'train'].extend(document)
+                    ids[split_at(n_documents, val_fraction, test_fraction)].extend(document)
                     n_documents += 1
                     total += len(document)
                     if max_tokens and total >= max_tokens:

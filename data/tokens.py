@@ -2,7 +2,8 @@
 Reads token files: what train.py needs of a dataset.
 
 A dataset is a folder. It has one token file per split (train.bin, val.bin), or any number of shards (train_*.bin,
-val_*.bin; a prefix is fine too, as in fineweb_train_000001.bin). meta.json describes them:
+val_*.bin; a prefix is fine too, as in fineweb_train_000001.bin). A third split, test.bin or test_*.bin, may be there:
+training never reads it. meta.json describes them:
 
     {"dtype": "uint16", "vocab_size": 65, "tokenizer": "char", "characters": "...", "tokens": {"train": n, "val": n}}
 
@@ -59,13 +60,13 @@ def dataset_folder(name):
     return find_path(name)
 
 
-def how_to_prepare(folder):
+def how_to_prepare(folder, flags=''):
     """End of an error message about a dataset folder: the command that prepares it, or the names of all datasets."""
     if folder.parent == PROJECT / 'data' and (folder / 'prepare.py').is_file():
         small = "; or begin small: python data/python_stdlib/prepare.py, then python train.py config/quick.py"
-        return f"run: python data/{folder.name}/prepare.py{small if folder.name == 'openwebtext' else ''}"
+        return f"run: python data/{folder.name}/prepare.py{flags or (small if folder.name == 'openwebtext' else '')}"
     names = sorted(path.parent.name for path in (PROJECT / 'data').glob('*/prepare.py'))
-    return f"run python data/NAME/prepare.py, where NAME is one of {', '.join(names)}"
+    return f"run python data/NAME/prepare.py{flags}, where NAME is one of {', '.join(names)}"
 
 
 def load_meta(folder):
@@ -210,18 +211,18 @@ def map_tokens(shard, windows=False):
 # ---------------------------------------------------------------------------------------------------------------------
 # Splits and their batches
 
-def split_files(folder):
-    """{split: sorted names of its token files}. DataError for a file that is in both splits, or twice in one."""
+def split_files(folder, splits=('train', 'val')):
+    """{split: sorted names of its token files}. DataError for a file that is in two splits, or twice in one."""
     there = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith('.'))
     names = {split: [name for name in there if re.fullmatch(rf'(.+_)?{split}(_.+)?\.bin', name)]
-             for split in ('train', 'val')}
-    first = {} # resolved path -> the first name for it
-    for name in names['train'] + names['val']:
-        other = first.setdefault(os.path.realpath(folder / name), name)
-        if name in names['train'] and name in names['val']:
-            raise DataError(f"{folder}: {name} has the name of both splits: rename it, so that it is of one")
+             for split in splits}
+    first = {} # resolved path -> the first split and name for it
+    for split, name in ((split, name) for split in splits for name in names[split]):
+        other_split, other = first.setdefault(os.path.realpath(folder / name), (split, name))
         if other != name:
             raise DataError(f"{folder}: {other} and {name} are the same file: remove one of them")
+        if other_split != split:
+            raise DataError(f"{folder}: {name} has the name of both splits: rename it, so that it is of one")
     return names
 
 
@@ -233,13 +234,14 @@ def odd_masks(splits):
     more = f" and {len(bare) - 4} more" if len(bare) > 4 else ""
     lines = [f"{', '.join(bare[:4])}{more}: no mask, so every token is a target, unlike in {masked[0]}"] if bare else []
     folders = dict.fromkeys(split.folder for split in splits)
-    unused = [path for folder in folders for path in sorted(folder.glob('*.mask')) if str(path) not in masked]
+    unused = [path for folder in folders for path in sorted(folder.glob('*.mask'))
+              if not path.with_suffix('.bin').exists()] # as a sealed split's file does
     return lines + [f"{path} is not read: there is no {path.stem}.bin" for path in unused]
 
 
 class Split:
     """
-    One split ('train' or 'val') of a dataset folder.
+    One split ('train', 'val' or 'test') of a dataset folder.
 
     shards      list of Shard, sorted by name
     n_tokens    total over all shards
@@ -255,9 +257,11 @@ class Split:
             raise DataError(f"there is no dataset folder {folder}; {how_to_prepare(folder)}")
         self.meta = load_meta(folder)
         self.vocab_size = vocab_size or self.meta.get('vocab_size')
-        names = split_files(folder)[split]
+        names = split_files(folder, dict.fromkeys(('train', 'val', split)))[split]
         if not names:
-            raise DataError(f"there is no {split}.bin (and no {split}_*.bin) in {folder}; {how_to_prepare(folder)}")
+            flags = ' --test_fraction=0.1' if split == 'test' else ''
+            raise DataError(f"there is no {split}.bin (and no {split}_*.bin) in {folder}; "
+                            f"{how_to_prepare(folder, flags)}")
         if f'{split}.bin' in names and len(names) > 1:
             other = next(name for name in names if name != f'{split}.bin')
             raise DataError(f"{folder} holds both {split}.bin and {other}: one of them is left from another "

@@ -51,15 +51,18 @@ class Writer:
     job           a dict of plain values that describes the output. If given, the *.tmp files survive an interruption,
                   and a Writer with the same job continues from the last out.save(state)
     about         additional entries for meta.json: a dict of plain values
+    test_fraction above 0: a third split 'test' is written too, and must not be empty
     state         the saved state to continue from, or None
     tokens        tokens written so far, by split
-    n_bytes       bytes of text in both splits
+    n_bytes       bytes of text in all splits
     """
-    def __init__(self, folder, tokenizer, shard_tokens=None, job=None, about=None):
+    def __init__(self, folder, tokenizer, shard_tokens=None, job=None, about=None, test_fraction=0.0):
         self.folder, self.tokenizer, self.shard_tokens, self.job = Path(folder), tokenizer, shard_tokens, job
         self.about = about or {}
         self.dtype = np.dtype('<u2' if tokenizer.vocab_size <= 65536 else '<u4')
         self.tokens = {'train': 0, 'val': 0}
+        if test_fraction:
+            self.tokens['test'] = 0
         self.n_bytes = 0
         self.state = None
         self.progress = self.folder / 'progress.json.tmp'
@@ -107,7 +110,7 @@ class Writer:
             raise DataError(f"{self.folder} {what}: give the dataset a folder of its own, such as --out=my_text")
 
     def write(self, split, ids, mask=None):
-        """Appends ids to 'train' or 'val'. mask: a boolean per id, whether it is a target; not with shards."""
+        """Appends ids to 'train', 'val' or 'test'. mask: a boolean per id, whether it is a target; not with shards."""
         ids = np.asarray(ids)
         if len(ids) == 0:
             return
@@ -176,7 +179,8 @@ class Writer:
     def finish(self):
         for split, count in self.tokens.items():
             if count == 0:
-                raise DataError(f"{self.folder}: the {split} split is empty: give more text, or another val_fraction")
+                raise DataError(f"{self.folder}: the {split} split is empty: give more text, or another val_fraction "
+                                "or test_fraction")
         for file in self.files.values():
             flush_to_disk(file)
             file.close()
@@ -185,8 +189,8 @@ class Writer:
         for name in names:
             os.replace(self.folder / f'{name}.tmp', self.folder / name)
         for path in self.folder.glob('*.bin'):
-            if path.name not in names and re.fullmatch(r'(train|val)(_\d+)?\.bin', path.name):
-                path.unlink() # from an earlier preparation with other shards
+            if path.name not in names and re.fullmatch(r'(train|val|test)(_\d+)?\.bin', path.name):
+                path.unlink() # from an earlier preparation with other shards or splits
         for path in self.folder.glob('*.mask'):
             path.unlink()
         for split, masks in self.masks.items():
@@ -215,12 +219,14 @@ def write_json(path, value):
 
 def summarize(out, config, dataset, **settings):
     """Prints the end of a prepare script's output: the numbers of a finished Writer, and the command to train on it."""
-    print(f"train has {out.tokens['train']:,} tokens, val has {out.tokens['val']:,}")
+    more = f", test (sealed) has {out.tokens['test']:,}" if 'test' in out.tokens else ""
+    print(f"train has {out.tokens['train']:,} tokens, val has {out.tokens['val']:,}{more}")
     print(f"vocab_size {out.tokenizer.vocab_size:,} ({out.tokenizer.name}), "
           f"{out.n_bytes / sum(out.tokens.values()):.2f} bytes per token")
     print(f"written to {out.folder}")
     if min(out.tokens.values()) < 2:
-        print("next: give more text or another val_fraction: a split of one token has nothing to predict")
+        print("next: give more text, or another val_fraction or test_fraction: a split of one token has nothing to "
+              "predict")
         return
     flags = ''.join(f' --{name}={shlex.quote(str(value))}' for name, value in dict(dataset=dataset, **settings).items())
     print(f"next: python train.py {config}{flags}")
@@ -240,3 +246,17 @@ def settings_for_text(out):
 def fraction(key):
     """A pseudorandom number in [0, 1) that depends only on the string, so that every run holds out the same items."""
     return int.from_bytes(hashlib.sha256(key.encode('utf-8', 'surrogatepass')).digest()[:8], 'big') / 2 ** 64
+
+
+def split_of(key, val_fraction, test_fraction):
+    """The split of the item with this name; the sealed test split takes from the items that are not held out."""
+    place = fraction(key)
+    if place < val_fraction:
+        return 'val'
+    return 'test' if place < val_fraction + (1 - val_fraction) * test_fraction else 'train'
+
+
+def cuts(n, val_fraction, test_fraction):
+    """Where to cut n characters into train, test and val, in this order: val does not depend on test_fraction."""
+    held_out = int(n * (1 - val_fraction))
+    return int(held_out * (1 - test_fraction)), held_out

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import configure, explain_errors
 from data.tokenizers import CharTokenizer
 from data.tokens import DataError, dataset_folder
-from data.writer import Writer, fraction, summarize
+from data.writer import Writer, split_of, summarize
 
 digits = 3 # maximum digits of an operand; for /, of the divisor and the result
 examples = 100000 # problems per operator, training and validation together
@@ -31,6 +31,7 @@ reverse = '+*' # operators whose results and steps are written with the last dig
 pad = True # write leading zeros, so that each place has its own column: 012+345=0357
 scratch = True # write the steps of * and / before the answer
 val_fraction = 0.02 # fraction of the problems to hold out
+test_fraction = 0.0 # fraction of the training problems to seal: tests/compare.py --confirm alone reads it [0, 1)
 seed = 1337 # selects the problems
 out = 'calc' # dataset to write: a name in data/, or a folder
 configure(globals())
@@ -108,7 +109,7 @@ if not 1 <= digits <= 9:
     raise DataError(f"digits is {digits}, but must be from 1 to 9")
 if examples < 1:
     raise DataError(f"examples is {examples}, but must be at least 1")
-lines = {'train': [], 'val': []}
+lines = {'train': [], 'val': [], 'test': []}
 for operator in dict.fromkeys(operators):
     n, wanted = n_problems(operator), examples * operators.count(operator)
     if wanted > n:
@@ -116,10 +117,10 @@ for operator in dict.fromkeys(operators):
     for i in random.Random(f'{seed} {operator}').sample(range(n), min(wanted, n)):
         a, b, result = problem(operator, i)
         same = sorted((a, b)) if operator in '+*' else (a, b)
-        split = 'val' if fraction(f'{seed} {same[0]}{operator}{same[1]}') < val_fraction else 'train'
+        split = split_of(f'{seed} {same[0]}{operator}{same[1]}', val_fraction, test_fraction)
         lines[split].append(line(operator, a, b, result))
-tokenizer = CharTokenizer.from_text(lines['train'] + lines['val'])
-with Writer(dataset_folder(out), tokenizer) as writer:
+tokenizer = CharTokenizer.from_text(lines['train'] + lines['val'] + lines['test'])
+with Writer(dataset_folder(out), tokenizer, test_fraction=test_fraction) as writer:
     for split in lines:
         random.Random(seed).shuffle(lines[split])
         writer.write(split, tokenizer.encode(''.join(lines[split])))

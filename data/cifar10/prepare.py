@@ -24,6 +24,7 @@ field = 'img' # the field of a document that holds its picture
 colours = 512 # size of the palette [2, 4096]
 max_pictures = 0 # stop after this many; 0: take all [0, inf)
 val_fraction = 0.1 # fraction of the pictures to hold out (0, 1)
+test_fraction = 0.0 # fraction of the training pictures to seal: tests/compare.py --confirm alone reads it [0, 1)
 revision = '' # git revision on the Hub
 data_files = '' # local files, if source is parquet; may be a pattern with *
 out = 'cifar10' # dataset to write: a name in data/, or a folder
@@ -61,7 +62,7 @@ some = np.random.default_rng(0).choice(len(pixels), min(len(pixels), 200_000), r
 n = min(colours, len(np.unique(pixels[some], axis=0)))
 palette = MiniBatchKMeans(n, n_init=3, random_state=0).fit(pixels[some].astype(float)).cluster_centers_
 tokenizer = PictureTokenizer(*pictures.shape[1:3], palette.round(1).tolist())
-writer = write_pictures(dataset_folder(out), tokenizer, pictures, val_fraction)
+writer = write_pictures(dataset_folder(out), tokenizer, pictures, val_fraction, test_fraction)
 if out == 'cifar10':
     summarize(writer, 'config/cifar10.py', out)
 else:

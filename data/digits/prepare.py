@@ -20,6 +20,7 @@ from data.tokens import DataError, dataset_folder
 from data.writer import summarize
 
 val_fraction = 0.1 # fraction of the pictures to hold out (0, 1)
+test_fraction = 0.0 # fraction of the training pictures to seal: tests/compare.py --confirm alone reads it [0, 1)
 seed = 1337 # selects the held-out pictures
 out = 'digits' # dataset to write: a name in data/, or a folder
 configure(globals())
@@ -32,5 +33,5 @@ except ImportError:
 pictures = load_digits().images[:, :, :, None] * 255 / 16 # (N, 8, 8, 1)
 pictures = pictures[np.random.default_rng(seed).permutation(len(pictures))]
 tokenizer = PictureTokenizer(8, 8, [[i * 255 / 16] for i in range(17)])
-writer = write_pictures(dataset_folder(out), tokenizer, pictures, val_fraction)
+writer = write_pictures(dataset_folder(out), tokenizer, pictures, val_fraction, test_fraction)
 summarize(writer, 'config/digits.py', out)

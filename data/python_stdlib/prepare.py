@@ -17,9 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import configure, explain_errors
 from data.tokenizers import ByteTokenizer, read_text
 from data.tokens import DataError, dataset_folder
-from data.writer import Writer, fraction, summarize
+from data.writer import Writer, split_of, summarize
 
 val_fraction = 0.1 # fraction of the files to hold out
+test_fraction = 0.0 # fraction of the training files to seal: tests/compare.py --confirm alone reads it [0, 1)
 max_bytes = 0 # stop after this many bytes of source; 0: take all
 out = 'python_stdlib' # dataset to write: a name in data/, or a folder
 configure(globals())
@@ -41,10 +42,10 @@ files = list(sources(root))
 if not files:
     raise DataError(f"no .py files in {root}: this interpreter has its library elsewhere, run another one")
 tokenizer = ByteTokenizer()
-with Writer(dataset_folder(out), tokenizer) as writer:
+with Writer(dataset_folder(out), tokenizer, test_fraction=test_fraction) as writer:
     for path in tqdm(files, unit='file', disable=None):
         name = path.relative_to(root).as_posix()
-        split = 'val' if fraction(name) < val_fraction else 'train'
+        split = split_of(name, val_fraction, test_fraction)
         text = read_text(path).replace('\r\n', '\n') # the same bytes on every machine
         writer.write(split, tokenizer.encode(text, allow_special=False) + [tokenizer.eot])
         if max_bytes and writer.n_bytes >= max_bytes:

@@ -36,6 +36,8 @@ length = 32 # tokens per example, filled with blanks [1, inf)
 symbols = 32 # number of different symbols; in mqar half are keys and half are values [2, 8192]
 examples = 100000 # training examples [1, inf)
 val_examples = 3000 # held-out examples [1, inf)
+test_fraction = 0.0 # further examples to seal, as a fraction of the training ones: tests/compare.py --confirm alone
+    # reads them [0, 1)
 seed = 1337
 out = 'recall' # dataset to write: a name in data/, or a folder
 
@@ -102,9 +104,9 @@ if task == 'mqar' and max(sizes) > symbols // 2:
 letters = string.digits + string.ascii_letters + ''.join(c for c in map(chr, range(0xC0, 0x4E00)) if c.isalpha())
 tokenizer = CharTokenizer(' |*' + letters[:symbols])
 about = dict(recall=dict(task=task, sizes=sizes, length=length))
-with Writer(dataset_folder(out), tokenizer, about=about) as writer:
-    for split, count in ('train', examples), ('val', val_examples):
-        rng = np.random.default_rng([seed, split == 'val'])
+with Writer(dataset_folder(out), tokenizer, about=about, test_fraction=test_fraction) as writer:
+    for split, count in ('train', examples), ('test', int(examples * test_fraction)), ('val', val_examples):
+        rng = np.random.default_rng([seed, ['train', 'val', 'test'].index(split)])
         rows, mask = np.empty((count, length), np.int64), np.zeros((count, length), bool)
         for i in range(count):
             rows[i], answers = example(sizes[i % len(sizes)], rng)

@@ -12,17 +12,19 @@ from configurator import configure, explain_errors
 from data.shakespeare_char.text import tiny_shakespeare
 from data.tokenizers import TiktokenTokenizer
 from data.tokens import dataset_folder
-from data.writer import Writer, summarize
+from data.writer import Writer, cuts, summarize
 
 input_file = '' # take the text from this file instead of downloading it
+test_fraction = 0.0 # fraction of the training text to seal: tests/compare.py --confirm alone reads it [0, 1)
 out = 'shakespeare' # dataset to write: a name in data/, or a folder
 configure(globals())
 
 explain_errors()
 text = tiny_shakespeare(input_file)
-cut = int(len(text) * 0.9)
+sealed, held_out = cuts(len(text), 0.1, test_fraction)
 tokenizer = TiktokenTokenizer('gpt2')
-with Writer(dataset_folder(out), tokenizer) as writer:
-    writer.write('train', tokenizer.encode(text[:cut]))
-    writer.write('val', tokenizer.encode(text[cut:]))
+with Writer(dataset_folder(out), tokenizer, test_fraction=test_fraction) as writer:
+    writer.write('train', tokenizer.encode(text[:sealed]))
+    writer.write('test', tokenizer.encode(text[sealed:held_out]))
+    writer.write('val', tokenizer.encode(text[held_out:]))
 summarize(writer, 'config/finetune_shakespeare.py', out)

@@ -26,13 +26,14 @@ from configurator import configure, explain_errors
 from data.tokenizers import (EOT, CharTokenizer, JsonTokenizer, check_round_trip, choose_tokenizer, text_pieces,
                              warn_of_changes)
 from data.tokens import DataError, dataset_folder, hash_file
-from data.writer import Writer, fraction, settings_for_text, summarize
+from data.writer import Writer, cuts, settings_for_text, split_of, summarize
 
 input = '' # files and folders, separated by commas
 tokenizer = 'bytes' # bytes: UTF-8; char: one id per character in the text; bpe: byte-level BPE trained on the text;
     # a tiktoken encoding: gpt2, o200k_base...; or the path of a tokenizer.json
 vocab_size = 4096 # vocabulary size for bpe
 val_fraction = 0.1 # fraction of the text to hold out (0, 1)
+test_fraction = 0.0 # fraction of the training text to seal: tests/compare.py --confirm alone reads it [0, 1)
 field = 'text' # the JSON field that holds the text
 suffixes = '.txt,.md,.jsonl' # which files to take from folders
 out = 'text' # dataset to write: a name in data/, or a folder
@@ -183,10 +184,11 @@ def read_parts(label):
     position, document = dict.fromkeys(files, 0), 0
     for path, text, ends in read(files, label):
         if by_document:
-            yield {'val' if fraction(str(document)) < val_fraction else 'train': text}, ends
+            yield {split_of(str(document), val_fraction, test_fraction): text}, ends
         else: # the end of each file is held out
-            here = max(0, int(lengths[path] * (1 - val_fraction)) - position[path])
-            yield {'train': text[:here], 'val': text[here:]}, ends
+            places = cuts(lengths[path], val_fraction, test_fraction)
+            sealed, held_out = (max(0, place - position[path]) for place in places)
+            yield {'train': text[:sealed], 'test': text[sealed:held_out], 'val': text[held_out:]}, ends
         position[path] += len(text)
         document += ends
 
@@ -222,7 +224,7 @@ if several and codec.eot is None:
                     f"{', '.join(JsonTokenizer.ENDS)} is needed for several")
 
 written = set() # splits that contain part of the document
-with Writer(dataset_folder(out), codec) as writer:
+with Writer(dataset_folder(out), codec, test_fraction=test_fraction) as writer:
     for parts, ends in read_parts('writing'):
         for split, part in parts.items():
             ids = codec.encode(part)
