@@ -24,8 +24,9 @@ sys.path.insert(0, str(ROOT))
 import helpers
 from data import stream as hub
 from data import tokens as T
-from data.tokenizers import (EOT, ByteTokenizer, CharTokenizer, TiktokenTokenizer, load_tokenizer, read_argument,
-                             read_text, text_pieces)
+from data.dataset import Dataset, sealed_dataset
+from data.tokenizers import (EOT, ByteTokenizer, CharTokenizer, JsonTokenizer, TiktokenTokenizer, load_tokenizer,
+                             read_argument, read_text, text_pieces)
 from data.tokens import DataError, Split, dataset_folder, load_meta, prefetch
 from data.writer import Writer, lock_folder
 
@@ -1507,9 +1508,15 @@ def test_prepare_recall(tmp_path, task):
             if task == 'induction':
                 assert text.index('*') == 27 - size
     assert not np.array_equal(rows['train'][:50], rows['val'])
-    before = (tmp_path / 'train.bin').read_bytes()
+    before = content(tmp_path)
+    prepare(*options, '--examples=201', '--test_fraction=0.25') # further ones: 50
+    sealed = {split: tokens_of(tmp_path / f'{split}.bin', (-1, 30)) for split in ('train', 'test', 'val')}
+    assert all(np.array_equal(sealed[split], rows[split]) for split in rows) and len(sealed['test']) == 50
+    assert not any(np.array_equal(sealed['test'], sealed[split][:50]) for split in rows)
+    masks = [np.fromfile(tmp_path / f'{split}.mask', np.uint8).sum() for split in ('test', 'val')]
+    assert masks[0] == masks[1] > 0
     prepare(*options, '--examples=201')
-    assert (tmp_path / 'train.bin').read_bytes() == before
+    assert content(tmp_path) == before
 
 
 def tokens_of(path, shape):
@@ -1610,3 +1617,232 @@ def test_recall_from_data_to_accuracy(tmp_path, steps):
     prepare('recall/evaluate.py', f'--out_dir={tmp_path}/run', f'--dataset={tmp_path}/long',
             error="the mixer 'gated_delta' of the checkpoint is not in model.py")
     prepare('recall/evaluate.py', f'--out_dir={tmp_path}/run', '--dataset=calc', error='calc')
+
+
+# ---- the sealed third split
+
+def ids_of(folder, split):
+    return [int(i) for shard in Split(folder, split).shards for i in T.map_tokens(shard)]
+
+
+@pytest.mark.parametrize('shard_tokens', [None, 10])
+def test_writer_seals_a_third_split(tmp_path, shard_tokens):
+    """It is counted, may not be empty, and goes with the next preparation that seals nothing."""
+    parts = {'train': range(25), 'test': range(100, 112), 'val': range(5)}
+    write(tmp_path, parts, shard_tokens=shard_tokens, test_fraction=0.1)
+    assert load_meta(tmp_path)['tokens'] == {'train': 25, 'val': 5, 'test': 12}
+    assert [ids_of(tmp_path, split) for split in parts] == list(map(list, parts.values()))
+    names = ['test_000000.bin', 'test_000001.bin'] if shard_tokens else ['test.bin']
+    assert sorted(path.name for path in tmp_path.glob('*test*')) == names
+    files = content(tmp_path)
+    with pytest.raises(DataError, match='the test split is empty: .* test_fraction') as error:
+        write(tmp_path, {'train': [1], 'val': [1]}, shard_tokens=shard_tokens, test_fraction=0.1)
+    assert message(error) and content(tmp_path) == files
+    with open(tmp_path / names[0], 'ab') as file:
+        file.write(b'\0\0')
+    with pytest.raises(DataError, match='promises 12 tokens of test, but the files have 13'):
+        Split(tmp_path, 'test')
+    write(tmp_path, {'train': [1], 'val': [1]}, shard_tokens=shard_tokens)
+    assert not list(tmp_path.glob('*test*')) and load_meta(tmp_path)['tokens'] == {'train': 1, 'val': 1}
+
+
+def test_training_ignores_the_sealed_split(tmp_path):
+    """Whatever stands in it: training sees the same dataset, and says nothing."""
+    for split in 'train', 'val':
+        raw(tmp_path, f'test_{split}_0', range(100 + len(split))) # test_: of the dataset's name
+        (tmp_path / f'test_{split}_0.mask').write_bytes(bytes(100 + len(split)))
+
+    def seen():
+        data = Dataset(str(tmp_path), {})
+        return data.fingerprints(), str(data), data.check(200, 10, 'epoch'), data.meta
+
+    before = seen()
+    assert before[2] == []
+    with pytest.raises(DataError, match='test_train_0.bin has the name of both splits: rename it'):
+        Split(tmp_path, 'test')
+    for split in 'train', 'val':
+        (tmp_path / f'test_{split}_0.bin').rename(tmp_path / f'{split}.bin')
+        (tmp_path / f'test_{split}_0.mask').rename(tmp_path / f'{split}.mask')
+    before = seen()
+    raw(tmp_path, 'test', range(30)), (tmp_path / 'test.mask').write_bytes(bytes(30))
+    assert seen() == before and ids_of(tmp_path, 'test') == list(range(30))
+    raw(tmp_path, 'text_test_2', range(3)) # left from another preparation
+    assert seen() == before
+    with pytest.raises(DataError, match='holds both test.bin and text_test_2.bin'):
+        Split(tmp_path, 'test')
+    (tmp_path / 'test.bin').unlink()
+    assert ids_of(tmp_path, 'test') == [0, 1, 2]
+    (tmp_path / 'text_test_2.bin').write_bytes(b'odd')
+    (tmp_path / 'text_test_2.mask').write_bytes(b'')
+    (tmp_path / 'test.mask').unlink()
+    assert seen() == before
+    (tmp_path / 'text_test_2.bin').unlink()
+    (tmp_path / 'text_test_2.bin').symlink_to(tmp_path / 'val.bin')
+    assert seen() == before
+    with pytest.raises(DataError, match='val.bin and text_test_2.bin are the same file'):
+        Split(tmp_path, 'test')
+
+
+@pytest.mark.parametrize('name, more, cut', [
+    ('shakespeare_char', ['--input_file=TEXT'], True), ('text', ['--input=TEXT'], True),
+    ('text', ['--input=TEXT,MORE'], False), ('text', ['--input=LINES'], False),
+    ('python_stdlib', ['--max_bytes=1_000_000'], False), ('calc', ['--examples=500'], False),
+    pytest.param('shakespeare', ['--input_file=TEXT'], True, marks=needs_gpt2)], ids=str)
+def test_prepare_scripts_seal_training_text(tmp_path, name, more, cut):
+    """val does not change, train and test together are what train was: cut at one place, or by whole items."""
+    text = ''.join(f'line {i} of a long text\n' for i in range(600))
+    files = dict(TEXT=text, MORE=text.upper(), LINES=text.replace('\n', EOT))
+    for key, content in files.items():
+        (tmp_path / key).write_text(content, encoding='utf-8', newline='')
+    more = [re.sub('[A-Z]{4,}', lambda match: f'{tmp_path}/{match[0]}', argument) for argument in more]
+    prepare(name, *more, f'--out={tmp_path}/plain')
+    printed = prepare(name, *more, f'--out={tmp_path}/sealed', '--test_fraction=0.25')
+    assert (tmp_path / 'plain/val.bin').read_bytes() == (tmp_path / 'sealed/val.bin').read_bytes()
+    train, test, before = (text_of(tmp_path / folder, split) for folder, split in
+                           (('sealed', 'train'), ('sealed', 'test'), ('plain', 'train')))
+    assert 0.15 < len(test) / len(before) < 0.35
+    if cut:
+        assert train + test == before and len(train) == int(0.75 * len(before))
+    else:
+        ends = '\n' if name == 'calc' else EOT
+        train, test, before = (part.split(ends)[:-1] for part in (train, test, before))
+        whole = train + test if len(before) > 2 else [a + b for a, b in zip(train, test, strict=True)]
+        assert sorted(whole) == sorted(before) and test
+    n = Split(tmp_path / 'sealed', 'test').n_tokens
+    assert f', test (sealed) has {n:,}\n' in printed and load_meta(tmp_path / 'sealed')['tokens']['test'] == n
+
+
+@pytest.mark.parametrize('name', ['text', 'hub'])
+def test_no_vocabulary_is_trained_on_sealed_text(tmp_path, name):
+    if name == 'hub':
+        pytest.importorskip('datasets')
+    documents = [f'{{"text": "Document number {i}: the cat sat, the mouse ran."}}\n' for i in range(400)]
+    file = tmp_path / 'a.jsonl'
+    file.write_text(''.join(documents), encoding='utf-8')
+    source = dict(text=[f'--input={file}'], hub=['--source=json', f'--data_files={file}'])[name]
+    prepare(name, *source, '--tokenizer=bpe', '--vocab_size=330', '--val_fraction=0.1', '--test_fraction=0.3',
+            f'--out={tmp_path}/out')
+    parts = {split: text_of(tmp_path / 'out', split).split(EOT)[:-1] for split in ('train', 'test', 'val')}
+    numbers = sorted(int(re.search('[0-9]+', text)[0]) for part in parts.values() for text in part)
+    assert numbers == list(range(400)) and 70 < len(parts['test']) < 150 and 20 < len(parts['val']) < 60
+    vocabularies = [JsonTokenizer.train(texts, 330).json for texts in
+                    (parts['train'], parts['train'] + parts['test'], parts['train'] + parts['val'])]
+    assert [load_meta(tmp_path / 'out')['json'] == vocabulary for vocabulary in vocabularies] == [True, False, False]
+
+
+def test_hub_does_not_go_on_with_another_test_fraction(tmp_path, monkeypatch):
+    """Documents stay in their splits after an interruption, and those held out do not depend on what is sealed."""
+    class Stream(list):
+        at, limit = 0, None
+
+        def state_dict(self):
+            return self.at
+
+        def load_state_dict(self, state):
+            self.at = state
+
+        def __iter__(self):
+            for self.at in range(self.at + 1, len(self) + 1):
+                if self.at == self.limit:
+                    raise ConnectionError('the line is dead')
+                yield dict(text=self[self.at - 1])
+
+    def run(folder, test_fraction, limit=None):
+        stream = Stream(f'text {i}' for i in range(900))
+        stream.limit = limit
+        hub.write_shards(tmp_path / folder, stream, dict(test_fraction=test_fraction), ByteTokenizer(), 'text', 0, 0,
+                         0.1, 1, test_fraction)
+        return content(tmp_path / folder)
+
+    monkeypatch.setattr(hub, 'BATCH', 10), monkeypatch.setattr(hub, 'SAVE_EVERY', 3)
+    monkeypatch.setattr(hub, 'SHARD_TOKENS', 1000)
+    whole, plain = run('whole', 0.2), run('plain', 0.0)
+    assert {name for name in whole if 'test' in name} == {f'test_{i:06d}.bin' for i in range(2)}
+    assert whole['val_000000.bin'] == plain['val_000000.bin'] and not any('test' in name for name in plain)
+    with pytest.raises(DataError, match='the line is dead'):
+        run('parts', 0.2, 400)
+    with pytest.raises(DataError, match='unfinished preparation with test_fraction=0.2: repeat those settings'):
+        run('parts', 0.0)
+    assert run('parts', 0.2) == whole
+
+
+def targets_of(split):
+    return [array.tolist() for x, y, _ in split.all_batches(4, 8) for array in (x, y)]
+
+
+@pytest.mark.parametrize('links', [True, False])
+@pytest.mark.parametrize('shard_tokens', [None, 40])
+def test_sealed_dataset(tmp_path, monkeypatch, links, shard_tokens):
+    """It trains on the same files, validates on the sealed ones, and leaves the dataset as it is, times included."""
+    def prepared(n):
+        parts = {'train': range(n), 'test': range(n, n + 75), 'val': range(50)}
+        write(folder, parts, shard_tokens=shard_tokens, test_fraction=0.1, about={'topic': 'numbers'})
+        for file in folder.glob('*.bin'):
+            file.with_suffix('.mask').write_bytes(bytes(i % 3 > 0 for i in range(file.stat().st_size // 2)))
+
+    def times(): # by which the files' hashes are kept
+        return {path.name: (path.stat().st_mtime_ns, path.stat().st_ctime_ns)
+                for path in folder.iterdir() if path.name != T.HASHES}
+
+    def sealed():
+        before = times()
+        fingerprint = sealed_dataset(folder, out)
+        assert times() == before
+        source, data = Dataset(str(folder), {}), Dataset(str(out), {})
+        test = Split(folder, 'test')
+        assert fingerprint == test.fingerprint() and data.train.fingerprint() == source.train.fingerprint()
+        assert targets_of(data.val) == targets_of(test) != targets_of(source.val)
+        assert targets_of(data.train) == targets_of(source.train) and data.check(257, 8, 'random') == []
+        assert data.meta == source.meta | {'tokens': {'train': source.train.n_tokens, 'val': 75}}
+        assert not list(out.glob('*.tmp')) and (out / Path(data.train.shards[0].path).name).is_symlink() == links
+        return fingerprint
+
+    folder, out = tmp_path / 'data', tmp_path / 'comparison/sealed'
+    if not links:
+        monkeypatch.setattr(os, 'symlink', lambda *paths: (_ for _ in ()).throw(OSError(1314, 'no privilege')))
+    prepared(90)
+    assert sealed() == sealed()
+    other = sealed()
+    prepared(30) # fewer shards: none is left of those before
+    assert sealed() != other
+    monkeypatch.chdir(tmp_path)
+    sealed_dataset('data', 'elsewhere') # relative paths
+    assert targets_of(Split('elsewhere', 'val')) == targets_of(Split('data', 'test'))
+    write(folder, {'train': [1, 2], 'val': [1, 2]}, shard_tokens=shard_tokens)
+    with pytest.raises(DataError, match=r'no test.bin \(and no test_\*.bin\) in .* --test_fraction=0.1') as error:
+        sealed_dataset(folder, tmp_path / 'none')
+    assert message(error) and not (tmp_path / 'none').exists()
+
+
+def test_sealed_dataset_of_other_formats(tmp_path):
+    """nanoGPT's files with their meta.pkl, bare shards with headers, and a vocabulary in files of its own."""
+    characters, ids = helpers.write_nano_data(tmp_path / 'nano')
+    (tmp_path / 'nano/val.bin').rename(tmp_path / 'nano/test.bin')
+    sealed_dataset(tmp_path / 'nano', tmp_path / 'a')
+    raw(tmp_path / 'nano', 'val', ids[:100])
+    assert Dataset(str(tmp_path / 'a'), {}).meta == Dataset(str(tmp_path / 'nano'), {}).meta
+    assert ids_of(tmp_path / 'a', 'val') == ids.tolist()
+    (tmp_path / 'shards').mkdir()
+    for i, split in enumerate(('train', 'test', 'val')):
+        sharded(tmp_path / f'shards/fineweb_{split}_000001.bin', range(i, 99))
+    (tmp_path / 'shards/tokenizer.json').write_text(JsonTokenizer.train(['the cat sat'], 260).json)
+    sealed_dataset(tmp_path / 'shards', tmp_path / 'b')
+    before, after = (Dataset(str(tmp_path / folder), {}) for folder in ('shards', 'b'))
+    assert after.meta == before.meta and after.tokenizer.name == 'tokenizers'
+    assert after.train.fingerprint() == before.train.fingerprint()
+    assert ids_of(tmp_path / 'b', 'val') == list(range(1, 99))
+
+
+def test_train_on_a_sealed_dataset(tmp_path):
+    """An unmodified train.py ends with the same numbers as where the sealed text is an ordinary validation split."""
+    text = helpers.corpus()
+    tokenizer = CharTokenizer.from_text([text])
+    parts = {'train': text[:2000], 'test': text[2000:2600], 'val': text[2600:]}
+    parts = {split: tokenizer.encode(part) for split, part in parts.items()}
+    write(tmp_path / 'whole', parts, tokenizer, test_fraction=0.1)
+    write(tmp_path / 'data', {'train': parts['train'], 'val': parts['test']}, tokenizer)
+    sealed_dataset(tmp_path / 'whole', tmp_path / 'sealed')
+    for name in 'data', 'sealed':
+        helpers.train(tmp_path, f'out-{name}', dataset=tmp_path / name, max_iters=2, eval_interval=2)
+    ordinary, sealed = (helpers.history(tmp_path / f'out-{name}') for name in ('data', 'sealed'))
+    assert ordinary == sealed and 'val_loss' in sealed[-1]

@@ -68,6 +68,18 @@ def test_completes_the_upper_half(tmp_path):
     assert done.returncode == 2 and 'there are 10, from 0 on' in done.stderr.decode()
 
 
+def test_sealed_pictures(tmp_path):
+    """They are cut from those to train on; the held-out ones stay."""
+    def rows(name, split):
+        return np.fromfile(tmp_path / f'{name}/{split}.bin', '<u2')[:-1].reshape(-1, 17).tolist()
+
+    for name, test_fraction in ('plain', 0.0), ('sealed', 0.2):
+        write_pictures(tmp_path / name, GREYS, pictures(), 0.25, test_fraction)
+    assert rows('sealed', 'train') + rows('sealed', 'test') == rows('plain', 'train')
+    assert len(rows('sealed', 'test')) == 6 and rows('sealed', 'val') == rows('plain', 'val')
+    assert not (tmp_path / 'plain/test.bin').exists()
+
+
 def test_digits(tmp_path):
     pytest.importorskip('sklearn')
     said = well(run('data/digits/prepare.py', flags(out=tmp_path / 'data')))
