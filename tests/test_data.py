@@ -28,7 +28,7 @@ from data.dataset import Dataset, sealed_dataset
 from data.tokenizers import (EOT, ByteTokenizer, CharTokenizer, JsonTokenizer, TiktokenTokenizer, load_tokenizer,
                              read_argument, read_text, text_pieces)
 from data.tokens import DataError, Split, dataset_folder, load_meta, prefetch
-from data.writer import Writer, lock_folder
+from data.writer import Writer, cuts, lock_folder, split_of
 
 needs_gpt2 = pytest.mark.skipif('TIKTOKEN_CACHE_DIR' not in os.environ,
                                 reason='TIKTOKEN_CACHE_DIR names no folder with the vocabulary of GPT-2')
@@ -1683,6 +1683,16 @@ def test_training_ignores_the_sealed_split(tmp_path):
         Split(tmp_path, 'test')
 
 
+def test_sealed_items_are_that_fraction_of_the_training_items():
+    for val_fraction, test_fraction in (0.1, 0.25), (0.5, 0.5), (0.001, 0.05):
+        plain, sealed = ([split_of(f'item {i}', val_fraction, part) for i in range(20_000)]
+                         for part in (0.0, test_fraction))
+        assert [split == 'val' for split in sealed] == [split == 'val' for split in plain] and 'test' not in plain
+        assert sealed.count('val') / 20_000 == pytest.approx(val_fraction, abs=0.01) # three standard deviations
+        assert sealed.count('test') / plain.count('train') == pytest.approx(test_fraction, abs=0.015)
+    assert cuts(1_115_394, 0.1, 0.0) == (1_003_854, 1_003_854) and cuts(100, 0.1, 0.1) == (81, 90)
+
+
 @pytest.mark.parametrize('name, more, cut', [
     ('shakespeare_char', ['--input_file=TEXT'], True), ('text', ['--input=TEXT'], True),
     ('text', ['--input=TEXT,MORE'], False), ('text', ['--input=LINES'], False),
@@ -1759,6 +1769,7 @@ def test_hub_does_not_go_on_with_another_test_fraction(tmp_path, monkeypatch):
     whole, plain = run('whole', 0.2), run('plain', 0.0)
     assert {name for name in whole if 'test' in name} == {f'test_{i:06d}.bin' for i in range(2)}
     assert whole['val_000000.bin'] == plain['val_000000.bin'] and not any('test' in name for name in plain)
+    assert text_of(tmp_path / 'whole', 'val').split(EOT)[:-1] == [f'text {i}' for i in range(0, 900, 10)]
     with pytest.raises(DataError, match='the line is dead'):
         run('parts', 0.2, 400)
     with pytest.raises(DataError, match='unfinished preparation with test_fraction=0.2: repeat those settings'):
