@@ -9,7 +9,7 @@ eval_iters = 20
 log_interval = 20
 
 # Rotary positions, and half of the channels from the previous byte: each lowers the loss of short runs on such text.
-# Squared ReLU instead of gelu is a habit; three seeds could not tell which is better.
+# Squared ReLU instead of gelu is a habit: three seeds could not tell which is better.
 n_layer = 4
 n_head = 4
 n_embd = 128
