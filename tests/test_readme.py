@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
 
@@ -228,3 +229,36 @@ def test_requirements_hold_what_is_imported():
     assert not imported(scripts) - user
     assert not imported((ROOT / 'tests').glob('*.py')) - user - tests
     assert (ROOT / 'tests' / 'requirements.txt').read_text(encoding='utf-8').startswith('-r ../requirements.txt')
+
+
+def losses_of(file):
+    """A file of results -> {title of a table: {name of a row: validation losses of its runs}}"""
+    tables = json.loads((RESULTS / file).read_text(encoding='utf-8'))['tables']
+    return {title: {row['what']: [run['val_curve'][-1][1] if 'val_curve' in run else run['val_loss']
+                                  for run in row['raw']] for row in rows} for title, rows in tables.items()}
+
+
+def section_of(heading):
+    return re.search(rf'^### {heading}\n(.*?)^##', TABLES, re.MULTILINE | re.DOTALL)[1]
+
+
+def test_the_table_of_ablations_is_what_its_runs_say():
+    rows, = losses_of('ablations-cpu.json').values()
+    said = re.findall(r'\| (\d\.\d{3} \(.*\)) \|', section_of('Ablations'))
+    assert sorted(said) == sorted(f'{mean(x):.3f} ({min(x):.3f}-{max(x):.3f})' for x in rows.values())
+
+
+def test_the_table_of_architecture_options_is_what_its_runs_say():
+    tables = losses_of('ablations-architecture-cpu.json').values()
+    said = re.findall(r'\d\.\d{3}(?= \|)', section_of('Architecture options'))
+    assert sorted(said) == sorted(f'{mean(x):.3f}' for rows in tables for x in rows.values())
+
+
+def test_losses_beside_nanogpt_are_those_of_the_whole_split():
+    measured = json.loads((RESULTS / 'nanogpt-whole-split-cpu.json').read_text(encoding='utf-8'))
+    for who in 'nanogpt', 'this_project':
+        losses = [run['whole_split_val_loss'] for run in measured[who]['runs']]
+        half = 4.3027 * stdev(losses) / len(losses)**0.5 # the 97.5% quantile of Student's t with 2 degrees of freedom
+        words = f'{mean(losses):.3f} ± {half:.3f}'
+        assert words in README and words in TABLES
+        assert words in (ROOT / 'config/shakespeare_small.py').read_text(encoding='utf-8')
