@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from data.checkpoints import crop_block_size, load_checkpoint, load_model, load_weights, save_checkpoint
 from data.export import save_pretrained
 from helpers import SMALL, network, randomize
-from model import (GPT, MIXERS, Cache, Decoder, GPTConfig, LinearCrossEntropy, Window, beam_search, cost,
+from model import (GPT, MIXERS, Cache, Decoder, GPTConfig, LinearCrossEntropy, Mixer, Window, beam_search, cost,
                    pick)
 
 PLACES = {mixer: dict(mixer=mixer) for mixer in MIXERS} # one architecture for each mixer, and then some
@@ -485,7 +485,7 @@ def test_greedy_generation(place):
     """With the cache, without it, and token by token; past block_size, and from a prompt that is longer than that."""
     model, drawn = network(**PLACES[place], tie_weights=False), set()
     with torch.no_grad(): # random weights repeat one token for ever, unless the tokens count for more than the biases
-        model.transformer.wte.weight.mul_(3.0)
+        model.transformer.wte.weight.mul_(5.0)
         model.transformer.ln_f.weight.fill_(1.0)
         model.transformer.ln_f.bias.zero_()
     for B, T, n in [(2, 1, 30), (1, 12, 8), (2, 20, 14)]:
@@ -692,6 +692,61 @@ def test_flops_by_hand():
     unet = network(n_layer=1, unet_layers=(0,), unet_factor=4, mixer='mlp_mixer', mlp='none', pos_emb='none')
     # a coarse token for four: merge and expand, and the two triangles over three coarse tokens; and the head
     assert cost(unet)[0] == pytest.approx(3 * 2 * (2 * 4 * C * C / 4 + 2 * 3 * C / 4 + C * V))
+
+
+def test_flops_have_one_rule_for_triangles():
+    """Products with a causal mask count in full, as attention's do, however many blocks skip the upper half."""
+    table, attention = (network(mixer=mixer, pos_emb='none', mlp='none', n_layer=1, block_size=1024)
+                        for mixer in ('gmlp', 'attention'))
+    for model, per_token in (table, lambda T: T * 32), (attention, lambda T: 2 * T * 16):
+        assert cost(model, 1024)[0] - cost(model, 256)[0] == 3 * 2 * (per_token(1024) - per_token(256))
+
+
+def test_flops_of_a_triangular_solve():
+    class Solves(Mixer):
+        def mix(self, x):
+            A = torch.eye(x.size(1), device=x.device, dtype=x.dtype)
+            return torch.linalg.solve_triangular(A, x, upper=False)
+    MIXERS['solves'] = Solves
+    try:
+        flops = [cost(network(mixer=mixer, pos_emb='none', mlp='none', n_layer=1, block_size=32))[0]
+                 for mixer in ('solves', 'attention')]
+    finally:
+        del MIXERS['solves']
+    # attention has its own products and four matrices instead
+    assert flops[0] == flops[1] - 3 * 2 * (2 * 32 * 16 + 4 * 16 * 16) + 3 * 32 * 16
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Initial weights
+
+def start(**changes):
+    torch.manual_seed(3)
+    return GPT(GPTConfig(**SMALL | dict(n_layer=3) | changes)).state_dict()
+
+
+def equal(a, b):
+    return {name for name in a.keys() & b.keys() if a[name].shape == b[name].shape and torch.equal(a[name], b[name])}
+
+
+def test_networks_that_share_a_layer_share_its_start():
+    attention, gmlp = start(), start(mixer='gmlp', gmlp_ratio=4.0)
+    both = {name for name in attention.keys() & gmlp.keys() if attention[name].shape == gmlp[name].shape}
+    assert equal(attention, gmlp) == both and 'transformer.h.2.mlp.c_proj.weight' in both
+    # a table does not depend on what is built before it
+    narrow = start(mixer='gmlp', gmlp_ratio=4.0, mlp_ratio=2.0, mlp='swiglu')
+    tables = {name for name in gmlp if name.endswith('gate.weight')}
+    assert len(tables) == 3 and tables <= equal(gmlp, narrow)
+    # but on the layer, and on the seed
+    assert len({gmlp[name].flatten()[0].item() for name in tables}) == 3
+    unet = start(mixer='gmlp', unet_layers=(1,), unet_factor=2, block_size=16)
+    levels = [unet[f'transformer.h.{level}.0.attn.gate.weight'] for level in ('down', 'up')]
+    assert not torch.equal(*levels)
+    torch.manual_seed(3)
+    first, second = (GPT(GPTConfig(**SMALL | dict(n_layer=3))).state_dict() for _ in range(2))
+    assert equal(first, attention) == set(first)
+    assert all(name.endswith('bias') or 'ln_' in name for name in equal(first, second))
+
 
 
 def test_bytes_kept_for_the_backward_pass():
