@@ -1,25 +1,29 @@
 """
-Which idea is better, and how certain is that? Trains each arm with several seeds and compares them seed by seed.
+Which idea is better, and how certain is that? Trains each arm with several seeds at its own best learning rate.
 
-    python tests/compare.py config/shakespeare_small.py --out=compare-x \\
-        --arms=config/mixers/gmlp.py,config/mixers/rope.py,qk_norm=True --seeds=5 --lrs=0.5,1,2 --equal=params
+    python tests/compare.py config/shakespeare_small.py --arms=config/mixers/gmlp.py,config/mixers/rope.py,qk_norm=True \\
+        --equal=params --seeds=3 --until=decided --max_seeds=12 --jobs=2 --out=compare-x
 
 The first arm is the config itself. Every other arm adds a config file, a setting, or several of them joined by +:
 config/mixers/rope.py+qk_norm=True. train.py's settings on the command line apply to all arms. Datasets of the same text
 with another vocabulary (dataset=my_bpe) are compared in bits per byte; their batches differ.
 
 First each arm is proven causal. Then its learning rate is searched, with seeds that the verdict does not use. Then all
-arms train alternately with the same seeds, and so on the same batches. An interrupted comparison resumes, a finished
-one prints its table at once, and arms and seeds can be added later: a run with known settings, code and data is not
-repeated. This includes failed runs, which the verdict mentions; to repeat one, delete its folder in runs/. The results
-go to --out: compare.json, a table and plots.
+arms train alternately with the same seeds, and so on the same batches and from the same start of what they share. What
+is printed holds whenever one stops: arms and seeds can be added later (evidence.py). An interrupted comparison resumes,
+a finished one prints its table at once: a run with known settings, code and data is not repeated. This includes failed
+runs; to repeat one, delete its folder in runs/. The results go to --out: compare.json, a table and plots.
+
+The dataset's ledger counts the ideas that one text has judged. The best of many is partly luck: --confirm=ARM compares
+one again on text that a prepare.py sealed (--test_fraction), once.
+
+Exit status: 0 if each arm has a verdict, 1 if one is undecided, 2 for a mistake.
 """
-import bisect
-import functools
 import hashlib
 import math
 import os
 import queue
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,34 +32,50 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from itertools import zip_longest
 from json import dumps, loads
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import median
 from typing import Literal
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 from configurator import configure, explain_errors, fail, settings_of
 from data.causality import find_leak
 from data.checkpoints import GPT2_NAMES, architecture, find_weights, open_weights
-from data.dataset import Dataset
+from data.dataset import Dataset, sealed_dataset
 from data.run import Run, git_commit
 from data.tokenizers import load_tokenizer
 from data.tokens import Split, dataset_folder, find_path, hash_file, load_meta
 from model import GPT, GPTConfig, add_mixer, cost
+try:
+    import evidence
+except ImportError as error: # scipy
+    fail(f"{error}: pip install -r tests/requirements.txt")
+import verdicts
+from evidence import MAX_SEEDS, Rate
+from verdicts import AA, CANNOT_TELL, factor
 
 # ---------------------------------------------------------------------------------------------------------------------
 arms = '' # the other arms, separated by commas
-seeds = 5 # seeds of the verdict [1, inf)
-lrs = (1.0,) # factors to try on the config's learning rates, such as 0.5,1,2 (0, inf)
-lr_seeds = 1 # seeds of the learning rate search [1, inf)
+seeds = 5 # seeds of the verdict [1, 50]
+until: Literal['seeds', 'decided'] = 'seeds' # decided: go on with one more seed for each arm that is not decided
+max_seeds = 0 # with until=decided: at most this many seeds [0, 50]
+hours = 0.0 # with until=decided: begin no seed after this many hours [0, inf)
+margin = 0.0 # losses that differ by less are the same, in the unit of the table; 0: none are [0, inf)
+lrs: Literal['auto'] | tuple[float, ...] = 'auto' # factors on the config's learning rates that begin each arm's search;
+    # auto: 0.5,1,2; a single one is not searched (0, inf)
 equal: Literal['steps', 'params', 'flops', 'seconds'] = 'steps' # what to equalize. params: via the width of the MLP
     # (or of gMLP's gate); flops, seconds: via the number of steps
+horizons: tuple[int, ...] = () # steps at which to compare, up to max_iters: a run decays from a common trunk to each
 scale = () # widths (n_embd) at which to repeat the comparison: does the gain shrink as models grow?
-aa = False # A/A test: add the first arm with other seeds; there should be no difference
+aa = False # A/A test: add the first arm with other initial weights; there should be no difference
 out = 'out-compare' # folder for the results
+ledger = '' # the file that gets a line for each idea; '': ledger.jsonl in the dataset's folder
+confirm = '' # one of the arms: compare it with fresh seeds on the dataset's sealed text, once
 eval_tokens = 65536 # tokens per evaluation [1, inf)
 evaluations = 5 # evaluations per run [1, inf)
 jobs = 1 # runs at the same time; with several GPUs, one run each [1, inf)
@@ -66,78 +86,10 @@ json = False # print the results as JSON
 # ---------------------------------------------------------------------------------------------------------------------
 OWN = settings_of('tests/compare.py')
 UNTRAINED = 'scratch', 'auto' # values of init_from
-SEARCH_SEED, AA_SEED = 10_000, 20_000 # the first seeds of the search and of the A/A arm
+FIRST_SEED, SEARCH_SEED, CONFIRM_SEED = 1, 10_000, 30_000 # of the verdict, the search and --confirm
+AA_OFFSET = 20_000 # init_offset of the A/A arm
+DECAY = 0.2 # share of each horizon's steps in which its learning rate decays
 RATES = ('learning_rate', 'hidden_lr', 'min_lr') # all are multiplied by an arm's factor
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Statistics, on lists of numbers
-
-def t_probability(t, n):
-    """P(-t < T < t) for Student's t with n degrees of freedom: substitutes t = sqrt(n) tan(x), then Simpson's rule."""
-    end, m = math.atan(t / math.sqrt(n)), 200
-    x = [math.cos(i * end / m) ** (n - 1) for i in range(m + 1)]
-    total = (x[0] + x[-1] + 4 * sum(x[1::2]) + 2 * sum(x[2:-1:2])) * end / m / 3
-    return 2 * total * math.exp(math.lgamma((n + 1) / 2) - math.lgamma(n / 2)) / math.sqrt(math.pi)
-
-
-@functools.cache
-def t_quantile(p, n):
-    """The t with P(-t < T < t) = p."""
-    low, high = 0.0, math.pi / 2
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_probability(math.sqrt(n) * math.tan(middle), n) < p else (low, middle)
-    return math.sqrt(n) * math.tan(low)
-
-
-def interval(values):
-    """Mean and half-width of the 95% t-interval (None for a single value)."""
-    n = len(values)
-    return mean(values), t_quantile(0.95, n - 1) * stdev(values) / math.sqrt(n) if n > 1 else None
-
-
-def detectable(sd, n):
-    """The true difference that n pairs detect at the 5% level with a power of 80%."""
-    return (t_quantile(0.95, n - 1) + t_quantile(0.6, n - 1)) * sd / math.sqrt(n)
-
-
-def paired(a, b):
-    """b - a by pairs: dict(difference, half, p, detectable, needed: pairs that would detect such a difference)."""
-    d = [y - x for x, y in zip(a, b)]
-    n = len(d)
-    if n < 2:
-        return dict(difference=mean(d) if d else None, half=None, p=None, detectable=None, needed=None, pairs=n)
-    difference, half = interval(d)
-    sd = stdev(d)
-    if sd == 0.0:
-        p = 0.0 if difference else 1.0
-    else:
-        p = max(0.0, 1 - t_probability(abs(difference) * math.sqrt(n) / sd, n - 1))
-    needed = 2 + bisect.bisect_left(range(2, 1000), -abs(difference), key=lambda m: -detectable(sd, m))
-    needed = needed if difference and needed < 1000 else None
-    return dict(difference=difference, half=half, p=p, detectable=detectable(sd, n), needed=needed, pairs=n)
-
-
-def holm(ps):
-    """p-values corrected for their number (Holm 1979); None stays None."""
-    order = sorted((p, i) for i, p in enumerate(ps) if p is not None)
-    corrected, highest = list(ps), 0.0
-    for rank, (p, i) in enumerate(order):
-        highest = max(highest, min(1.0, p * (len(order) - rank)))
-        corrected[i] = highest
-    return corrected
-
-
-def line_fit(x, y):
-    """Slope of y against x, and the half-width of its 95% t-interval (None for two points)."""
-    mx, my = mean(x), mean(y)
-    square = sum((a - mx) ** 2 for a in x)
-    slope = sum((a - mx) * (b - my) for a, b in zip(x, y)) / square
-    if len(x) < 3:
-        return slope, None
-    rest = sum((b - my - slope * (a - mx)) ** 2 for a, b in zip(x, y))
-    return slope, t_quantile(0.95, len(x) - 2) * math.sqrt(rest / (len(x) - 2) / square)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Arms
@@ -149,15 +101,23 @@ class Arm:
     config: dict # settings of train.py
     model: dict # fields of GPTConfig
     sources: list # its config files and the modules that they import, except installed ones
-    first_seed: int = 1
+    first_seed: int = field(default_factory=lambda: FIRST_SEED)
     params: int = 0
     flops: float = 0.0 # per token
     steps: int = 0
     leak: str | None = None
     proof: str = '' # what was proven
-    lr: float = 1.0 # the best factor
-    lr_losses: dict = field(default_factory=dict) # factor -> mean loss; inf where a run failed
-    bracketed: bool = True
+    lr: float = 1.0 # the factor of the verdict
+    searched: dict = field(default_factory=dict) # log2 of a factor -> losses; inf where a run failed
+    rate: Rate | None = None
+
+    def told(self):
+        """Its arguments, as results say them."""
+        return [a.removeprefix(f'{PROJECT}/') for a in self.argv]
+
+    def with_settings(self, settings, **changes):
+        return replace(self, argv=self.argv + [f'--{k}={v}' for k, v in settings.items()],
+                       config=self.config | settings, **changes)
 
 
 def configured(*files):
@@ -237,7 +197,7 @@ def make_arm(name, common, params=None):
     arm = count(Arm(short or 'as it is', argv, config, model, sources, steps=config['max_iters']))
     if params:
         fit_params(arm, params)
-    arm.leak, arm.proof = prove_causal(arm) # now: the next arm's file may have a mixer of the same name
+    arm.leak, arm.proof = known_proof(arm) # now: the next arm's file may have a mixer of the same name
     return arm
 
 
@@ -245,7 +205,24 @@ def count(arm):
     with torch.device('meta'):
         network = GPT(GPTConfig(**arm.model))
     arm.params, arm.flops = network.get_num_params(False), cost(network, device_type='cpu')[0]
+    more = optimizer_flops(network, arm.config) / tokens(arm)
+    arm.flops += more if more > 0.01 * arm.flops else 0.0
     return arm
+
+
+def tokens(arm):
+    """Tokens of a training step."""
+    return math.prod(arm.config[name] for name in ('batch_size', 'block_size', 'gradient_accumulation_steps'))
+
+
+def optimizer_flops(network, config):
+    """FLOPs of the matrix products in a step of the optimizer. network: on the meta device."""
+    optimizer = network.configure_optimizers(0.1, 1e-3, (0.9, 0.99), 'meta', config['optimizer'], 0.9, None)
+    for p in network.parameters():
+        p.grad = torch.zeros_like(p)
+    with FlopCounterMode(display=False) as counter:
+        optimizer.step()
+    return counter.get_total_flops()
 
 
 def fit_params(arm, target):
@@ -269,6 +246,15 @@ def fit_params(arm, target):
         count(arm)
 
 
+def known_proof(arm):
+    """prove_causal(arm), from the results' folder if its network and code were proven before."""
+    what = dumps([arm.model, CODE, hash_sources(arm)], default=str)
+    name = hashlib.sha256(what.encode()).hexdigest()[:16]
+    path = Path(out) / 'proofs' / name
+    PROOFS[name] = loads(path.read_text(encoding='utf-8')) if path.exists() else prove_causal(arm)
+    return PROOFS[name]
+
+
 def prove_causal(arm):
     """Returns (leak or None, what was proven): at the run's length, in float64, for up to about 20 seconds."""
     torch.manual_seed(0)
@@ -289,6 +275,7 @@ class Cell:
     seed: int
     steps: int
     timed: bool = False # only its speed matters: it evaluates as little as possible
+    horizons: tuple = () # ends of its decays, of which the last is steps
 
     def __post_init__(self):
         share, config = self.steps / max(1, self.arm.config['max_iters']), self.arm.config
@@ -302,26 +289,42 @@ class Cell:
             log_interval=max(1, self.steps // 100), always_save_checkpoint=False, patience=0, allow_leak=allow_leak,
             checkpoint_interval=max(100, math.ceil(self.steps / 4)), wandb_log=False,
             **{name: self.factor * config[name] for name in RATES if config[name] is not None})
-        what = dumps([config | self.settings | dict(out_dir=''), CODE, fingerprint(self.arm)], default=str)
+        if horizons:
+            self.settings |= dict(schedule='wsd', wsd_decay_iters=round(DECAY * self.steps))
+        what = [config | self.settings | dict(out_dir=''), CODE, fingerprint(self.arm), *self.horizons]
+        what = dumps(what, default=str)
         self.folder = Path(out) / 'runs' / hashlib.sha256(what.encode()).hexdigest()[:16]
 
     def __str__(self):
         return f'{self.arm.name}, learning rate x{self.factor:g}, seed {self.seed}'
 
-    def command(self):
-        more = [f'--{name}={value}' for name, value in self.settings.items()]
+    def stages(self):
+        """What to run: (its folder, train.py's command, the folder whose checkpoint it continues or None)."""
+        if not self.horizons:
+            return [(self.folder.resolve(), self.command(self.folder), None)]
+        stages, trunk = [], self.folder.resolve() / 'trunk'
+        for h in self.horizons:
+            decay, end = round(DECAY * h), trunk.parent / str(h)
+            stages.append((trunk, self.command(trunk, max_iters=h - decay, wsd_decay_iters=0), None))
+            stages.append((end, self.command(end, max_iters=h, wsd_decay_iters=decay), trunk))
+        return stages
+
+    def command(self, folder, **settings):
+        more = [f'--{name}={value}' for name, value in (self.settings | settings).items()]
         finetunes = self.arm.config['init_from'] not in UNTRAINED
-        begins = finetunes and not Run(self.folder).has_checkpoint() # later it resumes its own checkpoint
-        return [sys.executable, str(PROJECT / 'train.py'), *self.arm.argv, *more, f'--out_dir={self.folder.resolve()}',
+        begins = finetunes and not Run(folder).has_checkpoint() # later it resumes its own checkpoint
+        return [sys.executable, str(PROJECT / 'train.py'), *self.arm.argv, *more, f'--out_dir={folder.resolve()}',
                 '--overwrite=True' if begins else '--init_from=auto']
 
-    def result(self):
-        """The result, with losses in UNIT; None if the run is not finished."""
+    def result(self, horizon=None):
+        """The result (at a horizon), with losses in UNIT; None if the run is not finished."""
         path = self.folder / 'result.json'
         try:
             result = loads(path.read_text(encoding='utf-8')) if path.exists() else None
         except ValueError: # a damaged file: repeat the run
             return None
+        if result and horizon and not result['failed']:
+            result['loss'], result['bits'] = result['at'][str(horizon)]
         if result and result['loss'] and UNIT != 'nats':
             bits_a_nat = result['bits'] / result['loss'] # the same windows at every evaluation
             result |= dict(loss=result['bits'], train_loss=result['train_loss'] * bits_a_nat,
@@ -337,6 +340,7 @@ def sources():
 
 
 CODE, FINGERPRINTS = sources(), {}
+PROOFS = {} # {hash of an arm: (leak or None, what was proven)}
 UNIT = 'nats' # of losses; see unit_of
 
 
@@ -349,19 +353,47 @@ def fingerprint(arm):
         weights = find_weights(start)
         files = [] if start in UNTRAINED else [weights, *sorted(weights.glob('*'))]
         FINGERPRINTS[start] = [hash_file(path) for path in files if path.is_file()]
-    sources = [hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in arm.sources]
-    return FINGERPRINTS[name] + FINGERPRINTS[start] + sources
+    return FINGERPRINTS[name] + FINGERPRINTS[start] + hash_sources(arm)
 
 
-def execute(command, folder, env=None):
-    """Runs a cell's command and writes its result.json, even if it fails. Cluster nodes call this too."""
+def hash_sources(arm):
+    return [hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in arm.sources]
+
+
+def execute(stages, folder, env=None):
+    """Runs a cell's stages and writes its result.json, even if it fails. Cluster nodes call this too."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    t0, run = time.time(), Run(folder)
+    t0, at = time.time(), {}
+    for place, command, trunk in stages:
+        place = Path(place)
+        place.mkdir(exist_ok=True)
+        if trunk and not Run(place).has_checkpoint():
+            for name in ('metrics.jsonl', 'ckpt.pt'): # in this order: with a checkpoint, all is there
+                shutil.copy(Path(trunk, name), place / name)
+        status = run_stage(command, place, env)
+        if status is None:
+            return # stopped or killed, or still active: it will be resumed
+        result = read_run(place, status)
+        if result['failed']:
+            break
+        at[place.name] = result['loss'], result['bits']
+    result |= dict(status=status, took=time.time() - t0, at=at)
+    if not keep:
+        for path in folder.rglob('*.pt'):
+            path.unlink()
+    new = folder / 'result.json.tmp'
+    new.write_text(dumps(result), encoding='utf-8')
+    os.replace(new, folder / 'result.json')
+
+
+def run_stage(command, folder, env):
+    """Runs train.py in folder. Returns its exit status; None if somebody stopped it or it is still at work."""
+    run = Run(folder)
     try:
         run.lock()
-    except ValueError: # this run is still active: its comparison was killed, but the run was not
-        return
+    except ValueError: # its comparison was killed, but the run was not
+        return None
     run.unlock()
     with open(folder / 'log.txt', 'w', encoding='utf-8') as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=PROJECT,
@@ -370,15 +402,7 @@ def execute(command, folder, env=None):
         status = process.wait()
         PROCESSES.discard(process)
     stops = {getattr(signal, name, None) for name in ('SIGINT', 'SIGTERM', 'SIGKILL', 'SIGHUP', 'SIGUSR1')}
-    if STOPPING.is_set() or status and (-status in stops or status - 128 in stops):
-        return # stopped or killed: it will be resumed
-    result = read_run(folder, status) | dict(status=status, took=time.time() - t0)
-    if not keep:
-        for path in folder.glob('*.pt'):
-            path.unlink()
-    new = folder / 'result.json.tmp'
-    new.write_text(dumps(result), encoding='utf-8')
-    os.replace(new, folder / 'result.json')
+    return None if STOPPING.is_set() or status and (-status in stops or status - 128 in stops) else status
 
 
 PROCESSES, STOPPING = set(), threading.Event()
@@ -405,9 +429,8 @@ def read_run(folder, status):
         peak_memory=max((line['peak_memory'] or 0 for line in logged), default=0) or None)
 
 
-def train_all(cells, what, at_once=None):
+def train_all(cells, what):
     """Trains the cells that have no result yet, in order, `jobs` at a time."""
-    at_once = at_once or jobs
     todo = list({cell.folder: cell for cell in cells if cell.result() is None}.values())
     if not todo:
         return
@@ -415,7 +438,7 @@ def train_all(cells, what, at_once=None):
     if cluster:
         return submit(todo)
     n_gpus, slots, done = torch.cuda.device_count(), queue.SimpleQueue(), []
-    for i in range(at_once):
+    for i in range(jobs):
         slots.put(i)
     t0 = time.time()
 
@@ -423,10 +446,10 @@ def train_all(cells, what, at_once=None):
         if STOPPING.is_set():
             return
         slot = slots.get()
-        env = dict(CUDA_VISIBLE_DEVICES=str(slot % n_gpus)) if n_gpus and at_once > 1 else {}
-        if at_once > 1 and not n_gpus: # or the threads of several runs would compete
-            env = dict(OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // at_once)))
-        execute(cell.command(), cell.folder, env)
+        env = dict(CUDA_VISIBLE_DEVICES=str(slot % n_gpus)) if n_gpus and jobs > 1 else {}
+        if jobs > 1 and not n_gpus: # or the threads of several runs would compete
+            env = dict(OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // jobs)))
+        execute(cell.stages(), cell.folder, env)
         slots.put(slot)
         if result := cell.result():
             done.append(cell)
@@ -435,7 +458,7 @@ def train_all(cells, what, at_once=None):
             report(f"  {len(done)}/{len(todo)}  {cell}: {came}"
                    f"{f'; about {left / 60:.0f} min left' if left > 60 else ''}")
 
-    with ThreadPoolExecutor(at_once) as pool:
+    with ThreadPoolExecutor(jobs) as pool:
         try:
             list(pool.map(train, todo))
         except KeyboardInterrupt:
@@ -468,7 +491,7 @@ def submit(cells):
     # as a separate process: a node's task is pickled, and this script's locks cannot be pickled
     code = (f"import sys, json; sys.path.insert(0, {str(PROJECT / 'tests')!r}); import compare; "
             f"compare.keep = {keep}; compare.execute(json.loads(sys.argv[1]), sys.argv[2])")
-    submitted = [executor.submit(subprocess.run, [sys.executable, '-c', code, dumps(cell.command()),
+    submitted = [executor.submit(subprocess.run, [sys.executable, '-c', code, dumps(cell.stages(), default=str),
                                                   str(cell.folder.resolve())]) for cell in cells]
     try:
         for cell, job in zip(cells, submitted):
@@ -496,14 +519,12 @@ def losses(cells):
 
 def set_steps(arms, base):
     """Sets each arm's steps so that it takes as many FLOPs, or seconds, as the first arm."""
-    def tokens(arm): # per step
-        return math.prod(arm.config[name] for name in ('batch_size', 'block_size', 'gradient_accumulation_steps'))
     if equal == 'flops':
         for arm in arms:
             arm.steps = max(1, round(base.steps * base.flops * tokens(base) / (arm.flops * tokens(arm))))
     if equal == 'seconds':
         timing = [Cell(arm, 1.0, seed, 60, timed=True) for seed in (1, 2) for arm in arms] # alternating
-        train_all(timing, 'timing 60 steps', at_once=1)
+        train_all(timing, 'timing 60 steps')
         speeds = {}
         for cell in timing:
             speed = cell.result()['tokens_per_s'] or 0.0
@@ -513,29 +534,22 @@ def set_steps(arms, base):
 
 
 def search_rates(arms):
-    """Finds each arm's best factor. If it is at the end of the grid, extends the grid, at most twice."""
-    for arm in arms:
-        arm.lr = lrs[0]
-    if len(lrs) == 1:
-        return
-    step = max(b / a for a, b in zip(sorted(lrs), sorted(lrs)[1:]))
-    grids = {arm.name: sorted(lrs) for arm in arms}
-    for attempt in range(3):
-        train_all([Cell(arm, f, SEARCH_SEED + s, arm.steps) for s in range(lr_seeds)
-                   for i in range(max(map(len, grids.values()))) for arm in arms for f in grids[arm.name][i:i + 1]],
-                  'learning rates')
-        open_ended = False
+    """Finds each arm's best rate, see evidence.py. All arms search at the same time."""
+    start = sorted(round(math.log2(f), 4) for f in ((0.5, 1.0, 2.0) if lrs == 'auto' else lrs))
+    step = max((b - a for a, b in zip(start, start[1:])), default=0.0)
+    wanted = {arm.name: dict.fromkeys(start, 1) for arm in arms if step}
+    while any(wanted.values()):
+        new = {arm.name: [Cell(arm, factor(x), SEARCH_SEED + s, arm.steps) for x, n in wanted[arm.name].items()
+                          for s in range(len(arm.searched.get(x, ())), n)] for arm in arms}
+        train_all([cell for row in zip_longest(*new.values()) for cell in row if cell], 'learning rates')
         for arm in arms:
-            grid = grids[arm.name]
-            arm.lr_losses = {f: mean(losses([Cell(arm, f, SEARCH_SEED + s, arm.steps) for s in range(lr_seeds)]))
-                             for f in grid}
-            arm.lr = min(grid, key=lambda f: arm.lr_losses[f])
-            arm.bracketed = arm.lr not in (grid[0], grid[-1]) or not math.isfinite(arm.lr_losses[arm.lr])
-            if not arm.bracketed and attempt < 2:
-                open_ended = True
-                grids[arm.name] = [grid[0] / step, *grid] if arm.lr == grid[0] else [*grid, grid[-1] * step]
-        if not open_ended:
-            return
+            for x, n in wanted[arm.name].items():
+                arm.searched[x] = losses([Cell(arm, factor(x), SEARCH_SEED + s, arm.steps) for s in range(n)])
+        sd = evidence.run_sd(runs for arm in arms for runs in arm.searched.values())
+        wanted = {arm.name: evidence.next_rates(arm.searched, step, sd) for arm in arms}
+    for arm in arms:
+        arm.rate = evidence.best_rate(arm.searched, step, sd) if step else Rate(start[0])
+        arm.lr = factor(arm.rate.x)
 
 
 def make_arms(common, names):
@@ -543,6 +557,8 @@ def make_arms(common, names):
     for name in names:
         everyone.append(make_arm(name, common, everyone[0].params if equal == 'params' else None))
     known = {}
+    if horizons and horizons[-1] != everyone[0].steps:
+        raise ValueError(f"horizons={','.join(map(str, horizons))} must end with max_iters={everyone[0].steps}")
     for arm in everyone:
         if equal in ('steps', 'params') and arm.steps != everyone[0].steps:
             raise ValueError(f"the arm {arm.name} has max_iters={arm.steps} and the first one {everyone[0].steps}, and "
@@ -564,182 +580,111 @@ def compare(everyone):
     if base not in running:
         raise ValueError(f"the first arm is not causal: {base.leak}; --allow_leak=True trains it all the same")
     set_steps(running, base)
-    search_rates(running)
     if aa:
-        running.append(replace(base, name='A/A', first_seed=AA_SEED, lr_losses={}))
-    cells = {arm.name: [Cell(arm, arm.lr, arm.first_seed + s, arm.steps) for s in range(seeds)] for arm in running}
-    train_all([cells[arm.name][s] for s in range(seeds) for arm in running], 'verdict')
-    rows = [row_of(arm, cells[arm.name], base, cells[base.name]) for arm in running]
-    for row, p in zip(rows[1:], holm([row['p'] for row in rows[1:]])):
-        row['p_holm'] = p
-        row['verdict'] = verdict(row, rows[0]['failed'])
-    rows += [dict(arm=arm.name, leak=arm.leak, verdict=f'refused: it is not causal: {arm.leak}')
-             for arm in everyone if arm.leak and not allow_leak]
-    return rows
+        running.append(base.with_settings(dict(init_offset=AA_OFFSET), name=AA, searched={}))
+    search_rates(running)
+    judged = on_sealed_text(*running[:2]) if confirm and len(running) > 1 else running
+    rows = decide(judged)
+    for arm, row in zip(running[1:], rows[1:]):
+        if arm.name != AA:
+            enter(arm, text_of(judged[0]), row)
+    return rows + [dict(arm=arm.name, leak=arm.leak, word='refused', verdict=f'refused: it is not causal: {arm.leak}')
+                   for arm in everyone if arm not in running and arm.leak]
 
 
-def row_of(arm, cells, base, base_cells):
-    found = [cell.result() for cell in cells]
-    good = [r for r in found if not r['failed']]
-    pairs = [(b.result()['loss'], r['loss']) for b, r in zip(base_cells, found)
-             if not r['failed'] and not b.result()['failed']]
-    row = dict(arm=arm.name, lr=arm.lr, learning_rate=arm.lr * arm.config['learning_rate'], bracketed=arm.bracketed,
-               lr_losses={f'{f:g}': loss if math.isfinite(loss) else None for f, loss in arm.lr_losses.items()},
-               losses=[r['loss'] for r in found], bits=[r['bits'] for r in found], leak=arm.leak, proof=arm.proof,
-               failed=[r['failed'] for r in found if r['failed']], params=arm.params, flops=arm.flops, steps=arm.steps,
-               settings=[a.removeprefix(f'{PROJECT}/') for a in arm.argv if a not in base.argv],
-               curves=[r['curve'] for r in found])
-    if good:
-        row |= dict(zip(('loss', 'loss_half'), interval([r['loss'] for r in good])))
-        if all(r['bits'] for r in good):
-            row |= dict(zip(('bits_per_byte', 'bits_half'), interval([r['bits'] for r in good])))
-        row['tokens_per_s'] = median(r['tokens_per_s'] for r in good)
-        row['peak_memory'] = max(r['peak_memory'] or 0 for r in good) or None
-        reference = [b.result()['loss'] for b in base_cells if not b.result()['failed']]
-        row['seconds_to_first'] = seconds_to(mean(reference), [r['curve'] for r in good]) if reference else None
-    if arm is not base:
-        row |= paired(*zip(*pairs)) if pairs else paired([], [])
-    return row
+def ledger_of(arm):
+    return find_path(ledger) if ledger else dataset_folder(arm.config['dataset']) / 'ledger.jsonl'
 
 
-def seconds_to(loss, curves):
-    """Mean time at which runs reach a loss, interpolated between evaluations; None if a run does not reach it."""
-    times = []
-    for curve in curves:
-        for (_, _, t0, l0), (_, _, t1, l1) in zip(curve, curve[1:]):
-            if l1 <= loss:
-                times.append(t1 if l0 <= loss or l0 == l1 else t0 + (t1 - t0) * (l0 - loss) / (l0 - l1))
-                break
-        else:
-            return None
-    return mean(times)
+def read_ledger(arm):
+    path = ledger_of(arm)
+    return [loads(line) for line in path.read_text(encoding='utf-8').splitlines()] if path.exists() else []
 
 
-def verdict(row, failed_before=()):
-    """The verdict as one sentence. failed_before: how runs of the first arm failed."""
-    what = {'steps': 'steps', 'params': 'parameters and steps', 'flops': 'FLOPs', 'seconds': 'seconds'}[equal]
-    bad = f"; {len(row['failed'])} of {seeds} runs failed: it {row['failed'][0]}" if row['failed'] else ''
-    if failed_before:
-        bad += f"; {len(failed_before)} of {seeds} runs of the first arm failed: it {failed_before[0]}"
-    lr = '' if row['bracketed'] else '; its best learning rate is not bracketed'
-    lr = lr if len(lrs) > 1 else '; learning rates were not searched'
-    causal = 'NOT CAUSAL' if row['leak'] else f"causal: {row['proof']}"
-    if row['difference'] is None:
-        return f"no pair of runs to compare{bad}"
-    if row['half'] is None:
-        return f"one pair of seeds, which has no interval: {row['difference']:+.4f} {UNIT} is an anecdote{bad}"
-    size = f"{abs(row['difference']):.4f} ± {row['half']:.4f} {UNIT}"
-    rest = f"at equal {what}, {row['pairs']} paired seeds, p={row['p_holm']:.2g}, {causal}{lr}{bad}"
-    if row['p_holm'] < 0.05:
-        return f"{'better' if row['difference'] < 0 else 'worse'} by {size} {rest}"
-    n = row['needed'] and max(1, row['needed'] - row['pairs'])
-    more = 'more than 1,000 seeds' if n is None else f"about {n} more seed{'s' if n > 1 else ''}"
-    found = f"{row['difference']:+.4f} ± {row['half']:.4f} {UNIT}"
-    return f"cannot tell: {found} {rest}; {more} would, if it is that large"
+def enter(arm, text, row):
+    """Adds a line to the ledger: an idea, the text that judged it, and how."""
+    line = dict(arm=arm.name, idea=idea_of(arm), text=text, settings=arm.told(),
+                **{key: row.get(key) for key in ('word', 'difference', 'half', 'p', 'seeds')})
+    if all(line | dict(date=old['date']) != old for old in read_ledger(arm)):
+        with open(ledger_of(arm), 'a', encoding='utf-8') as f:
+            f.write(dumps(line | dict(date=time.strftime('%Y-%m-%d'))) + '\n')
+
+
+def idea_of(arm):
+    """Hash of an arm's name and files: an edited file is another idea, at another size it is the same one."""
+    return hashlib.sha256(dumps([arm.name, hash_sources(arm)]).encode()).hexdigest()[:16]
+
+
+def luck(base):
+    """What the ledger says of the validation text."""
+    text = text_of(base)
+    ideas = {line['idea'] for line in read_ledger(base) if line['text'] == text}
+    return (f"{len(ideas)} idea{'s were' if len(ideas) > 1 else ' was'} compared on this text, says {ledger_of(base)}: "
+            "the best of several is partly luck. --confirm=ARM asks text that nothing has seen." if ideas else '')
+
+
+def text_of(arm):
+    return Split(dataset_folder(arm.config['dataset']), 'val').fingerprint()
+
+
+def on_sealed_text(base, arm):
+    """Both arms as the dataset's sealed text judges them, with fresh seeds. ValueError if it judged another arm."""
+    judged = []
+    for one in base, arm:
+        folder = dataset_folder(one.config['dataset'])
+        place = Path(out).resolve() / 'sealed' / folder.name
+        sealed = sealed_dataset(folder, place)
+        judged.append(one.with_settings(dict(dataset=str(place)), first_seed=CONFIRM_SEED))
+    for line in read_ledger(arm):
+        if line['text'] == sealed and line['idea'] != idea_of(arm):
+            raise ValueError(f"the sealed text of {folder} judged {line['arm']} on {line['date']}, and a second look "
+                             "is no confirmation: seal other text, see --test_fraction of its prepare.py")
+    enter(arm, sealed, dict(word='begun'))
+    return judged
+
+
+def decide(running):
+    """Trains the verdict's seeds and judges; with until=decided, goes on with the arms that are not decided."""
+    n, began, limit = dict.fromkeys([arm.name for arm in running], seeds), time.time(), max_seeds or MAX_SEEDS
+    while True:
+        cells = {arm.name: [Cell(arm, arm.lr, arm.first_seed + s, arm.steps, horizons=horizons)
+                            for s in range(n[arm.name])] for arm in running}
+        train_all([cell for row in zip_longest(*cells.values()) for cell in row if cell], 'verdict')
+        rows = judge(running, cells)
+        for h in horizons:
+            for row, earlier in zip(rows, judge(running, cells, h)):
+                row.setdefault('at', {})[h] = {key: earlier.get(key) for key in ('losses', 'difference', 'half')}
+        undecided = [row['arm'] for row in rows[1:] if row['word'] == CANNOT_TELL and n[row['arm']] < limit]
+        if until == 'seeds' or not undecided or hours and time.time() - began > 3600 * hours:
+            return rows
+        for name in undecided:
+            n[name] += 1
+        most = max(n[name] for name in undecided)
+        share = min(2.0, math.sqrt(len(undecided))) # of the first arm: its seeds count for all of them
+        n[running[0].name] = max(n[running[0].name], min(limit, math.ceil(share * most)))
+
+
+def judge(running, cells, horizon=None):
+    runs = [{cell.seed: cell.result(horizon) for cell in cells[arm.name]} for arm in running]
+    return verdicts.judge(running, runs, UNIT, margin)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Table and plots
-
-def table(rows):
-    """The table in Markdown, and the verdicts."""
-    def pm(row, name, half):
-        if row.get(name) is None:
-            return '-'
-        return f"{row[name]:.4f}" + (f" ± {row[half]:.4f}" if row.get(half) is not None else '')
-
-    def number(value, text):
-        return '-' if value is None else text.format(value)
-    lines = [('arm', 'learning rate', 'loss', 'bits per byte', 'difference', 'p (Holm)', 'detectable', 'parameters',
-              'FLOPs a token', 'steps', 'tokens/s', 'peak memory', "seconds to first arm's loss")]
-    for row in rows:
-        if 'losses' not in row:
-            lines.append((row['arm'], 'refused', *'-' * 11))
-            continue
-        lines.append((
-            row['arm'] + (' (LEAKS)' if row['leak'] else ''), f"{row['learning_rate']:.2g}" + (
-                '' if row['bracketed'] or len(lrs) == 1 else ' (not bracketed)'),
-            pm(row, 'loss', 'loss_half'), pm(row, 'bits_per_byte', 'bits_half'), pm(row, 'difference', 'half'),
-            number(row.get('p_holm'), '{:.2g}'), number(row.get('detectable'), '{:.4f}'), f"{row['params']:,}",
-            f"{row['flops'] / 1e6:.3g}M", f"{row['steps']:,}", number(row.get('tokens_per_s'), '{:,.0f}'),
-            number(row.get('peak_memory') and row['peak_memory'] / 1e9, '{:.2f} GB'),
-            number(row.get('seconds_to_first'), '{:.0f}')))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = ['| ' + ' | '.join(cell.ljust(w) for cell, w in zip(line, widths)) + ' |' for line in lines]
-    text.insert(1, '|' + '|'.join('-' * (w + 2) for w in widths) + '|')
-    return '\n'.join(text + [''] + [f"{row['arm']}: {row['verdict']}" for row in rows if 'verdict' in row])
-
-
-def draw(rows, folder):
-    """Draws curves.png, learning_rates.png and differences.png."""
-    from matplotlib.figure import Figure
-    shown = [row for row in rows if row.get('curves') and any(row['curves'])]
-    if not shown: # all failed
-        return
-    figure = Figure(figsize=(15, 4.5), layout='constrained')
-    for axes, (label, scale_of) in zip(figure.subplots(1, 3, sharey=True), {
-            'tokens': lambda row, point: point[1], 'FLOPs': lambda row, point: point[1] * row['flops'],
-            'seconds of training': lambda row, point: point[2]}.items()):
-        for i, row in enumerate(shown):
-            whole = [curve for curve, loss in zip(row['curves'], row['losses']) if loss is not None]
-            points = [step for step in zip(*whole)][1:] # the first is the untrained network
-            x = [mean(scale_of(row, point) for point in step) for step in points]
-            y = [[point[3] for point in step] for step in points]
-            axes.plot(x, [mean(v) for v in y], color=f'C{i}', label=row['arm'])
-            axes.fill_between(x, [min(v) for v in y], [max(v) for v in y], color=f'C{i}', alpha=0.2, linewidth=0)
-        axes.set(xlabel=label, xscale='log')
-        axes.grid(alpha=0.3, which='both')
-    figure.axes[0].set_ylabel(f'validation loss, {UNIT} (band: all seeds)')
-    figure.axes[0].legend()
-    figure.savefig(folder / 'curves.png', dpi=120)
-    if any(row['lr_losses'] for row in shown):
-        figure = Figure(figsize=(6, 4.5), layout='constrained')
-        axes = figure.subplots()
-        for row in shown:
-            points = [(float(f), loss) for f, loss in row['lr_losses'].items() if loss is not None]
-            axes.plot(*zip(*points) if points else ([], []), marker='o', label=row['arm'])
-        axes.set(xlabel="factor of the config's learning rate", ylabel=f'validation loss, {UNIT}', xscale='log')
-        axes.legend()
-        axes.grid(alpha=0.3)
-        figure.savefig(folder / 'learning_rates.png', dpi=120)
-    compared = [row for row in shown if row.get('half') is not None]
-    if compared:
-        figure = Figure(figsize=(7, 1 + 0.4 * len(compared)), layout='constrained')
-        axes = figure.subplots()
-        axes.errorbar([row['difference'] for row in compared], range(len(compared)), fmt='o',
-                      xerr=[row['half'] for row in compared])
-        axes.axvline(0, color='gray', linewidth=0.8)
-        axes.set_yticks(range(len(compared)), [row['arm'] for row in compared])
-        axes.invert_yaxis()
-        axes.set_xlabel(f'difference to the first arm, {UNIT} (left is better; 95%)')
-        axes.grid(alpha=0.3)
-        figure.savefig(folder / 'differences.png', dpi=120)
-
-
-def gains_by_size(by_width):
-    """For each arm: its difference from the first arm at each size, and the change per factor 10 in FLOPs."""
-    lines, results = [], []
-    for i, row in enumerate(by_width[0][1][1:], 1):
-        points = [(w, rows[0]['flops'] * rows[0]['steps'], rows[i]) for w, rows in by_width]
-        pairs = [(math.log10(flops), b - a) for (_, flops, r), (_, rows) in zip(points, by_width)
-                 for a, b in zip(rows[0]['losses'], r.get('losses', ())) if a is not None and b is not None]
-        if not pairs or len({x for x, _ in pairs}) < 2:
-            continue
-        slope, half = line_fit(*zip(*pairs))
-        gaps = ', '.join(f"{r['difference']:+.4f} ± {r['half'] or 0:.4f} at {w}" for w, _, r in points
-                         if r.get('difference') is not None)
-        closes = ('the sizes do not say how it changes' if half is None or abs(slope) < half else
-                  f"it changes by {slope:+.4f} ± {half:.4f} for ten times the FLOPs")
-        lines.append(f"{row['arm']} by n_embd: {gaps}; {closes}")
-        results.append(dict(arm=row['arm'], slope=slope, half=half))
-    return lines, results
-
+# The command
 
 def check():
     if not out.strip():
         raise ValueError("out='' is no folder: choose one, such as --out=out-compare")
-    if not lrs or len(set(lrs)) < len(lrs):
+    if lrs != 'auto' and (not lrs or len(set(lrs)) < len(lrs)):
         raise ValueError(f"lrs={lrs} must be different factors, as in 0.5,1,2")
+    if until == 'decided' and not max_seeds and not hours:
+        raise ValueError("until=decided needs a limit: give --max_seeds=20 or --hours=8")
+    if list(horizons) != sorted(set(horizons)) or horizons and equal in ('flops', 'seconds'):
+        raise ValueError(f"horizons={horizons} must be growing numbers of steps, with --equal=steps or params")
+    if until == 'decided' and 0 < max_seeds < seeds:
+        raise ValueError(f"max_seeds={max_seeds} is below seeds={seeds}, with which the verdict begins")
+    if until == 'seeds' and (max_seeds or hours):
+        raise ValueError(f"max_seeds={max_seeds} and hours={hours:g} are limits of --until=decided, which is not given")
     if cluster:
         try:
             import submitit # noqa: F401
@@ -757,6 +702,9 @@ def claimed(folder, common):
         if path.exists() and (before := loads(path.read_text(encoding='utf-8'))) != common:
             raise ValueError(f"{folder} holds the comparison of {' '.join(before)}: choose another --out")
         path.write_text(dumps(common), encoding='utf-8')
+        (folder / 'proofs').mkdir(exist_ok=True)
+        for name, proof in PROOFS.items():
+            (folder / 'proofs' / name).write_text(dumps(proof), encoding='utf-8')
         yield
     finally:
         run.unlock()
@@ -774,34 +722,43 @@ def main(argv):
     signal.signal(signal.SIGTERM, signal.default_int_handler) # like Ctrl-C: its runs stop too
     explain_errors()
     check()
-    at_width = {}
+    at_width, names = {}, split_arms(arms)
+    if confirm and confirm not in names:
+        raise ValueError(f"confirm={confirm!r} is not one of arms={','.join(names)!r}")
+    names = [name for name in names if not confirm or name == confirm]
     for width in scale or (None,):
         more = []
         if width:
             first = configured(*common).config
             more = [f'--n_embd={width}', f"--n_head={max(1, round(first['n_head'] * width / first['n_embd']))}"]
-        at_width[width] = make_arms(common + more, split_arms(arms))
+        at_width[width] = make_arms(common + more, names)
     UNIT = unit_of([arm for everyone in at_width.values() for arm in everyone])
+    base = next(iter(at_width.values()))[0]
+    open(ledger_of(base), 'a', encoding='utf-8').close() # fail now, not after the runs
     with claimed(Path(out), common):
         everything = [(width, compare(everyone)) for width, everyone in at_width.items()]
-        lines, slopes = gains_by_size(everything) if scale else ([], [])
-        about = dict(command=argv, commit=git_commit(), torch=torch.__version__, equal=equal, seeds=seeds)
-        results = dict(about=about, by_size=slopes, tables=[dict(n_embd=w, rows=rows) for w, rows in everything])
+        lines, slopes = verdicts.trends(everything, horizons)
+        made_by = dict(command=argv, commit=git_commit(), torch=torch.__version__, equal=equal, unit=UNIT)
+        results = dict(about=made_by, trends=slopes, tables=[dict(n_embd=w, rows=rows) for w, rows in everything])
         folder, text = Path(out), []
         (folder / 'compare.json').write_text(dumps(results, indent=1), encoding='utf-8')
         for width, rows in everything:
             place = folder / f'n_embd-{width}' if width else folder
             place.mkdir(exist_ok=True)
             try:
-                draw(rows, place)
+                verdicts.draw(rows, place, UNIT)
             except ImportError:
                 report('no pictures: pip install matplotlib')
-            text += [f'n_embd={width}'] * bool(width) + [table(rows), '']
-        text = '\n'.join(text + lines)
-        (folder / 'table.md').write_text(text + '\n', encoding='utf-8')
+            text += [f'n_embd={width}'] * bool(width) + [verdicts.short_table(rows), '']
+            text += [f"{row['arm']}: {row['verdict']}" for row in rows if 'verdict' in row]
+            text += [verdicts.about(rows, equal), '']
+        text = '\n'.join(text + lines + [luck(base)]).strip()
+        more = '\n\n'.join(verdicts.long_table(rows) for _, rows in everything)
+        (folder / 'table.md').write_text(f'{text}\n\n{more}\n', encoding='utf-8')
         print(dumps(results) if json else text)
-        if all(row.get('loss') is None for _, rows in everything for row in rows):
-            sys.exit(1) # no run finished
+        compared = [row for _, rows in everything for row in rows[1:] if row['arm'] != AA]
+        if any(row['word'] == CANNOT_TELL for row in compared):
+            sys.exit(1) # somebody is without a verdict
 
 
 if __name__ == '__main__':

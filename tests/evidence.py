@@ -1,0 +1,251 @@
+"""
+The statistics of tests/compare.py: what runs with different seeds and learning rates say about the difference of arms.
+
+A run's loss is taken to be the arm's best loss + what its learning rate costs + an effect of the seed, which all arms
+share + noise of its own. The search of rates estimates the second; the verdict's fresh seeds estimate the rest.
+"""
+import functools
+import math
+from dataclasses import dataclass
+from statistics import mean, median
+
+import numpy as np
+from scipy import stats
+
+MIN_SEEDS, MAX_SEEDS = 3, 50 # p-values hold for looks at these many: of two runs that agree, both may be outliers
+FINALISTS, FINAL_SEEDS = 2, 3 # the best rates of a search are tried with several seeds
+WIDEST = 8 # octaves of a search
+CLIFF = 5.0 # range of three seeds at one rate, in standard deviations, that noise alone exceeds with 0.1%
+STEEP = 10.0 # standard deviations above the best loss up to which a curve is a parabola: further up may be a cliff
+PRIOR_RUNS = 4 # as how many runs the pooled variance counts beside an arm's own
+PRIOR_PAIRS = 8 # and zero beside the measured covariance of arms within a seed
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The search of learning rates. x is a rate's log2; found is {x: losses of its seeds}, inf where a run failed
+
+def run_sd(groups):
+    """Standard deviation between seeds: the median over groups of runs that differ in nothing else; 0 if unknown."""
+    groups = [[*group] for group in groups]
+    sds = [np.std(g, ddof=1) / stats.chi2.median(len(g) - 1) ** 0.5 * (len(g) - 1) ** 0.5 for g in groups
+           if len(g) > 1 and np.isfinite(g).all()]
+    return float(median(sds)) if sds else 0.0
+
+
+def score(losses, sd):
+    """The mean loss at a rate; inf at a cliff, where a run failed or is an outlier."""
+    return math.inf if sd and max(losses) - min(losses) > CLIFF * sd else mean(losses)
+
+
+def next_rates(found, step, sd=0.0):
+    """
+    {x: seeds} that the search still needs; {} at its end. First whole steps, until the best rate has a worse one on
+    either side, then half steps around it, then three seeds at the two best.
+    """
+    scores = {x: score(losses, sd) for x, losses in found.items()}
+    order = sorted(scores, key=lambda x: (scores[x], x)) # if all fail, the lowest
+    best, low, high = order[0], min(found), max(found)
+    if best in (low, high) and high - low < WIDEST:
+        return {best - step if best == low else best + step: 1}
+    if sum(len(losses) >= FINAL_SEEDS for losses in found.values()) > FINALISTS:
+        return {} # the best changed twice: rates are hardly different
+    half = {x: 1 for x in (best - step / 2, best + step / 2) if low < x < high and x not in found}
+    finals = {x: FINAL_SEEDS for x in order[:FINALISTS] if len(found[x]) < FINAL_SEEDS and math.isfinite(scores[x])}
+    return half or finals
+
+
+@dataclass
+class Rate:
+    """The result of a search: where the verdict runs, and what it may lose there to the best rate."""
+    x: float
+    loss: float = math.nan # that the search promises there
+    error: float = 0.0 # of this promise
+    excess: float = 0.0 # expected loss above the best rate's
+    excess_sd: float = 0.0
+    bracketed: bool = True
+
+
+def best_rate(found, step, sd):
+    """
+    The minimum of a parabola in log rate through the runs within a step of the best rate. Its error is the spread of
+    the parabolas that fit as well.
+    """
+    scores = {x: score(losses, sd) for x, losses in found.items()}
+    best = min(scores, key=lambda x: (scores[x], x))
+    bracketed = min(found) < best < max(found) and math.isfinite(scores[best])
+    low, high = (max((x for x in found if x < best and scores[x] == math.inf), default=-math.inf),
+                 min((x for x in found if x > best and scores[x] == math.inf), default=math.inf))
+    near = [x for x in found if abs(x - best) < 1.01 * step and low < x < high]
+    smooth = [x for x in near if scores[x] < scores[best] + STEEP * sd]
+    near = smooth if len(smooth) > 2 else near
+    u, y = np.array([(x - best, loss) for x in near for loss in found[x]]).reshape(-1, 2).T
+    if len(near) < 3: # a line or a point
+        return Rate(best, scores[best], sd / math.sqrt(len(found[best])), 0.0, sd, bracketed)
+    powers = u[:, None] ** [0, 1, 2]
+    inverse = np.linalg.pinv(powers.T @ powers)
+    curve = inverse @ powers.T @ y
+    rest = ((y - powers @ curve) ** 2).sum()
+    variance = (rest + PRIOR_RUNS * sd ** 2) / (max(0, len(u) - 3) + PRIOR_RUNS)
+    # the best of a grid of quarter steps, not further than half a step from the best rate that ran
+    grid = np.arange(max(-2, math.ceil(4 * u.min() / step)), min(2, math.floor(4 * u.max() / step)) + 1) * step / 4
+    places = grid[:, None] ** [0, 1, 2]
+    at = places[np.argmin(places @ curve)]
+    draws = np.random.default_rng(0).multivariate_normal(curve, variance * inverse, 2000)
+    draws = draws[draws[:, 2] > 0] if (draws[:, 2] > 0).sum() > 100 else draws
+    everywhere = np.linspace(u.min(), u.max(), 33)[:, None] ** [0, 1, 2]
+    excess = draws @ at - (draws @ everywhere.T).min(axis=1)
+    # twice, since curves are no parabolas: three times as steep above the best rate, they cost twice as much
+    return Rate(float(best + at[1]), float(at @ curve), math.sqrt(variance * (at @ inverse @ at)), float(excess.mean()),
+                2 * float(excess.std()), bracketed)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Probabilities that hold at every look
+
+def crossing(z):
+    """P(|S_n| >= z sqrt(n) for an n from MIN_SEEDS to MAX_SEEDS), S a random walk of standard normal steps."""
+    if z > 8:
+        return 2 * MAX_SEEDS * stats.norm.sf(z) # an upper bound
+    h = 0.05
+    x = np.arange(-math.ceil((z * math.sqrt(MAX_SEEDS) + 9) / h), math.ceil((z * math.sqrt(MAX_SEEDS) + 9) / h) + 1) * h
+    step = stats.norm.pdf(np.arange(-180, 181) * h) * h
+    density, crossed = stats.norm.pdf(x, scale=math.sqrt(MIN_SEEDS)) * h, 0.0
+    for n in range(MIN_SEEDS, MAX_SEEDS + 1):
+        if n > MIN_SEEDS:
+            density = np.convolve(density, step, 'same')
+        out = np.clip((np.abs(x) - z * math.sqrt(n)) / h + 0.5, 0.0, 1.0) # the part of each cell that is outside
+        crossed += density @ out
+        density *= 1 - out
+    return min(1.0, float(crossed))
+
+
+@functools.cache
+def crossings():
+    z = np.linspace(0.0, 8.0, 161)
+    return z, np.log([crossing(v) for v in z])
+
+
+def p_value(z):
+    """The probability that noise alone brings |z| this high at any look."""
+    table, logs = crossings()
+    return float(np.exp(np.interp(abs(z), table, logs)) if abs(z) <= 8 else crossing(abs(z)))
+
+
+def boundary(level):
+    """The |z| that noise alone exceeds at some look with this probability."""
+    table, logs = crossings()
+    return float(np.interp(-math.log(level), -logs, table))
+
+
+def holm(ps, level):
+    """
+    By how much each p-value must be multiplied, as one of several (Holm 1979): the smallest by their number, the next
+    by one less while they stay below the level. None counts as no test.
+    """
+    counts, left = [1] * len(ps), sum(p is not None for p in ps)
+    for i in sorted((i for i, p in enumerate(ps) if p is not None), key=lambda i: ps[i]):
+        counts[i] = left
+        left -= int(ps[i] * left < level)
+    return counts
+
+
+def sign_test(won, lost):
+    """p-value of a fair coin that holds at every look: the inverse of a likelihood ratio with a uniform prior."""
+    return min(1.0, (won + lost + 1) * math.comb(won + lost, won) / 2 ** (won + lost))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Differences
+
+@dataclass
+class Difference:
+    """An arm's best loss minus the first arm's, with the error of seeds and rates."""
+    value: float
+    seeds_variance: float
+    rate_variance: float
+    df: float
+
+    @property
+    def z(self):
+        """The difference in standard deviations, as the normal distribution would have it."""
+        t = self.value / np.sqrt(self.seeds_variance + self.rate_variance)
+        return np.copysign(stats.norm.isf(stats.t.sf(abs(t), self.df)), t)
+
+    def half(self, level):
+        """Half the width of the interval that misses the truth at some look with this probability."""
+        t = stats.t.isf(stats.norm.sf(boundary(level)), self.df)
+        return t * np.sqrt(self.seeds_variance + self.rate_variance)
+
+    def seeds_needed(self, n, level, power=0.8):
+        """How many seeds would tell this difference with this power, when these are n; None: no number would."""
+        wanted = self.value / (boundary(level) + stats.norm.isf(1 - power))
+        room = wanted ** 2 - self.rate_variance
+        needed = self.seeds_variance * n / room if room > 0 else math.inf
+        return math.ceil(needed) if needed <= MAX_SEEDS else None
+
+
+def noise(losses, searches):
+    """(variance, its degrees of freedom) of each arm's runs, shrunk towards what is usual among the arms."""
+    squares, df = [], []
+    for runs, found in zip(losses, searches):
+        groups = [g for g in (list(runs.values()), *found) if len(g) > 1]
+        squares.append(sum(np.var(g) * len(g) for g in groups))
+        df.append(sum(len(g) - 1 for g in groups))
+    squares, df = np.array(squares), np.array(df)
+    own = df > 0
+    if not own.any():
+        return None
+    usual = np.median(squares[own] / stats.chi2.median(df[own])) if own.sum() > 2 else squares.sum() / df.sum()
+    # not zero, where all runs are equal
+    return np.maximum((PRIOR_RUNS * usual + squares) / (PRIOR_RUNS + df), 1e-18), PRIOR_RUNS + df
+
+
+def shared(table, variances):
+    """Covariance of two arms with the same seed, shrunk towards zero. Negative luck counts, against a bias."""
+    known = np.isfinite(table)
+    counts = known.sum(axis=1, keepdims=True)
+    rest = np.where(known, table - np.nansum(table, axis=1, keepdims=True) / np.maximum(1, counts), 0.0)
+    products, pairs = np.triu(rest @ rest.T, 1).sum(), np.maximum(0, np.triu(1 * known @ known.T, 1) - 1).sum()
+    limit = 0.9 * variances.min()
+    return float(np.clip(products / (pairs + PRIOR_PAIRS), -limit / len(table), limit))
+
+
+def differences(losses, rates, searches):
+    """
+    The Difference of each arm but the first from the first; None for an arm of few runs, or if nothing has a spread.
+    losses: {seed: loss} of each arm; rates: their Rates; searches: their losses at searched rates, lists by rate.
+    """
+    found = noise(losses, searches)
+    if found is None:
+        return [None] * (len(losses) - 1)
+    variances, df = found
+    seeds = sorted(set().union(*losses))
+    table = np.array([[runs.get(seed, math.nan) for seed in seeds] for runs in losses])
+    covariance = shared(table, variances)
+    # generalized least squares. A seed's inverse covariance is diagonal but for a product (Woodbury's identity)
+    precision = np.isfinite(table) / (variances - covariance)[:, None]
+    seed_share = precision * (covariance / (1 + covariance * precision.sum(axis=0)))
+    information = np.diag(precision.sum(axis=1)) - seed_share @ precision.T
+    sums = precision * np.nan_to_num(table)
+    error = np.linalg.pinv(information) # of the means
+    means = error @ (sums.sum(axis=1) - seed_share @ sums.sum(axis=0))
+    result = []
+    for a in range(1, len(losses)):
+        if min(len(losses[0]), len(losses[a])) < MIN_SEEDS:
+            result.append(None)
+            continue
+        value = means[a] - rates[a].excess - means[0] + rates[0].excess
+        parts = np.array([variances[0] / len(losses[0]), variances[a] / len(losses[a])])
+        freedom = parts.sum() ** 2 / (parts ** 2 / df[[0, a]]).sum() # Satterthwaite's
+        result.append(Difference(float(value), float(error[a, a] + error[0, 0] - 2 * error[a, 0]),
+                                 rates[a].excess_sd ** 2 + rates[0].excess_sd ** 2,
+                                 float(min(freedom, (df - PRIOR_RUNS).sum())))) # no more than all runs have
+    return result
+
+
+def slope(x, lines):
+    """Mean slope over seeds of their differences, lines[i][seed] at x[i], and the half-width of its 95% t-interval."""
+    whole = [line for line in zip(*lines) if None not in line]
+    if len(x) < 2 or len(whole) < 2:
+        return None, None
+    slopes = [stats.linregress(x, line).slope for line in whole]
+    return float(np.mean(slopes)), float(stats.t.isf(0.025, len(slopes) - 1) * stats.sem(slopes))
