@@ -1,6 +1,8 @@
 """tests/studies.py runs: each study, tiny, on the CPU, with a dataset of few characters. No timing is checked."""
 import importlib.util
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,6 +97,35 @@ def test_repetition(studies, words, tmp_path):
     assert rows[0]['way'] == 'greedy'
     assert rows[0]['end in a loop'] == 1.0 # a network without training says one token for ever
     assert all(0 < row['distinct 8-grams'] <= 1 and row['nats a token'] > 0 for row in rows)
+
+
+def test_verdict(studies):
+    errors, published = studies('verdict', '--repeats=10', '--variants=curvature 0.2,')
+    assert len(errors) == 3 and all(row['raw']['of'] == 10 for row in errors)
+    assert all(0 <= row['5 to 20'] <= row['5 to 50'] <= 100 for row in errors)
+    told = {row['test']: row['told'] for row in published}
+    assert told['paired t'] <= told['Welch'] <= told["this model's variances, one look"] and told['any look'] > 5
+
+
+def test_planted(studies, words, monkeypatch):
+    """Each comparison has seeds of its own; an arm's truth is its mean difference."""
+    compare, seeds = studies.script.compare, []
+    for name in 'FIRST_SEED', 'SEARCH_SEED', 'subprocess':
+        monkeypatch.setattr(compare, name, getattr(compare, name)) # and back at the end
+
+    def main(argv):
+        seeds.append((compare.FIRST_SEED, compare.SEARCH_SEED))
+        out = Path(next(arg for arg in argv if arg.startswith('--out=')).removeprefix('--out='))
+        out.mkdir()
+        rows = [dict(arm=arm, difference=0.1 + 0.01 * len(seeds), word='worse' if arm != 'A/A' else 'cannot tell')
+                for arm in ('as it is', 'mlp_ratio=2.667', 'warmup_iters=0', 'A/A')]
+        (out / 'compare.json').write_text(json.dumps(dict(tables=[dict(rows=rows)])))
+        sys.exit(1)
+    monkeypatch.setattr(compare, 'main', main)
+    rows, = studies('planted', words, '--comparisons=2')
+    assert seeds == [(1, 10_000), (101, 10_100)]
+    assert [row['arm'] for row in rows] == ['mlp_ratio=2.667', 'warmup_iters=0', 'A/A']
+    assert rows[0]['worse'] == 2 and rows[2]['cannot tell'] == 2 and rows[0]['truth'].startswith('+0.1150 ± 0.06')
 
 
 @pytest.mark.parametrize('arguments, words', [
