@@ -1,5 +1,5 @@
 # gMLP with a tiny attention added to its gate (aMLP, arXiv 2105.08050), causal.
-# Use it after config/shakespeare_small.py. Loss 1.782 ± 0.017 after 1000 steps at learning rate 0.008 (5 seeds).
+# Use it after config/shakespeare_small.py. Loss 1.936 after 500 steps at learning rate 0.0067 (3 seeds).
 out_dir = 'out-amlp'
 mixer = 'gmlp'
 mlp = 'none'

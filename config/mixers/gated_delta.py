@@ -1,5 +1,5 @@
 # The gated delta rule: a constant-size state that corrects what it stored, and time linear in the length.
-# Use it after config/shakespeare_small.py. Loss 1.857 ± 0.011 after 1000 steps at learning rate 0.002 (5 seeds).
+# Use it after config/shakespeare_small.py. Loss 1.986 after 500 steps at learning rate 0.002 (3 seeds).
 # Needs no position embedding, so decoding can continue beyond block_size.
 import math
 
