@@ -1,8 +1,8 @@
 """
 Which idea is better, and how certain is that? Trains each arm with several seeds at its own best learning rate.
 
-    python tests/compare.py config/shakespeare_small.py --arms=config/mixers/gmlp.py,config/mixers/rope.py,qk_norm=True \\
-        --equal=params --seeds=3 --until=decided --max_seeds=12 --jobs=2 --out=compare-x
+    python tests/compare.py config/shakespeare_small.py --arms=config/mixers/gmlp.py,qk_norm=True --jobs=2 \\
+        --equal=params --seeds=3 --until=decided --max_seeds=12 --out=compare-x
 
 The first arm is the config itself. Every other arm adds a config file, a setting, or several of them joined by +:
 config/mixers/rope.py+qk_norm=True. train.py's settings on the command line apply to all arms. Datasets of the same text
@@ -65,7 +65,7 @@ seeds = 5 # seeds of the verdict [1, 50]
 until: Literal['seeds', 'decided'] = 'seeds' # decided: go on with one more seed for each arm that is not decided
 max_seeds = 0 # with until=decided: at most this many seeds [0, 50]
 hours = 0.0 # with until=decided: begin no seed after this many hours [0, inf)
-margin = 0.0 # losses that differ by less are the same, in the unit of the table; 0: none are [0, inf)
+margin: float | None = None # losses that differ by less are the same, in the unit of the table (0, inf)
 lrs: Literal['auto'] | tuple[float, ...] = 'auto' # factors on the config's learning rates that begin each arm's search;
     # auto: 0.5,1,2; a single one is not searched (0, inf)
 equal: Literal['steps', 'params', 'flops', 'seconds'] = 'steps' # what to equalize. params: via the width of the MLP

@@ -62,7 +62,8 @@ def run(words, tmp_path, monkeypatch, capsys):
         (folder / 'result.json').write_text(json.dumps(result))
     monkeypatch.setattr(compare, 'execute', execute)
     draw = compare.verdicts.draw
-    monkeypatch.setattr(compare.verdicts, 'draw', lambda *args: script.draws and draw(*args)) # takes longer than all the rest
+    # takes longer than all the rest
+    monkeypatch.setattr(compare.verdicts, 'draw', lambda *args: script.draws and draw(*args))
 
     def script(*arguments, refused=False):
         for name, value in defaults.items():
@@ -166,11 +167,14 @@ def test_a_broken_promise_and_an_outlier_are_said(run):
 
 def test_horizons(run, tmp_path, words):
     """One trunk, a decay for each horizon; the difference at each, and its change."""
-    run.loss = lambda key, factor, seed, steps=8: run.default_loss(key, factor, seed) - (0.4 + 0.01 * seed) * (key != '') / (steps or 8)
+    run.loss = lambda key, factor, seed, steps=8: (
+        run.default_loss(key, factor, seed) - (0.4 + 0.01 * seed) * (key != '') / (steps or 8))
     _, row = run('--arms=mlp=relu2', '--seeds=4', '--horizons=4,8', '--lrs=2,')
     assert row['at']['4']['difference'] == pytest.approx(row['difference'] - 0.05, abs=0.03)
     line = run.text.split('mlp=relu2 by steps: ')[1].splitlines()[0]
-    assert re.fullmatch(r'-0.1\S+ ± \S+ at 4, -0.0\S+ ± \S+ at 8; it changes by .0.0[45]\S+ ± .* for twice the steps', line)
+    gaps, change = line.split('; ')
+    assert re.fullmatch(r'-0.1\S+ ± \S+ at 4, -0.0\S+ ± \S+ at 8', gaps)
+    assert re.fullmatch(r'it changes by .0.0[45]\S+ ± .* for twice the steps', change)
     cell = compare.Cell(compare.make_arm('', [str(words)]), 1.0, 1, 8, horizons=(4, 8))
     places = [(place.name, [arg for arg in command if arg.startswith(('--max_iters', '--wsd'))], trunk and trunk.name)
               for place, command, trunk in cell.stages()]
@@ -256,7 +260,8 @@ def test_a_run_that_somebody_stops_goes_on_next_time(run, monkeypatch):
 
 def test_a_killed_run_is_no_result(tmp_path):
     code = 'import os, sys; os.kill(os.getpid(), int(sys.argv[1])) if sys.argv[1] != "0" else sys.exit(3)'
-    compare.execute([(tmp_path / 'killed', [sys.executable, '-c', code, '9'], None)], tmp_path / 'killed') # as where memory is short
+    killed = tmp_path / 'killed' # as where memory is short
+    compare.execute([(killed, [sys.executable, '-c', code, '9'], None)], killed)
     assert not (tmp_path / 'killed/result.json').exists()
     for status in '0', str(int(signal.SIGSEGV)): # a crash is one
         compare.execute([(tmp_path / status, [sys.executable, '-c', code, status], None)], tmp_path / status)
@@ -276,11 +281,13 @@ def test_a_damaged_result_is_done_again(run, tmp_path):
     run('--seeds=2', '--lrs=2,')
     folder = next(tmp_path.glob('out/runs/*'))
     (folder / 'result.json').write_text('{')
-    assert 'File exists' in run('--seeds=2', '--lrs=2,', refused=True) # it is asked for again, and the fixture makes its folder
+    # it is asked for again, and the fixture makes its folder
+    assert 'File exists' in run('--seeds=2', '--lrs=2,', refused=True)
 
 
 def test_runs_of_the_first_arm_that_fail_are_said(run):
-    run.loss = lambda key, factor, seed, steps=0: math.nan if not key and seed == 2 else run.default_loss(key, factor, seed)
+    run.loss = lambda key, factor, seed, steps=0: (
+        math.nan if not key and seed == 2 else run.default_loss(key, factor, seed))
     _, row = run('--arms=qk_norm=True', '--seeds=4', '--lrs=2,')
     assert row['won'] + row['lost'] == 4
     assert '1 of 4 runs of the first arm failed: it had no finite step' in row['verdict']
@@ -328,8 +335,8 @@ def test_scale(run):
 def test_a_module_that_two_arms_import_is_part_of_both(run, tmp_path):
     (tmp_path / 'width_of_mlp.py').write_text('WIDTH = 2.0')
     for i in (1, 2):
-        (tmp_path / f'arm{i}.py').write_text(f'import sys\nsys.path.insert(0, {str(tmp_path)!r})\nimport width_of_mlp as '
-                                             f'_module\nmlp_ratio = _module.WIDTH + {i}\n')
+        (tmp_path / f'arm{i}.py').write_text(f'import sys\nsys.path.insert(0, {str(tmp_path)!r})\n'
+                                             f'import width_of_mlp as _module\nmlp_ratio = _module.WIDTH + {i}\n')
     arms = f'--arms={tmp_path}/arm1.py,{tmp_path}/arm2.py'
     run(arms, '--seeds=1', '--lrs=1,')
     assert len(run.asked) == 3
@@ -358,7 +365,7 @@ def test_runs_begin_with_the_given_weights(run, words, tmp_path, monkeypatch):
     (['--arms=mlp=none', '--equal=params'], '--equal=flops'), (['--dataset=shakespeare'], 'prepare.py'),
     (['--until=decided'], 'needs a limit'), (['--until=decided', '--max_seeds=3'], 'max_seeds=3 is below seeds=5'),
     (['--max_seeds=9'], 'limits of --until=decided'), (['--ledger=/nowhere/x'], '/nowhere/x'),
-    (['--seeds=51'], 'seeds=51'), (['--margin=-1'], 'margin=-1'), (['--lrs=1,auto'], 'lrs'),
+    (['--seeds=51'], 'seeds=51'), (['--margin=0'], 'margin=0'), (['--lrs=1,auto'], 'lrs'),
     (['--horizons=4,16'], 'must end with max_iters=8'), (['--horizons=8,4'], 'growing'),
     (['--equal=watts'], 'watts'), (['--arms=seed=5'], 'the same'), (['--arms=log_interval=3'], 'the same'),
     (['--arms=max_iters=20'], 'max_iters=20 and the first one 8'), (['--out='], "out='' is no folder"),
@@ -384,7 +391,8 @@ def test_a_folder_of_another_comparison(run):
 
 def start(words, out, *more):
     return subprocess.Popen([sys.executable, PROJECT / 'tests/compare.py', words, f'--out={out}', '--arms=qk_norm=True',
-                             '--seeds=2', '--lrs=1,', '--eval_tokens=64', '--device=cpu', '--dtype=float32', '--peak_flops=1e12',
+                             '--seeds=2', '--lrs=1,', '--eval_tokens=64', '--device=cpu', '--dtype=float32',
+                             '--peak_flops=1e12',
                              *more],
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             env=os.environ | dict(OMP_NUM_THREADS='1'))

@@ -49,7 +49,8 @@ def test_signs():
         likelihood = math.factorial(won) * math.factorial(lost) / math.factorial(won + lost + 1) # of a uniform coin
         assert evidence.sign_test(won, lost) == pytest.approx(min(1.0, 0.5 ** (won + lost) / likelihood))
     throws = RNG(1).random((4000, MAX_SEEDS)) < 0.5
-    ever = [any(evidence.sign_test(int(w), n + 1 - int(w)) < 0.05 for n, w in enumerate(row.cumsum())) for row in throws]
+    ever = [any(evidence.sign_test(won, n - won) < 0.05 for n, won in enumerate(row.cumsum().tolist(), 1))
+            for row in throws]
     assert 0.005 < np.mean(ever) < 0.05
 
 
@@ -114,7 +115,8 @@ def test_the_cost_of_a_rate():
 def lots(n, correlation, seed=0):
     """Two arms' losses with n seeds, correlated within a seed."""
     own, shared = RNG(seed).normal(size=(2, n)), RNG(seed + 1000).normal(size=n)
-    return [dict(enumerate(1.5 + 0.01 * (math.sqrt(correlation) * shared + math.sqrt(1 - correlation) * x))) for x in own]
+    noise = math.sqrt(correlation) * shared + math.sqrt(1 - correlation) * own
+    return [dict(enumerate(1.5 + 0.01 * row)) for row in noise]
 
 
 def difference(losses, rates=(Rate(0.0), Rate(0.0)), searches=((), ())):
@@ -126,7 +128,8 @@ def test_pairs_and_no_pairs():
     for correlation, tolerance in (0.0, 0.05), (0.9, 0.2): # a covariance is drawn towards zero
         first, second = losses = lots(400, correlation)
         a, b = np.array([*first.values()]), np.array([*second.values()])
-        found, right = difference(losses), stats.ttest_rel(b, a) if correlation else stats.ttest_ind(b, a, equal_var=False)
+        found = difference(losses)
+        right = stats.ttest_rel(b, a) if correlation else stats.ttest_ind(b, a, equal_var=False)
         assert found.value == pytest.approx(b.mean() - a.mean())
         assert found.value / math.sqrt(found.seeds_variance) == pytest.approx(right.statistic, rel=tolerance)
         low, high = right.confidence_interval(1 - 2 * stats.norm.sf(evidence.boundary(0.05)))

@@ -132,8 +132,8 @@ def sentence(row, first, unit):
     elif row['half'] is not None:
         found = f": {plus_minus(row)} {unit}"
     elif row['difference'] is not None:
-        return (f"{CANNOT_TELL}: {row['difference']:+.4f} {unit} is an anecdote, since fewer than {MIN_SEEDS} seeds have "
-                "no interval")
+        few = f"{row['difference']:+.4f} {unit} is an anecdote, as below {MIN_SEEDS} seeds there is no interval"
+        return '; '.join([f"{CANNOT_TELL}: {few}", *notes])
     else:
         return '; '.join([f"{CANNOT_TELL}: no pair of runs to compare", *notes])
     if row['word'] == CANNOT_TELL and row['half'] is not None:
