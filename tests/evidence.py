@@ -16,7 +16,8 @@ MIN_SEEDS, MAX_SEEDS = 3, 50 # p-values hold for looks at these many: of two run
 FINALISTS, FINAL_SEEDS = 2, 3 # the best rates of a search are tried with several seeds
 WIDEST = 8 # octaves of a search
 CLIFF = 5.0 # range of three seeds at one rate, in standard deviations, that noise alone exceeds with 0.1%
-STEEP = 10.0 # standard deviations above the best loss up to which a curve is a parabola: further up may be a cliff
+TAILS = 3 # degrees of freedom of a searched run's noise: some are outliers
+SKEWS = 1 / 3, 1, 3 # how much steeper a curve of losses may be above the best rate than below it
 PRIOR_RUNS = 4 # as how many runs the pooled variance counts beside an arm's own
 PRIOR_PAIRS = 8 # and zero beside the measured covariance of arms within a seed
 
@@ -33,24 +34,28 @@ def run_sd(groups):
 
 def score(losses, sd):
     """The mean loss at a rate; inf at a cliff, where a run failed or is an outlier."""
-    return math.inf if sd and max(losses) - min(losses) > CLIFF * sd else mean(losses)
+    return math.inf if math.inf in losses or sd and max(losses) - min(losses) > CLIFF * sd else mean(losses)
 
 
 def next_rates(found, step, sd=0.0):
     """
     {x: seeds} that the search still needs; {} at its end. First whole steps, until the best rate has a worse one on
-    either side, then half steps around it, then three seeds at the two best.
+    either side, then half steps around it, then three seeds at the two best, then another one beside the best where a
+    sudden rise may be an outlier's.
     """
     scores = {x: score(losses, sd) for x, losses in found.items()}
     order = sorted(scores, key=lambda x: (scores[x], x)) # if all fail, the lowest
     best, low, high = order[0], min(found), max(found)
     if best in (low, high) and high - low < WIDEST:
         return {best - step if best == low else best + step: 1}
-    if sum(len(losses) >= FINAL_SEEDS for losses in found.values()) > FINALISTS:
-        return {} # the best changed twice: rates are hardly different
-    half = {x: 1 for x in (best - step / 2, best + step / 2) if low < x < high and x not in found}
+    beside = best - step / 2, best + step / 2
+    half = {x: 1 for x in beside if low < x < high and x not in found}
     finals = {x: FINAL_SEEDS for x in order[:FINALISTS] if len(found[x]) < FINAL_SEEDS and math.isfinite(scores[x])}
-    return half or finals
+    if sum(len(losses) >= FINAL_SEEDS for losses in found.values()) > FINALISTS:
+        half = finals = {} # the best changed twice: rates are hardly different
+    rises = {x: 2 for x in beside if sd and len(found.get(x, ())) == 1
+             and CLIFF * sd < scores[x] - scores[best] < math.inf}
+    return half or finals or rises
 
 
 @dataclass
@@ -66,36 +71,47 @@ class Rate:
 
 def best_rate(found, step, sd):
     """
-    The minimum of a parabola in log rate through the runs within a step of the best rate. Its error is the spread of
-    the parabolas that fit as well.
+    Where the verdict runs: at most half a step from the best rate that ran. Curves are c (x - minimum)^2, up to 3 times
+    as steep on one side; each minimum weighs as much as the runs within a step of the best rate make it likely.
     """
     scores = {x: score(losses, sd) for x, losses in found.items()}
     best = min(scores, key=lambda x: (scores[x], x))
-    bracketed = min(found) < best < max(found) and math.isfinite(scores[best])
-    low, high = (max((x for x in found if x < best and scores[x] == math.inf), default=-math.inf),
-                 min((x for x in found if x > best and scores[x] == math.inf), default=math.inf))
-    near = [x for x in found if abs(x - best) < 1.01 * step and low < x < high]
-    smooth = [x for x in near if scores[x] < scores[best] + STEEP * sd]
-    near = smooth if len(smooth) > 2 else near
-    u, y = np.array([(x - best, loss) for x in near for loss in found[x]]).reshape(-1, 2).T
-    if len(near) < 3: # a line or a point
-        return Rate(best, scores[best], sd / math.sqrt(len(found[best])), 0.0, sd, bracketed)
-    powers = u[:, None] ** [0, 1, 2]
-    inverse = np.linalg.pinv(powers.T @ powers)
-    curve = inverse @ powers.T @ y
-    rest = ((y - powers @ curve) ** 2).sum()
-    variance = (rest + PRIOR_RUNS * sd ** 2) / (max(0, len(u) - 3) + PRIOR_RUNS)
-    # the best of a grid of quarter steps, not further than half a step from the best rate that ran
-    grid = np.arange(max(-2, math.ceil(4 * u.min() / step)), min(2, math.floor(4 * u.max() / step)) + 1) * step / 4
-    places = grid[:, None] ** [0, 1, 2]
-    at = places[np.argmin(places @ curve)]
-    draws = np.random.default_rng(0).multivariate_normal(curve, variance * inverse, 2000)
-    draws = draws[draws[:, 2] > 0] if (draws[:, 2] > 0).sum() > 100 else draws
-    everywhere = np.linspace(u.min(), u.max(), 33)[:, None] ** [0, 1, 2]
-    excess = draws @ at - (draws @ everywhere.T).min(axis=1)
-    # twice, since curves are no parabolas: three times as steep above the best rate, they cost twice as much
-    return Rate(float(best + at[1]), float(at @ curve), math.sqrt(variance * (at @ inverse @ at)), float(excess.mean()),
-                2 * float(excess.std()), bracketed)
+    if math.isinf(scores[best]):
+        return Rate(best, math.inf, excess_sd=sd, bracketed=False)
+    near = [(x - best, loss) for x in found if abs(x - best) < 1.01 * step
+            for loss in found[x] if math.isfinite(loss)]
+    u, y = np.array(near).T
+    scale = 0.8 * sd or np.ptp(y) / 20 or 1.0 # with 0.8, Student's t says about as much of a mean as normal noise would
+    minimum, skew = (g.reshape(-1, 1) for g in np.meshgrid(np.linspace(-1.5, 1.5, 61) * step, SKEWS))
+
+    def shape(x):
+        return (x - minimum) ** 2 * np.where(x > minimum, skew, 1.0)
+
+    def average(values):
+        return (weights * values).sum(axis=1, keepdims=True) / weights.sum(axis=1, keepdims=True)
+    places, rest = shape(u), np.zeros((len(skew), len(u)))
+    for _ in range(8): # least squares for c and the level; each time outliers weigh less
+        weights = 1 / (1 + rest ** 2 / TAILS)
+        level, centred = average(y), places - average(places)
+        spread = average(centred ** 2) + 1e-9 * step ** 4
+        c = np.maximum(0.0, average(centred * (y - level)) / spread)
+        rest = (y - level - c * centred) / scale
+    fit = -(TAILS + 1) / 2 * np.log1p(rest ** 2 / TAILS).sum(axis=1)
+    likely = np.exp(fit - fit.max()) / np.exp(fit - fit.max()).sum()
+    grid = np.arange(-2, 3) * step / 4
+    cliffs = np.array([x - best for x in found if math.isinf(scores[x])]) # neither there nor beyond
+    low, high = max(cliffs[cliffs < 0], default=-math.inf), min(cliffs[cliffs > 0], default=math.inf)
+    grid = grid[(u.min() <= grid) & (grid <= u.max()) & (low < grid) & (grid < high)]
+    at = grid[np.argmin(likely @ (c * shape(grid)))]
+    excess = c[:, 0] * shape(at)[:, 0]
+    promise = (level - c * average(places))[:, 0] + excess
+    # with all of c's own variance verdicts are too careful, with none too bold: see tests/studies.py verdict
+    c_variance = scale ** 2 / 2 / (weights.sum(axis=1, keepdims=True) * spread + step ** 4 / 100)
+    expected, loss = likely @ excess, likely @ promise
+    variance = likely @ ((excess - expected) ** 2 + (c_variance * shape(at) ** 2)[:, 0])
+    error = math.sqrt(likely @ (promise - loss) ** 2 + sd ** 2 / len(u))
+    bracketed = min(found) < best < max(found)
+    return Rate(float(best + at), float(loss), error, float(expected), math.sqrt(variance), bracketed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
