@@ -1,5 +1,5 @@
 # Linear attention with a learned decay: a constant-size state instead of a KV cache, and time linear in the length.
-# Use it after config/shakespeare_small.py. Loss 2.008 after 500 steps at learning rate 0.0024 (3 seeds).
+# Use it after config/shakespeare_small.py. Loss 2.004 after 500 steps at learning rate 0.0028 (3 seeds).
 # Needs no position embedding, so decoding can continue beyond block_size.
 import math
 

@@ -1,5 +1,5 @@
 # minGPT-tuned's time-weighting: attention without position embedding; each weight is multiplied by a learned w_ij.
-# Use it after config/shakespeare_small.py. Loss 2.266 after 500 steps at learning rate 0.004 (3 seeds).
+# Use it after config/shakespeare_small.py. Loss 2.253 after 500 steps at learning rate 0.0067 (3 seeds).
 out_dir = 'out-time-weighting'
 pos_emb = 'none'
 time_weighting = 'full'
