@@ -1,16 +1,12 @@
 """A dataset as a run uses it: both splits, the tokenizer, and whether the tokens fit the weights."""
 import math
-import os
-import shutil
 from contextlib import suppress
 from functools import cached_property
-from pathlib import Path
 
 from tqdm import tqdm
 
 from data.tokenizers import difference, load_tokenizer, read_argument, tokenizer_of, with_line_ends
 from data.tokens import DataError, Split, dataset_folder, load_meta, odd_masks
-from data.writer import write_json
 
 
 class Dataset:
@@ -93,39 +89,3 @@ class Dataset:
         for y in targets if tokenizer else ():
             n_targets, n_bytes = n_targets + (y >= 0).sum(), n_bytes + tokenizer.n_bytes(y)
         return {f'bits_per_{tokenizer.unit}': float(loss * n_targets / n_bytes / math.log(2))} if n_bytes else {}
-
-
-def sealed_dataset(folder, out):
-    """
-    Makes `out`, a folder of its own, a dataset that trains on the same tokens as the one in `folder` and validates on
-    its sealed split, 'test', so that train.py needs to know nothing of it. Returns the fingerprint of the sealed split.
-    DataError if there is none.
-    """
-    folder, out = Path(folder).absolute(), Path(out)
-    train, test, meta = Split(folder, 'train'), Split(folder, 'test'), load_meta(folder)
-    vocabularies = [folder / name for name in ('tokenizer.json', 'vocab.json', 'merges.txt')]
-    files = {path.name: path for path in vocabularies if path.is_file()}
-    files |= {os.path.basename(path): path for shard in train.shards for path in (shard.path, shard.mask) if path}
-    files |= {f'val_{i:06d}{os.path.splitext(path)[1]}': path
-              for i, shard in enumerate(test.shards) for path in (shard.path, shard.mask) if path}
-    if 'tokens' in meta:
-        meta['tokens'] = dict(train=train.n_tokens, val=test.n_tokens)
-    out.mkdir(parents=True, exist_ok=True)
-    for path in [*out.glob('*.bin'), *out.glob('*.mask')]:
-        if path.name not in files:
-            path.unlink() # from an earlier preparation with other shards
-    for name, path in files.items(): # a run may be reading them: replaced, never missing
-        new = out / f'{name}.tmp'
-        new.unlink(missing_ok=True)
-        link_or_copy(path, new)
-        os.replace(new, out / name)
-    write_json(out / 'meta.json', meta)
-    return test.fingerprint()
-
-
-def link_or_copy(path, new):
-    """A symbolic link: a hard one would change the file's times, by which its hash is kept, and needs the same disk."""
-    try:
-        os.symlink(path, new)
-    except OSError: # Windows allows links to administrators and developers only
-        shutil.copyfile(path, new)

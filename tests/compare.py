@@ -30,7 +30,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from itertools import zip_longest
 from json import dumps, loads
@@ -44,12 +44,13 @@ from torch.utils.flop_counter import FlopCounterMode
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 from configurator import configure, explain_errors, fail, settings_of
-from data.causality import find_leak
+from data.causality import Proof, find_leak
 from data.checkpoints import GPT2_NAMES, architecture, find_weights, open_weights
-from data.dataset import Dataset, sealed_dataset
+from data.dataset import Dataset
 from data.run import Run, git_commit
 from data.tokenizers import load_tokenizer
 from data.tokens import Split, dataset_folder, find_path, hash_file, load_meta
+from data.writer import sealed_dataset
 from model import GPT, GPTConfig, add_mixer, cost
 try:
     import evidence
@@ -197,7 +198,8 @@ def make_arm(name, common, params=None):
     arm = count(Arm(short or 'as it is', argv, config, model, sources, steps=config['max_iters']))
     if params:
         fit_params(arm, params)
-    arm.leak, arm.proof = known_proof(arm) # now: the next arm's file may have a mixer of the same name
+    proof = known_proof(arm) # now: the next arm's file may have a mixer of the same name
+    arm.leak, arm.proof = proof.leak, proof.words
     return arm
 
 
@@ -250,18 +252,20 @@ def known_proof(arm):
     """prove_causal(arm), from the results' folder if its network and code were proven before."""
     what = dumps([arm.model, CODE, hash_sources(arm)], default=str)
     name = hashlib.sha256(what.encode()).hexdigest()[:16]
-    path = Path(out) / 'proofs' / name
-    PROOFS[name] = loads(path.read_text(encoding='utf-8')) if path.exists() else prove_causal(arm)
-    return PROOFS[name]
+    with suppress(OSError, ValueError): # none yet, or damaged
+        return Proof(*loads(Path(out, 'proofs', name).read_text(encoding='utf-8')))
+    proof = prove_causal(arm)
+    if proof.leak or proof.cuts == proof.T - 1: # a quieter machine may finish the others
+        PROOFS[name] = proof
+    return proof
 
 
 def prove_causal(arm):
-    """Returns (leak or None, what was proven): at the run's length, in float64, for up to about 20 seconds."""
+    """A Proof at the run's length, in float64, for up to about 20 seconds."""
     torch.manual_seed(0)
     network, T = GPT(GPTConfig(**arm.model | dict(dropout=0.0))).double(), arm.model['block_size']
     rows = max(1, min(16, 4096 // T))
-    proof = find_leak(network, torch.randint(arm.model['vocab_size'], (2 * rows, T)), seconds=20)
-    return proof.leak, proof.words
+    return find_leak(network, torch.randint(arm.model['vocab_size'], (2 * rows, T)), seconds=20)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -340,7 +344,7 @@ def sources():
 
 
 CODE, FINGERPRINTS = sources(), {}
-PROOFS = {} # {hash of an arm: (leak or None, what was proven)}
+PROOFS = {} # {hash of an arm: its Proof}, to be kept
 UNIT = 'nats' # of losses; see unit_of
 
 
@@ -370,7 +374,8 @@ def execute(stages, folder, env=None):
         place.mkdir(exist_ok=True)
         if trunk and not Run(place).has_checkpoint():
             for name in ('metrics.jsonl', 'ckpt.pt'): # in this order: with a checkpoint, all is there
-                shutil.copy(Path(trunk, name), place / name)
+                new = shutil.copy(Path(trunk, name), place / f'{name}.tmp')
+                os.replace(new, place / name)
         status = run_stage(command, place, env)
         if status is None:
             return # stopped or killed, or still active: it will be resumed
@@ -556,7 +561,9 @@ def make_arms(common, names):
     everyone = [make_arm('', common)]
     for name in names:
         everyone.append(make_arm(name, common, everyone[0].params if equal == 'params' else None))
-    known = {}
+    known, start = {}, everyone[0].config['init_from']
+    if aa and start not in UNTRAINED:
+        raise ValueError(f"aa compares other initial weights, but init_from={start!r} gives them: leave out one of both")
     if horizons and horizons[-1] != everyone[0].steps:
         raise ValueError(f"horizons={','.join(map(str, horizons))} must end with max_iters={everyone[0].steps}")
     for arm in everyone:
@@ -598,7 +605,10 @@ def ledger_of(arm):
 
 def read_ledger(arm):
     path = ledger_of(arm)
-    return [loads(line) for line in path.read_text(encoding='utf-8').splitlines()] if path.exists() else []
+    try:
+        return [loads(line) for line in path.read_text(encoding='utf-8').splitlines()] if path.exists() else []
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): mend its line, or choose another --ledger") from None
 
 
 def enter(arm, text, row):
@@ -735,6 +745,7 @@ def main(argv):
     UNIT = unit_of([arm for everyone in at_width.values() for arm in everyone])
     base = next(iter(at_width.values()))[0]
     open(ledger_of(base), 'a', encoding='utf-8').close() # fail now, not after the runs
+    read_ledger(base)
     with claimed(Path(out), common):
         everything = [(width, compare(everyone)) for width, everyone in at_width.items()]
         lines, slopes = verdicts.trends(everything, horizons)

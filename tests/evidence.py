@@ -141,9 +141,9 @@ def crossings():
 
 
 def p_value(z):
-    """The probability that noise alone brings |z| this high at any look."""
-    table, logs = crossings()
-    return float(np.exp(np.interp(abs(z), table, logs)) if abs(z) <= 8 else crossing(abs(z)))
+    """The probability that noise alone brings |z| this high at any look; never zero."""
+    (table, logs), z = crossings(), min(abs(z), 37.0) # beyond, floating point knows no smaller probability
+    return float(np.exp(np.interp(z, table, logs)) if z <= 8 else crossing(z))
 
 
 def boundary(level):

@@ -195,6 +195,9 @@ def test_ledger(run, tmp_path):
     assert {line['arm'] for line in lines} == {'qk_norm=True', 'mlp=relu2'} and lines[0]['word'] == 'better'
     run('--arms=mlp=swiglu', '--seeds=3', '--lrs=2,', f'--ledger={tmp_path}/other.jsonl')
     assert '1 idea was' in run.text and (tmp_path / 'other.jsonl').exists()
+    (tmp_path / 'other.jsonl').write_text('{')
+    assert 'other.jsonl is damaged' in run('--arms=mlp=gelu_tanh', f'--ledger={tmp_path}/other.jsonl', refused=True)
+    assert run.asked == []
 
 
 def test_confirm(run, tmp_path, words):
@@ -277,6 +280,21 @@ def test_a_run_that_is_still_at_work_is_left_alone(tmp_path):
     other.unlock()
 
 
+def test_a_proof_is_kept_if_it_is_whole(run, tmp_path, monkeypatch):
+    prove, proven = compare.prove_causal, []
+    monkeypatch.setattr(compare, 'prove_causal', lambda arm: proven.append(arm.name) or script(prove(arm)))
+    script = lambda proof: proof._replace(cuts=3)
+    run('--seeds=1', '--lrs=2,', '--arms=qk_norm=True')
+    assert 'no leak at 3 of 15 cuts' in run.text
+    script = lambda proof: proof
+    for n, damage in (4, False), (4, True), (5, False): # again, as they were in part; then kept; then one is damaged
+        run('--seeds=1', '--lrs=2,', '--arms=qk_norm=True')
+        assert len(proven) == n and 'qk_norm=True: causal, proven at T=16' in run.text
+        compare.PROOFS.clear()
+        if damage:
+            next((tmp_path / 'out/proofs').iterdir()).write_text('[')
+
+
 def test_a_damaged_result_is_done_again(run, tmp_path):
     run('--seeds=2', '--lrs=2,')
     folder = next(tmp_path.glob('out/runs/*'))
@@ -354,6 +372,7 @@ def test_runs_begin_with_the_given_weights(run, words, tmp_path, monkeypatch):
     cell = compare.Cell(compare.make_arm('', [str(words), '--init_from=w/ckpt.pt']), 1.0, 1, 8)
     command = cell.command(cell.folder)
     assert f"--init_from={tmp_path / 'w/ckpt.pt'}" in command and '--init_from=auto' not in command
+    assert 'init_from' in run('--init_from=w/ckpt.pt', '--aa', refused=True)
     monkeypatch.setattr(Run, 'has_checkpoint', lambda self: True) # it was interrupted
     assert cell.command(cell.folder)[-1] == '--init_from=auto'
 

@@ -24,11 +24,11 @@ sys.path.insert(0, str(ROOT))
 import helpers
 from data import stream as hub
 from data import tokens as T
-from data.dataset import Dataset, sealed_dataset
+from data.dataset import Dataset
 from data.tokenizers import (EOT, ByteTokenizer, CharTokenizer, JsonTokenizer, TiktokenTokenizer, load_tokenizer,
                              read_argument, read_text, text_pieces)
 from data.tokens import DataError, Split, dataset_folder, load_meta, prefetch
-from data.writer import Writer, cuts, lock_folder, split_of
+from data.writer import Writer, cuts, lock_folder, sealed_dataset, split_of
 
 needs_gpt2 = pytest.mark.skipif('TIKTOKEN_CACHE_DIR' not in os.environ,
                                 reason='TIKTOKEN_CACHE_DIR names no folder with the vocabulary of GPT-2')

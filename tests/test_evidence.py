@@ -28,7 +28,7 @@ def test_p_values_and_boundaries():
         assert evidence.p_value(evidence.boundary(level)) == pytest.approx(level, rel=1e-6)
         assert evidence.p_value(-evidence.boundary(level)) == pytest.approx(level, rel=1e-6)
     assert 2.6 < evidence.boundary(0.05) < 2.83 # Pocock's constant for 50 looks, of which two are left out
-    assert 0.0 < evidence.p_value(20.0) < evidence.p_value(8.1) < evidence.p_value(7.9) < 1e-12
+    assert 0.0 < evidence.p_value(math.inf) < evidence.p_value(20.0) < evidence.p_value(8.1) < evidence.p_value(7.9) < 1e-12
 
 
 def test_holm():
