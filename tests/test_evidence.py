@@ -81,8 +81,9 @@ def test_the_ends_of_a_search():
         assert max(found) - min(found) == evidence.WIDEST and not evidence.best_rate(found, 1.0, 0.1).bracketed
     found = search(lambda x, seed: math.inf)
     assert min(found) < -5 and not evidence.best_rate(found, 1.0, 0.0).bracketed
-    found = search(lambda x, seed: 1.0 + 0.01 * RNG(int(100 * x) % 1000 + seed).normal()) # flat
-    assert sum(map(len, found.values())) < 20
+    for start in range(0, 20000, 1000): # flat: hardly any rate gets three seeds
+        found = search(lambda x, seed: 1.0 + 0.01 * RNG(start + int(100 * x) % 1000 + seed).normal())
+        assert sum(map(len, found.values())) < 20 and sum(len(losses) >= 3 for losses in found.values()) <= 4
 
 
 def test_a_cliff_is_no_winner():

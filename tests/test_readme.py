@@ -264,3 +264,13 @@ def test_losses_beside_nanogpt_are_those_of_the_whole_split():
         words = f'{mean(losses):.3f} ± {half:.3f}'
         assert words in README and words in TABLES
         assert words in (ROOT / 'config/shakespeare_small.py').read_text(encoding='utf-8')
+
+
+def test_the_table_of_false_verdicts_is_what_the_simulations_counted():
+    (_, rows), *_ = json.loads((RESULTS / 'verdict-cpu.json').read_text(encoding='utf-8'))['tables'].items()
+    columns = '5 seeds', '20 seeds', '5 to 20', '5 to 50', '3 to 50', 'as told'
+    said = dict(re.findall(r'^\| ([^|]+) \| ((?:[^|]+ \| ){6})', section_of('What a verdict means'), re.MULTILINE))
+    for name in {row['arms'] for row in rows}:
+        for column, cell in zip(columns, said[name].split(' | ')):
+            counts = [100 * row['raw']['wrong'][column] / row['raw']['of'] for row in rows if row['arms'] == name]
+            assert [float(x) for x in cell.split(', ')] == pytest.approx(counts, abs=0.051), (name, column)
