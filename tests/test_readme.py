@@ -241,7 +241,7 @@ def losses_of(file):
 
 
 def section_of(heading):
-    return re.search(rf'^### {heading}\n(.*?)^##', TABLES, re.MULTILINE | re.DOTALL)[1]
+    return re.search(rf'^##+ {heading}\n(.*?)^##', TABLES, re.MULTILINE | re.DOTALL)[1]
 
 
 def test_the_table_of_ablations_is_what_its_runs_say():
