@@ -96,6 +96,8 @@ def test_a_cliff_is_no_winner():
     outlier = lambda x, seed: 1.5 + 0.04 * x ** 2 - 0.02 * (x == 0) + (x == 0) * (seed == 1)
     found = search(outlier, sd=0.01)
     assert len(found[0.0]) == 3 and evidence.best_rate(found, 1.0, 0.01).x != 0.0
+    found = search(lambda x, seed: 1.5 + 0.04 * x ** 2 + (x == 0.5) * (seed == 0), sd=0.01)
+    assert len(found[0.5]) == 2 # a rise beside the best rate: of the rate, or of the run?
 
 
 def test_the_cost_of_a_rate():
