@@ -1231,6 +1231,8 @@ class SM3(torch.optim.Optimizer):
     two bounds each entry's own sum. Only the momentum is as large as the weights: half of Adam's memory. The sums never
     shrink, so learning rates are larger than Adam's (e.g. 0.1) and need no decay.
     """
+    _step_supports_amp_scaling = True # torch's name: step reads found_inf itself, without waiting for a GPU
+
     def __init__(self, groups, lr, momentum=0.9):
         super().__init__(groups, dict(lr=lr, weight_decay=0.0))
         self.momentum = momentum

@@ -89,7 +89,9 @@ class Machine:
         if compile:
             torch._dynamo.config.recompile_limit = 2 * lengths + 8 # for training and for evaluation
             torch._functorch.config.ban_recompute_materialized_backward = model.config.recompute != 'cheap'
-            # compile each length once: symbolic lengths compile three times as often
+            if lengths > 1:
+                notes.append(f"note     {lengths} lengths are compiled one by one, each at its first step")
+            # symbolic lengths would compile three times as often
             model = torch.compile(model, dynamic=False)
         if self.world > 1 and not self.sharded:
             # buffers are constant, so no broadcast; gradients need no copy besides the all-reduce buckets
@@ -104,10 +106,13 @@ class Machine:
     def can_compile(self, notes):
         """Whether torch.compile works here: it needs a compiler, triton and a supported Python version."""
         try:
-            return torch.compile(lambda x: x + 1)(torch.ones(1, device=self.device)).item() == 2
+            if torch.compile(lambda x: x + 1)(torch.ones(1, device=self.device)).item() == 2:
+                return True
+            problem = "it takes 1 + 1 for something else than 2"
         except Exception as e: # they may raise anything
-            notes.append(f"not compiling, since torch.compile fails here: {str(e).strip().splitlines()[0]}")
-            return False
+            problem = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        notes.append(f"not compiling, since torch.compile fails here: {problem}")
+        return False
 
     def seed(self, seed, step):
         """Makes dropout masks a function of seed, step and rank, so that a resumed run draws the same ones."""

@@ -72,9 +72,10 @@ def test_muon_takes_fused_matrices_apart():
         assert part.square().mean().sqrt() == pytest.approx(0.02 * 0.2, rel=0.25) # as large as AdamW's would be
 
 
-def test_a_bad_step_of_muon_changes_nothing():
+@pytest.mark.parametrize('name', ['muon', 'sm3'])
+def test_a_bad_step_changes_nothing(name):
     model = network(**MIX)
-    optimizer = model.configure_optimizers(0.1, 0.02, (0.9, 0.95), 'cpu', 'muon')
+    optimizer = model.configure_optimizers(0.1, 0.02, (0.9, 0.95), 'cpu', name)
     walk(model, optimizer, 2)
     before, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict()['state'])
     gradients(model, 7)
@@ -113,6 +114,24 @@ def test_sm3_is_the_papers(shape):
             w[at] = w[at] * (1 - 0.3 * 0.1) - 0.3 * (0.8 * m[at] + 0.2 * u)
         sums = new
         torch.testing.assert_close(p.detach(), w, rtol=1e-12, atol=1e-12)
+
+
+def test_float16_does_not_wait_for_sm3(monkeypatch):
+    """torch's scaler would read from the device whether the gradients are finite, in every step."""
+    monkeypatch.delattr(torch.amp.GradScaler, '_maybe_opt_step')
+    ends = []
+    for scaler in torch.amp.GradScaler('cpu', init_scale=1024.0), torch.amp.GradScaler('cpu', enabled=False):
+        p = torch.nn.Parameter(torch.ones(3, 4))
+        optimizer = SM3([dict(params=[p], weight_decay=0.1)], 0.3)
+        for bad in False, True, False:
+            if scaler.is_enabled() or not bad:
+                scaler.scale((p * torch.arange(4.0)).square().sum() * (math.inf if bad else 1.0)).backward()
+                scaler.unscale_(optimizer)
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+        ends.append(p.detach())
+    torch.testing.assert_close(*ends, rtol=1e-6, atol=0)
 
 
 def test_sm3_has_half_of_adams_memory():

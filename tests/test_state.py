@@ -291,6 +291,19 @@ def test_a_step_that_is_not_finite_changes_nothing():
                                               for name, p in state.model.named_parameters())
 
 
+def broken():
+    raise AssertionError
+
+
+@pytest.mark.parametrize('result, why', [(lambda: torch.tensor([2.0]), None), (lambda: torch.tensor([0.0]), '1 + 1'),
+                                         (broken, 'AssertionError')])
+def test_a_compiler_that_does_not_work_is_left_out_and_said(result, why, monkeypatch):
+    monkeypatch.setattr(torch, 'compile', lambda f: lambda x: result())
+    notes = []
+    assert Machine('cpu', 'float32').can_compile(notes) == (why is None)
+    assert len(notes) == (why is not None) and (why is None or why in notes[0])
+
+
 def test_processes_agree_once_a_second(monkeypatch):
     machine, now, asked = Machine('cpu', 'float32'), 0.0, []
     machine.world, machine.voted_at = 3, 0.0
