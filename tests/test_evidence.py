@@ -112,6 +112,27 @@ def test_the_cost_of_a_rate():
     assert np.mean(said) == pytest.approx(np.mean(true), rel=0.5) and np.mean(true) < 0.002
 
 
+def surprise(cost, found, sd):
+    """How far the true cost of best_rate's rate is from what is said, in what is said to be its error."""
+    rate = evidence.best_rate(found, 1.0, sd)
+    return abs(cost(rate.x) - rate.excess) / rate.excess_sd
+
+
+@pytest.mark.parametrize('best', np.linspace(-1, 1, 9))
+def test_a_curve_may_be_steeper_on_one_side(best):
+    for above in 1 / 3, 3:
+        cost = lambda x: 0.04 * (x - best) ** 2 * (above if x > best else 1)
+        assert surprise(cost, search(lambda x, seed: cost(x), sd=0.002), 0.002) < 0.6
+
+
+@pytest.mark.parametrize('best', np.linspace(-1, 1, 9))
+def test_an_outlier_does_not_move_the_curve(best):
+    cost = lambda x: 0.04 * (x - best) ** 2
+    found = search(lambda x, seed: cost(x), sd=0.01)
+    for x in sorted(found, key=cost)[1:4]: # one of the runs beside the best rate
+        assert surprise(cost, found | {x: [found[x][0] + 0.1, *found[x][1:]]}, 0.01) < 1.1
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Differences
 
@@ -151,6 +172,12 @@ def test_what_a_rate_may_cost_is_in_the_interval():
     plain, unsure = difference(losses), difference(losses, (Rate(0.0), Rate(0.0, excess=0.03, excess_sd=0.02)))
     assert unsure.value == pytest.approx(plain.value - 0.03) and unsure.half(0.05) > 0.02 * evidence.boundary(0.05)
     assert unsure.seeds_needed(10, 0.05) is None # however many
+
+
+def test_degrees_of_freedom():
+    """Shrinkage counts as much as runs do in each arm, and no more than all runs have in the difference."""
+    assert difference(lots(3, 0.0)).df <= 4 < difference(lots(3, 0.0), searches=([[1.0, 1.1, 1.2]], [])).df <= 6
+    assert difference(lots(50, 0.0)).df > 80
 
 
 def test_nothing_to_say():
