@@ -516,45 +516,6 @@ MIXERS = {
 } # add_mixer adds the ones defined in config files
 
 
-def check_config(c):
-    """Raises ValueError for an architecture that cannot be built or that has a setting which nothing reads."""
-    for name in [c.mixer] if isinstance(c.mixer, str) else c.mixer:
-        if name not in MIXERS:
-            raise ValueError(f"mixer={name!r} is not one of {', '.join(MIXERS)}; a mixer defined in a file of its "
-                             "own needs that file, as in config/mixers/NAME.py")
-    choices = {name: typing.get_args(hint) for name, hint in typing.get_type_hints(GPTConfig).items()
-               if typing.get_origin(hint) is Literal}
-    for name, allowed in choices.items():
-        if getattr(c, name) not in allowed:
-            raise ValueError(f"{name}={getattr(c, name)!r} is not one of {', '.join(allowed)}")
-    for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
-        if getattr(c, name) < 1:
-            raise ValueError(f"{name}={getattr(c, name)} must be at least 1")
-    if not 0.0 <= c.dropout < 1.0:
-        raise ValueError(f"dropout={c.dropout} must be in [0, 1)")
-    if not 0.0 <= c.time_mixing <= 1.0:
-        raise ValueError(f"time_mixing={c.time_mixing} is a fraction of the channels: 0.0 (off) to 1.0")
-    if c.time_mixing and round(c.time_mixing * c.n_embd) == 0:
-        raise ValueError(f"time_mixing={c.time_mixing} of n_embd={c.n_embd} is less than one channel: raise it, or set "
-                         "0.0")
-    if round(c.mlp_ratio * c.n_embd) < 1:
-        raise ValueError(f"mlp_ratio={c.mlp_ratio} of n_embd={c.n_embd} is less than one channel; mlp='none' leaves "
-                         "the MLP out")
-    if c.n_embd % c.n_head:
-        raise ValueError(f"n_embd={c.n_embd} is not divisible by n_head={c.n_head}: "
-                         f"try n_embd={math.ceil(c.n_embd / c.n_head) * c.n_head}")
-    longest = max([c.n_layer, *c.unet_layers, *(c.unet_up_layers or ())]) if c.unet_layers else c.n_layer
-    if not c.mixers() or len(c.mixers()) > longest:
-        raise ValueError(f"mixer={c.mixer!r} is a pattern of {len(c.mixers())} layers, but there are only {longest}")
-    check_every_setting_is_read(c)
-    if not any(c.pos_emb in cls.pos_embs for cls in c.mixers()):
-        raise ValueError(f"pos_emb={c.pos_emb!r} acts on queries and keys, which mixer={c.mixer!r} lacks: use "
-                         f"{' or '.join(c.mixers()[0].pos_embs)}")
-    for cls in c.mixers():
-        cls.check(c)
-    check_unet(c)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Blocks and stacks of blocks
 
@@ -901,6 +862,45 @@ BUILT_IN = tuple(MIXERS)
 GPTConfig.declared_by = {} # setting -> the class that declares it
 for _cls in MIXERS.values():
     declare_settings(_cls)
+
+
+def check_config(c):
+    """Raises ValueError for an architecture that cannot be built or that has a setting which nothing reads."""
+    for name in [c.mixer] if isinstance(c.mixer, str) else c.mixer:
+        if name not in MIXERS:
+            raise ValueError(f"mixer={name!r} is not one of {', '.join(MIXERS)}; a mixer defined in a file of its "
+                             "own needs that file, as in config/mixers/NAME.py")
+    choices = {name: typing.get_args(hint) for name, hint in typing.get_type_hints(GPTConfig).items()
+               if typing.get_origin(hint) is Literal}
+    for name, allowed in choices.items():
+        if getattr(c, name) not in allowed:
+            raise ValueError(f"{name}={getattr(c, name)!r} is not one of {', '.join(allowed)}")
+    for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
+        if getattr(c, name) < 1:
+            raise ValueError(f"{name}={getattr(c, name)} must be at least 1")
+    if not 0.0 <= c.dropout < 1.0:
+        raise ValueError(f"dropout={c.dropout} must be in [0, 1)")
+    if not 0.0 <= c.time_mixing <= 1.0:
+        raise ValueError(f"time_mixing={c.time_mixing} is a fraction of the channels: 0.0 (off) to 1.0")
+    if c.time_mixing and round(c.time_mixing * c.n_embd) == 0:
+        raise ValueError(f"time_mixing={c.time_mixing} of n_embd={c.n_embd} is less than one channel: raise it, or set "
+                         "0.0")
+    if round(c.mlp_ratio * c.n_embd) < 1:
+        raise ValueError(f"mlp_ratio={c.mlp_ratio} of n_embd={c.n_embd} is less than one channel; mlp='none' leaves "
+                         "the MLP out")
+    if c.n_embd % c.n_head:
+        raise ValueError(f"n_embd={c.n_embd} is not divisible by n_head={c.n_head}: "
+                         f"try n_embd={math.ceil(c.n_embd / c.n_head) * c.n_head}")
+    longest = max([c.n_layer, *c.unet_layers, *(c.unet_up_layers or ())]) if c.unet_layers else c.n_layer
+    if not c.mixers() or len(c.mixers()) > longest:
+        raise ValueError(f"mixer={c.mixer!r} is a pattern of {len(c.mixers())} layers, but there are only {longest}")
+    check_every_setting_is_read(c)
+    if not any(c.pos_emb in cls.pos_embs for cls in c.mixers()):
+        raise ValueError(f"pos_emb={c.pos_emb!r} acts on queries and keys, which mixer={c.mixer!r} lacks: use "
+                         f"{' or '.join(c.mixers()[0].pos_embs)}")
+    for cls in c.mixers():
+        cls.check(c)
+    check_unet(c)
 
 
 def check_every_setting_is_read(c):
