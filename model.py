@@ -55,6 +55,7 @@ class GPTConfig:
     rezero: bool = False # scale each residual branch by a learned scalar that starts at zero (arXiv 2003.04887)
     time_mixing: float = 0.0 # fraction of a mixer's input channels taken from the previous token
     time_mixing_alternate: bool = False # shift the first channels in even layers, the last ones in odd layers
+    short_conv: int = 0 # tokens that a learned convolution in front of each mixer sees, such as 4; 0 is off
     unet_layers: tuple[int, ...] = () # blocks per level on the way down (and up), outermost first; (): no UNet
     unet_up_layers: tuple[int, ...] | None = None # blocks per level on the way up; None: the same as unet_layers
     unet_factor: int | tuple[int, ...] = 2 # tokens merged into one at each level: one number, or one per level
@@ -535,6 +536,23 @@ class TimeMixing(nn.Module):
         return torch.cat([x[:, :, :self.channels.start], shifted, x[:, :, self.channels.stop:]], dim=2)
 
 
+class ShortConv(nn.Module):
+    """
+    Sums each channel over the last K tokens (zeros before the first) with learned weights (C, K), the token's own last:
+    (B, T, C) -> (B, T, C). It starts as the identity. The first of the Canon layers (arXiv 2512.17351).
+    """
+    def __init__(self, config):
+        super().__init__()
+        self.weight = nn.Parameter(F.pad(torch.ones(config.n_embd, 1), (config.short_conv - 1, 0)))
+
+    def forward(self, x, cache=NO_CACHE):
+        T, weights = x.size(1), self.weight.to(x.dtype).unbind(1)
+        past, = cache.get('past', (x.new_zeros(x.size(0), len(weights) - 1, x.size(2)),))
+        x = torch.cat([past, x], dim=1)
+        cache.put('past', x[:, T:])
+        return sum(x[:, k:k + T] * w for k, w in enumerate(weights)) # F.conv1d is no faster, and wants time last
+
+
 class MLP(nn.Module):
     """The feed-forward half of a block; relu2 is arXiv 2109.08668, swiglu is arXiv 2002.05202."""
     def __init__(self, config):
@@ -565,6 +583,7 @@ class Block(nn.Module):
         has_mlp = config.mlp != 'none'
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.shift = TimeMixing(config, layer) if config.time_mixing else None
+        self.conv = ShortConv(config) if config.short_conv else None
         pattern = config.mixers()
         # named attn whatever it is, since GPT-2's weights load by name
         self.attn = pattern[layer % len(pattern)](config, block_size)
@@ -577,6 +596,8 @@ class Block(nn.Module):
         y = self.ln_1(x)
         if self.shift is not None:
             y = self.shift(y, cache.child('shift'))
+        if self.conv is not None:
+            y = self.conv(y, cache.child('conv'))
         y = self.attn(y, cache.child('attn'))
         x = x + (y if self.scales is None else self.scales[0] * y)
         if self.mlp is not None:
@@ -885,6 +906,8 @@ def check_config(c):
     if c.time_mixing and round(c.time_mixing * c.n_embd) == 0:
         raise ValueError(f"time_mixing={c.time_mixing} of n_embd={c.n_embd} is less than one channel: raise it, or set "
                          "0.0")
+    if not 0 <= c.short_conv <= c.block_size:
+        raise ValueError(f"short_conv={c.short_conv} is a number of tokens: 0 (off) to block_size={c.block_size}")
     if round(c.mlp_ratio * c.n_embd) < 1:
         raise ValueError(f"mlp_ratio={c.mlp_ratio} of n_embd={c.n_embd} is less than one channel; mlp='none' leaves "
                          "the MLP out")
@@ -1048,7 +1071,7 @@ class Decoder:
     def supports(model):
         c = model.config # what reads positions or past tokens as Python numbers cannot be captured
         return c.mixer == 'attention' and c.time_weighting == 'none' and 'relative' not in c.pos_emb and \
-            not c.time_mixing and not c.unet_layers and not c.attention_window
+            not c.time_mixing and not c.short_conv and not c.unet_layers and not c.attention_window
 
     @classmethod
     def choose(cls, model, idx, static):

@@ -27,8 +27,8 @@ import leaks
 from data.causality import find_leak, order_of_cuts
 from data.checkpoints import load_model, save_checkpoint
 from helpers import PROJECT, settings_of
-from model import (GPT, MIXERS, MLP, Block, Cache, FusedAttention, GPTConfig, Mixer, Stack, TimeLinear, TimeMixing,
-                   NO_CACHE, UNet, Window, cost, fused_attention, optimizer_groups)
+from model import (GPT, MIXERS, MLP, Block, Cache, FusedAttention, GPTConfig, Mixer, ShortConv, Stack, TimeLinear,
+                   TimeMixing, NO_CACHE, UNet, Window, cost, fused_attention, optimizer_groups)
 
 for path in sorted((PROJECT / 'config/mixers').glob('*.py')):
     settings_of(path) # its mixer is then in MIXERS
@@ -227,7 +227,7 @@ def check_round_trip(model, path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Every mixer, in every stack, with every position embedding and time-mixing
+# Every mixer, in every stack, with every position embedding, time-mixing and a short convolution
 
 OPTIONS = { # settings of the mixers' own, each tried in all of the places below
     'attention': [{}, dict(time_weighting='circulant'), dict(time_weighting='full'), dict(attention_window=3)],
@@ -246,9 +246,10 @@ STACKS = {
     'unet3x2': dict(n_layer=1, unet_layers=(0, 2), unet_up_layers=(1, 0), unet_factor=(3, 2)),
 }
 POS_EMBS = ('learned', 'rope', 'relative', 'learned+relative', 'none')
-TIME_MIXING = [{}, dict(time_mixing=0.5, time_mixing_alternate=True), dict(time_mixing=1.0)]
+TIME_MIXING = [{}, dict(time_mixing=0.5, time_mixing_alternate=True), dict(time_mixing=1.0, short_conv=2)]
 BLOCKS = [dict(rezero=True), dict(mlp='swiglu', bias=False), dict(mlp='relu2', tie_weights=False), dict(mlp='none'),
-          dict(mlp='gelu_tanh', mlp_ratio=1.5), dict(n_head=1), dict(n_head=8), dict(qk_norm=True, pos_emb='rope')]
+          dict(mlp='gelu_tanh', mlp_ratio=1.5), dict(n_head=1), dict(n_head=8), dict(qk_norm=True, pos_emb='rope'),
+          dict(short_conv=4)]
 BLOCK_SIZES = (1, 2, 5), (13, 16) # each architecture has all of the first; every other one, one of the others, too
 
 
@@ -1037,6 +1038,24 @@ def test_time_mixing(fraction, n, alternate, layer):
         if c >= 8 - n if alternate and layer == 1 else c < n:
             expected[b, t, c] = x[b, t - 1, c] if t > 0 else 0.0
     assert torch.equal(shift(x), expected)
+
+
+def naive_conv(conv, x):
+    y, K = torch.zeros_like(x), conv.weight.size(1)
+    for b, t, c, back in itertools.product(*map(range, (*x.shape, K))):
+        if t >= back:
+            y[b, t, c] += conv.weight[c, K - 1 - back] * x[b, t - back, c]
+    return y
+
+
+@pytest.mark.parametrize('K', [1, 2, 4])
+def test_short_conv(K):
+    conv = ShortConv(GPTConfig(n_embd=8, n_head=2, short_conv=K)).double()
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    assert torch.equal(conv(x), x)
+    randomize(conv)
+    with torch.no_grad():
+        torch.testing.assert_close(conv(x), naive_conv(conv, x))
 
 
 @pytest.mark.parametrize('rezero', [False, True])

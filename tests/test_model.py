@@ -30,6 +30,7 @@ from model import (GPT, MIXERS, Cache, Decoder, GPTConfig, LinearCrossEntropy, M
 PLACES = {mixer: dict(mixer=mixer) for mixer in MIXERS} # one architecture for each mixer, and then some
 PLACES |= dict(circulant=dict(time_weighting='circulant', pos_emb='relative'),
                full=dict(time_weighting='full', pos_emb='rope'), shift=dict(time_mixing=0.5),
+               conv=dict(short_conv=3),
                unet=dict(n_layer=1, unet_layers=(1, 1)),
                gmlp_unet=dict(mixer='gmlp', gmlp_attn=4, n_layer=1, unet_layers=(1,), unet_factor=3))
 
@@ -108,6 +109,8 @@ def test_dropout_acts_in_training_alone():
     (dict(time_mixing=1.5), ['time_mixing=1.5']),
     (dict(time_mixing=-0.1), ['time_mixing=-0.1']),
     (dict(time_mixing=0.01), ['time_mixing=0.01', 'n_embd=16', 'less than one channel']),
+    (dict(short_conv=-1), ['short_conv=-1', '0 (off)']),
+    (dict(short_conv=13), ['short_conv=13', 'block_size=12']),
     (dict(unet_factor=3), ['unet_factor=3', 'unet_layers=()']),
     (dict(unet_up_layers=(1,)), ['unet_up_layers=(1,)', 'unet_layers=()']),
     (dict(unet_layers=(1,), unet_factor=1), ['unet_factor=1', '2 or more']),
@@ -187,7 +190,7 @@ def test_every_width_of_a_hidden_layer_can_be_loaded(tmp_path):
 @pytest.mark.parametrize('args', [
     dict(mixer='mlp_mixer'), dict(mixer='gmlp'), dict(pos_emb='rope'), dict(pos_emb='learned+relative'),
     dict(mlp='swiglu'), dict(mlp='none'), dict(rezero=True), dict(time_mixing=0.5),
-    dict(time_weighting='full'), dict(unet_layers=(1,)), dict(qk_norm=True),
+    dict(time_weighting='full'), dict(unet_layers=(1,)), dict(qk_norm=True), dict(short_conv=4),
 ], ids=str)
 def test_what_gpt2_cannot_express_is_refused(args, tmp_path):
     with pytest.raises(ValueError) as e:
@@ -335,6 +338,18 @@ def test_growing(args, added):
     names = [f'transformer.h.{i}.attn.{name}' for i in range(2) for name in added]
     assert load_weights(grown, plain.state_dict(), grow=True) == names
     assert_same(logits(grown, tokens(2, 12)), logits(plain, tokens(2, 12)), 1e-6)
+
+
+@pytest.mark.parametrize('args, added', [
+    (dict(short_conv=4), ['0.conv.weight', '1.conv.weight']),
+    (dict(short_conv=1, mixer='gmlp'), ['0.conv.weight', '1.conv.weight']),
+], ids=str)
+def test_additions_leave_trained_weights_their_logits(args, added):
+    plain = network(mixer=args.get('mixer', 'attention'))
+    grown = GPT(GPTConfig(**SMALL | args)).eval()
+    missing, unexpected = grown.load_state_dict(plain.state_dict(), strict=False)
+    assert sorted(missing) == sorted(f'transformer.h.{name}' for name in added) and not unexpected
+    assert torch.equal(logits(grown, tokens(2, 12)), logits(plain, tokens(2, 12)))
 
 
 @pytest.mark.parametrize('chunk, N', [(2 ** 25, 50), (1, 8), (1, 50), (170, 50), (170, 3), (1, 40000)])
@@ -628,17 +643,18 @@ def test_static_caches(pos_emb):
     assert counted.frame_count <= 2 # the first call may still see gradients
 
 
-@pytest.mark.parametrize('options', [dict(mixer='gmlp'), dict(time_mixing=0.5), dict(unet_layers=(1,)),
-                                     dict(pos_emb='relative')], ids=str)
+@pytest.mark.parametrize('options', [dict(mixer='gmlp'), dict(time_mixing=0.5), dict(short_conv=2),
+                                     dict(unet_layers=(1,)), dict(pos_emb='relative')], ids=str)
 def test_static_caches_are_for_plain_attention(options):
     with pytest.raises(ValueError, match='static=False'):
         network(**options).generate(tokens(1, 2), 2, static=True)
 
 
-@pytest.mark.parametrize('place', ['attention', 'gmlp', 'unet'])
+@pytest.mark.parametrize('place', ['attention', 'gmlp', 'unet', 'conv'])
 def test_beam_search(place):
     """As many beams as there are sequences find the likeliest of all; one beam is greedy; eot ends a sequence."""
-    options = dict(attention={}, gmlp=dict(mixer='gmlp'), unet=dict(unet_layers=(1,)))[place]
+    options = dict(attention={}, gmlp=dict(mixer='gmlp'), unet=dict(unet_layers=(1,)),
+                   conv=dict(short_conv=3))[place]
     model, idx = network(vocab_size=4, **options), tokens(1, 3, 4)
     def total(row): # log-probability of what follows the prompt
         return sum(logits(model, row[None, :i])[0, -1].log_softmax(0)[row[i]].item()
@@ -768,7 +784,7 @@ def test_bytes_kept_by_attention():
     assert cost(model, 512, device_type='cuda')[0] == cost(model, 512)[0]
 
 
-@pytest.mark.parametrize('place', ['attention', 'gmlp', 'unet'])
+@pytest.mark.parametrize('place', ['attention', 'gmlp', 'unet', 'conv'])
 def test_recompute(place):
     """The same loss and gradients, dropout masks and all; less is kept; decoding goes on with its caches."""
     found = []
