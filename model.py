@@ -26,9 +26,9 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-import torch.utils.checkpoint
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -348,10 +348,14 @@ class CausalSelfAttention(Mixer):
     """
     Multi-head attention. With time_weighting (minGPT-tuned), y_i = sum_{j<=i} softmax_j(q_i k_j / sqrt(D)) w_ij v_j:
     'full' learns every w_ij, 'circulant' learns w_ij = alpha_{i-j} beta_j; all start at one. qk_norm: arXiv 2010.04245.
+    value_residual: arXiv 2410.17897, with one learned share per layer. attention_gate: the gate per head of arXiv
+    2505.06708, doubled and with weights that start at zero. Both start as the identity.
     """
     time_weighting: Literal['none', 'circulant', 'full'] = 'none' # learned weights that multiply the softmax
     qk_norm: bool = False # normalize queries and keys, then scale by a learned number per head
     attention_window: int | None = None # each token sees this many tokens, itself included; None: all
+    value_residual: bool = False # mix into later layers' values a learned share of the first layer's
+    attention_gate: bool = False # scale each head's output by a learned function of the token
     pos_embs = ('learned', 'rope', 'relative', 'learned+relative', 'none')
 
     def __init__(self, config, block_size):
@@ -367,6 +371,8 @@ class CausalSelfAttention(Mixer):
         # these start at zeros or ones: enabling them on trained weights leaves the logits unchanged
         self.relative = nn.Parameter(torch.zeros(H, block_size)) if 'relative' in config.pos_emb else None
         self.qk_scale = nn.Parameter(torch.ones(H, 1, 1)) if own['qk_norm'] else None # how sharp attention can get
+        self.gate = nn.Parameter(torch.zeros(H, config.n_embd)) if own['attention_gate'] else None
+        self.share = nn.Parameter(torch.zeros(1)) if own['value_residual'] else None # None: a stack's first
         if self.time_weighting == 'full':
             self.weight = nn.Parameter(torch.ones(H, block_size, block_size).tril())
         elif self.time_weighting == 'circulant':
@@ -386,10 +392,14 @@ class CausalSelfAttention(Mixer):
             raise ValueError(f"attention_window={config.attention_window} loses token positions, which "
                              "time_weighting and pos_emb='relative' need: leave it at None")
 
-    def forward(self, x, cache=NO_CACHE):
+    def forward(self, x, cache=NO_CACHE, first=None):
         B, T, C = x.size()
         positions = cache.advance(T)
         q, k, v = (t.view(B, T, self.n_head, -1) for t in self.c_attn(x).split(C, dim=2)) # (B, T, H, D)
+        if first is not None and self.share is None:
+            first.values = v
+        elif first is not None:
+            v = v.lerp(first.values, self.share.to(v.dtype))
         if self.qk_scale is not None:
             q, k = (F.rms_norm(t, t.shape[-1:], eps=1e-6).to(v.dtype) for t in (q, k))
             q = q * self.qk_scale.squeeze(2).to(q.dtype)
@@ -397,8 +407,10 @@ class CausalSelfAttention(Mixer):
             q, k = self.rope(q, positions), self.rope(k, positions)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v)) # (B, H, T, D)
         k, v = cache.append('k', k, self.window), cache.append('v', v, self.window)
-        y = self.attend(q, k, v, cache.mask) # (B, H, T, D)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+        y = self.attend(q, k, v, cache.mask).transpose(1, 2) # (B, T, H, D)
+        if self.gate is not None:
+            y = y * (2 * torch.sigmoid(F.linear(x, self.gate)))[..., None]
+        return self.resid_dropout(self.c_proj(y.reshape(B, T, C)))
 
     def attend(self, q, k, v, mask=None):
         dropout = self.attn_dropout.p if self.training else 0.0
@@ -589,16 +601,17 @@ class Block(nn.Module):
         self.attn = pattern[layer % len(pattern)](config, block_size)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias) if has_mlp else None
         self.mlp = MLP(config) if has_mlp else None
+        self.shares = config.value_residual and 'value_residual' in own_settings(type(self.attn))
         # ReZero (arXiv 2003.04887): one scalar per branch
         self.scales = nn.Parameter(torch.zeros(1 + has_mlp)) if config.rezero else None
 
-    def forward(self, x, cache=NO_CACHE):
+    def forward(self, x, cache=NO_CACHE, first=None):
         y = self.ln_1(x)
         if self.shift is not None:
             y = self.shift(y, cache.child('shift'))
         if self.conv is not None:
             y = self.conv(y, cache.child('conv'))
-        y = self.attn(y, cache.child('attn'))
+        y = self.attn(y, cache.child('attn'), *([first] if self.shares else []))
         x = x + (y if self.scales is None else self.scales[0] * y)
         if self.mlp is not None:
             y = self.mlp(self.ln_2(x))
@@ -611,13 +624,16 @@ class Stack(nn.ModuleList):
     def __init__(self, config, n, block_size):
         super().__init__(apart(Block, config, layer, block_size) for layer in range(n))
         self.recompute = config.recompute is True
+        for block in [block for block in self if block.shares][:1]:
+            block.attn.share = None # this layer's values are the ones that are shared
 
     def forward(self, x, cache=NO_CACHE):
+        values = None # for value_residual: the first attention layer's
         for i, block in enumerate(self):
             if self.recompute and torch.is_grad_enabled() and cache is NO_CACHE:
-                x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+                x, values = checkpoint(run_block, block, x, NO_CACHE, values, use_reentrant=False)
             else:
-                x = block(x, cache.child(i))
+                x, values = run_block(block, x, cache.child(i), values)
         return x
 
 
@@ -833,6 +849,24 @@ def pick(logits, temperature, top_k, top_p, min_p, generator):
 # Machinery: you need none of this to add a mixer
 # ---------------------------------------------------------------------------------------------------------------------
 
+# What blocks share
+
+class FirstValues:
+    """The values (B, T, H, D) of a stack's first attention layer, for the later ones; None before that layer ran."""
+    def __init__(self, values):
+        self.values = values
+
+
+def run_block(block, x, cache, values):
+    """
+    -> (the block's output, the values of the first attention layer up to it). They are an input and an output since
+    torch.compile refuses a recomputed block that changes what was there before.
+    """
+    first = FirstValues(values)
+    return block(x, cache, first), first.values
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Settings of mixers, and the checks of a config
 
 def own_settings(cls):
@@ -917,7 +951,7 @@ def check_config(c):
     longest = max([c.n_layer, *c.unet_layers, *(c.unet_up_layers or ())]) if c.unet_layers else c.n_layer
     if not c.mixers() or len(c.mixers()) > longest:
         raise ValueError(f"mixer={c.mixer!r} is a pattern of {len(c.mixers())} layers, but there are only {longest}")
-    check_every_setting_is_read(c)
+    check_every_setting_is_read(c, longest)
     if not any(c.pos_emb in cls.pos_embs for cls in c.mixers()):
         raise ValueError(f"pos_emb={c.pos_emb!r} acts on queries and keys, which mixer={c.mixer!r} lacks: use "
                          f"{' or '.join(c.mixers()[0].pos_embs)}")
@@ -926,7 +960,7 @@ def check_config(c):
     check_unet(c)
 
 
-def check_every_setting_is_read(c):
+def check_every_setting_is_read(c, longest):
     """Refuses settings that the chosen architecture ignores: they would silently do nothing."""
     if c.recompute != 'cheap' and not isinstance(c.recompute, bool):
         raise ValueError(f"recompute={c.recompute!r} is not one of True, False, cheap")
@@ -935,6 +969,9 @@ def check_every_setting_is_read(c):
         for name in own_settings(cls):
             if not any(name in own_settings(cls) for cls in c.mixers()):
                 unread[name] = f"only mixer={other!r} reads it, and mixer={c.mixer!r} is set"
+    reads = ['value_residual' in own_settings(c.mixers()[layer % len(c.mixers())]) for layer in range(longest)]
+    if sum(reads) == 1:
+        unread['value_residual'] = f"only a second layer of attention reads it, and mixer={c.mixer!r} has one at most"
     if not c.unet_layers:
         unread['unet_factor'] = unread['unet_up_layers'] = "only a UNet reads it, and unet_layers=() is set"
     if not c.time_mixing:

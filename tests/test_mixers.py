@@ -230,7 +230,8 @@ def check_round_trip(model, path):
 # Every mixer, in every stack, with every position embedding, time-mixing and a short convolution
 
 OPTIONS = { # settings of the mixers' own, each tried in all of the places below
-    'attention': [{}, dict(time_weighting='circulant'), dict(time_weighting='full'), dict(attention_window=3)],
+    'attention': [{}, dict(time_weighting='circulant'), dict(time_weighting='full'), dict(attention_window=3),
+                  dict(value_residual=True, attention_gate=True, n_layer=2)],
     'linear_attention': [{}, dict(chunk=3)],
     'gated_delta': [{}, dict(chunk=3)],
     'gmlp': [dict(mlp='none'), dict(gmlp_tanh=True), dict(gmlp_attn=3),
@@ -301,7 +302,8 @@ if 'MIXER' not in os.environ:
         dict(mixer=('gated_delta', 'linear_attention', 'attention'), attention_window=5, pos_emb='rope', chunk=4,
              n_layer=3),
         dict(mixer=('gmlp', 'synthesizer'), gmlp_attn=3, time_mixing=0.5, n_layer=2),
-        dict(mixer=('attention', 'container'), time_weighting='full', qk_norm=True, n_layer=2)])
+        dict(mixer=('attention', 'container'), time_weighting='full', qk_norm=True, n_layer=2),
+        dict(mixer=('gmlp', 'attention'), value_residual=True, short_conv=3, n_layer=4)])
 
 
 def test_the_contract_leaves_no_mixer_out():
@@ -908,8 +910,10 @@ def compare(q, k, n_head, pos_emb='none', relative=None, scale=None):
     return scores
 
 
-def naive_attention(config, mixer, x):
+def naive_attention(config, mixer, x, first=None):
     q, k, v = mixer.c_attn(x).chunk(3, dim=2)
+    if first is not None:
+        v = (1 - mixer.share) * v + mixer.share * first
     scores = compare(q, k, config.n_head, config.pos_emb, mixer.relative, mixer.qk_scale)
 
     def row(b, h, i):
@@ -922,7 +926,12 @@ def naive_attention(config, mixer, x):
         elif config.time_weighting == 'circulant':
             att = att * torch.stack([mixer.alpha[h, i - j] * mixer.beta[h, j] for j in range(i + 1)])
         return att
-    return mixer.c_proj(weigh(v, config.n_head, row))
+    y = weigh(v, config.n_head, row)
+    if config.attention_gate:
+        D = config.n_embd // config.n_head
+        for b, i, h in itertools.product(range(x.size(0)), range(x.size(1)), range(config.n_head)):
+            y[b, i, h * D:(h + 1) * D] *= 2 / (1 + math.exp(-(mixer.gate[h] @ x[b, i])))
+    return mixer.c_proj(y)
 
 
 def naive_container(config, mixer, x):
@@ -1056,6 +1065,36 @@ def test_short_conv(K):
     randomize(conv)
     with torch.no_grad():
         torch.testing.assert_close(conv(x), naive_conv(conv, x))
+
+
+@pytest.mark.parametrize('args', [
+    dict(n_layer=3), dict(n_layer=4, mixer=('gmlp', 'attention')), dict(n_layer=3, mixer=('attention', 'container')),
+    dict(n_layer=3, unet_layers=(2,), unet_up_layers=(1,)), dict(n_layer=1, unet_layers=(1, 2))], ids=str)
+@torch.no_grad()
+def test_value_residual(args, monkeypatch):
+    """In each stack, attention alone mixes in its first layer's values, which itself has none to mix in."""
+    model = network(value_residual=True, short_conv=3, time_mixing=0.5, **args)
+
+    def naive_stack(stack, x, cache):
+        first = None
+        for block in stack:
+            y = naive_conv(block.conv, block.shift(layer_norm(x, block.ln_1)))
+            if type(block.attn) is MIXERS['attention']:
+                x = x + naive_attention(model.config, block.attn, y, first)
+                first = block.attn.c_attn(y).chunk(3, dim=2)[2] if first is None else first
+            else:
+                x = x + block.attn(y)
+            x = x + block.mlp(layer_norm(x, block.ln_2))
+        return x
+    idx = tokens(model, 2)
+    logits = model(idx)[0]
+    monkeypatch.setattr(Stack, 'forward', naive_stack)
+    assert (logits - model(idx)[0]).abs().max() < TOLERANCE
+
+
+def test_values_of_recomputed_blocks_compile():
+    torch.compiler.reset()
+    check_compiled(network(value_residual=True, short_conv=2, recompute=True, n_layer=3), 'aot_eager')
 
 
 @pytest.mark.parametrize('rezero', [False, True])

@@ -30,7 +30,7 @@ from model import (GPT, MIXERS, Cache, Decoder, GPTConfig, LinearCrossEntropy, M
 PLACES = {mixer: dict(mixer=mixer) for mixer in MIXERS} # one architecture for each mixer, and then some
 PLACES |= dict(circulant=dict(time_weighting='circulant', pos_emb='relative'),
                full=dict(time_weighting='full', pos_emb='rope'), shift=dict(time_mixing=0.5),
-               conv=dict(short_conv=3),
+               conv=dict(short_conv=3), values=dict(value_residual=True, attention_gate=True),
                unet=dict(n_layer=1, unet_layers=(1, 1)),
                gmlp_unet=dict(mixer='gmlp', gmlp_attn=4, n_layer=1, unet_layers=(1,), unet_factor=3))
 
@@ -111,6 +111,10 @@ def test_dropout_acts_in_training_alone():
     (dict(time_mixing=0.01), ['time_mixing=0.01', 'n_embd=16', 'less than one channel']),
     (dict(short_conv=-1), ['short_conv=-1', '0 (off)']),
     (dict(short_conv=13), ['short_conv=13', 'block_size=12']),
+    (dict(n_layer=1, value_residual=True), ['value_residual=True', 'second layer', 'at False']),
+    (dict(mixer=('gmlp', 'attention'), value_residual=True), ['value_residual=True', "('gmlp', 'attention')"]),
+    (dict(mixer='container', value_residual=True), ['value_residual=True', "mixer='container'"]),
+    (dict(mixer='synthesizer', attention_gate=True), ['attention_gate=True', "mixer='synthesizer'"]),
     (dict(unet_factor=3), ['unet_factor=3', 'unet_layers=()']),
     (dict(unet_up_layers=(1,)), ['unet_up_layers=(1,)', 'unet_layers=()']),
     (dict(unet_layers=(1,), unet_factor=1), ['unet_factor=1', '2 or more']),
@@ -191,6 +195,7 @@ def test_every_width_of_a_hidden_layer_can_be_loaded(tmp_path):
     dict(mixer='mlp_mixer'), dict(mixer='gmlp'), dict(pos_emb='rope'), dict(pos_emb='learned+relative'),
     dict(mlp='swiglu'), dict(mlp='none'), dict(rezero=True), dict(time_mixing=0.5),
     dict(time_weighting='full'), dict(unet_layers=(1,)), dict(qk_norm=True), dict(short_conv=4),
+    dict(value_residual=True), dict(attention_gate=True),
 ], ids=str)
 def test_what_gpt2_cannot_express_is_refused(args, tmp_path):
     with pytest.raises(ValueError) as e:
@@ -342,7 +347,10 @@ def test_growing(args, added):
 
 @pytest.mark.parametrize('args, added', [
     (dict(short_conv=4), ['0.conv.weight', '1.conv.weight']),
-    (dict(short_conv=1, mixer='gmlp'), ['0.conv.weight', '1.conv.weight']),
+    (dict(value_residual=True), ['1.attn.share']),
+    (dict(attention_gate=True), ['0.attn.gate', '1.attn.gate']),
+    (dict(short_conv=1, attention_gate=True, mixer=('attention', 'gmlp')), ['0.conv.weight', '0.attn.gate',
+                                                                            '1.conv.weight']),
 ], ids=str)
 def test_additions_leave_trained_weights_their_logits(args, added):
     plain = network(mixer=args.get('mixer', 'attention'))
@@ -612,10 +620,11 @@ def test_rows_of_a_batch_do_not_mix():
     assert torch.equal(together, torch.cat([model.generate(row[None], 20, temperature=0.0) for row in idx]))
 
 
-@pytest.mark.parametrize('pos_emb', ['learned', 'rope', 'none'])
-def test_static_caches(pos_emb):
+@pytest.mark.parametrize('options', [dict(pos_emb='learned'), dict(pos_emb='rope', attention_gate=True),
+                                     dict(pos_emb='none', value_residual=True)], ids=str)
+def test_static_caches(options):
     """A Decoder's text is that of growing caches, also past block_size; it is compiled once for every context."""
-    model, idx = network(pos_emb=pos_emb), tokens(3, 5)
+    model, idx = network(**options), tokens(3, 5)
     n, first = 2 * model.config.block_size, {}
     assert torch.equal(model.generate(idx, n, temperature=0.0, static=True), model.generate(idx, n, temperature=0.0))
     window = Window(model, decoder=Decoder(model, 1))
@@ -654,7 +663,7 @@ def test_static_caches_are_for_plain_attention(options):
 def test_beam_search(place):
     """As many beams as there are sequences find the likeliest of all; one beam is greedy; eot ends a sequence."""
     options = dict(attention={}, gmlp=dict(mixer='gmlp'), unet=dict(unet_layers=(1,)),
-                   conv=dict(short_conv=3))[place]
+                   conv=dict(short_conv=3, value_residual=True))[place]
     model, idx = network(vocab_size=4, **options), tokens(1, 3, 4)
     def total(row): # log-probability of what follows the prompt
         return sum(logits(model, row[None, :i])[0, -1].log_softmax(0)[row[i]].item()
@@ -784,7 +793,7 @@ def test_bytes_kept_by_attention():
     assert cost(model, 512, device_type='cuda')[0] == cost(model, 512)[0]
 
 
-@pytest.mark.parametrize('place', ['attention', 'gmlp', 'unet', 'conv'])
+@pytest.mark.parametrize('place', ['attention', 'gmlp', 'unet', 'conv', 'values'])
 def test_recompute(place):
     """The same loss and gradients, dropout masks and all; less is kept; decoding goes on with its caches."""
     found = []
