@@ -260,14 +260,25 @@ def test_the_hub_out_of_reach(monkeypatch):
         GPT.from_pretrained('gpt2-medium')
 
 
-def test_overrides_of_pretrained_weights(tmp_path, capsys):
+@pytest.mark.parametrize('args, added', [
+    (dict(time_weighting='circulant'), 'attn.alpha'), (dict(short_conv=4), 'conv.weight'),
+    (dict(value_residual=True), 'attn.share'), (dict(attention_gate=True), 'attn.gate')], ids=str)
+def test_overrides_of_pretrained_weights(args, added, tmp_path, capsys):
     model = network()
     save_pretrained(model, tmp_path)
     plain = GPT.from_pretrained(tmp_path, dict(dropout=0.3))
     assert plain.config.dropout == 0.3 and capsys.readouterr().out == ''
-    grown = GPT.from_pretrained(tmp_path, dict(time_weighting='circulant')).eval()
-    assert 'transformer.h.1.attn.alpha' in capsys.readouterr().out
+    grown = GPT.from_pretrained(tmp_path, args).eval()
+    assert f'added    transformer.h.1.{added}, starting as the identity' in capsys.readouterr().out
     assert_same(logits(grown, tokens(2, 12)), logits(model, tokens(2, 12)), 1e-6)
+
+
+@pytest.mark.parametrize('trained, change', [(dict(short_conv=4), 0), (dict(short_conv=4), 2),
+                                             (dict(attention_gate=True), False)], ids=str)
+def test_what_was_trained_with_an_addition_keeps_it(trained, change, tmp_path):
+    save_checkpoint(tmp_path / 'ckpt.pt', checkpoint_of(network(**trained)))
+    with pytest.raises(ValueError, match=next(iter(trained)) + '|conv.weight|attn.gate'):
+        load_model(tmp_path / 'ckpt.pt', **dict.fromkeys(trained, change))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
