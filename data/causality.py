@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from model import MLP, Block, Mixer, TimeMixing, UNet, own_settings
+from model import MLP, Block, Mixer, ShortConv, TimeMixing, UNet, own_settings
 
 MODES = 'evaluation', 'training'
 
@@ -369,7 +369,7 @@ def named_tensors(model):
 @contextmanager
 def hooked(model, make_hook):
     """Context in which each module that may mix tokens calls make_hook(its name)(module, args, output)."""
-    kinds = Mixer, TimeMixing, MLP, Block, UNet
+    kinds = Mixer, TimeMixing, ShortConv, MLP, Block, UNet
     hooks = [module.register_forward_hook(make_hook(f'{name} ({type(module).__name__.removeprefix("FSDP")})'))
              for name, module in model.named_modules() if isinstance(module, kinds)]
     try:

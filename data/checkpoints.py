@@ -142,8 +142,8 @@ def build_model(args, state, allow_changes=False, **changes):
     if unknown:
         raise ValueError(f"the checkpoint's architecture has {first_few(unknown)}, which this model.py lacks")
     args = defaults | {k: v for k, v in args.items() if k in defaults}
-    additions = {'time_weighting', 'pos_emb', 'bias', 'tie_weights', 'short_conv', 'value_residual', 'attention_gate'}
-    safe = {'dropout', 'recompute', 'narrow_residual', 'block_size', 'time_mixing', *additions} - {'pos_emb'}
+    additions = {'time_weighting', 'bias', 'tie_weights', 'short_conv', 'value_residual', 'attention_gate'}
+    safe = {'dropout', 'recompute', 'narrow_residual', 'block_size', 'time_mixing', *additions}
     if (args['pos_emb'], changes.get('pos_emb')) in (('none', 'relative'), ('learned', 'learned+relative')):
         safe.add('pos_emb')
     others = [f"{k}={v!r} instead of {args[k]!r}" for k, v in changes.items() if v != args[k] and k not in safe]
@@ -155,7 +155,7 @@ def build_model(args, state, allow_changes=False, **changes):
         raise ValueError(f"{first_few(others)} changes what the checkpoint's weights mean: {way_out}")
     config = args | changes
     model = GPT(GPTConfig(**config | dict(block_size=max(args['block_size'], config['block_size']))))
-    grow = not additions.isdisjoint(changes)
+    grow = not additions.isdisjoint(changes) or 'pos_emb' in changes
     added = [f"{name}, starting as the identity" for name in load_weights(model, state, grow)]
     if config['time_mixing'] != args['time_mixing']:
         added.append(f"time_mixing={config['time_mixing']}, which has no identity: the logits change")
