@@ -200,10 +200,15 @@ class Difference:
 
 
 def noise(losses, searches):
-    """(variance, its degrees of freedom) of each arm's runs, shrunk towards what is usual among the arms."""
+    """
+    (variance, its degrees of freedom) of each arm's runs, shrunk towards what is usual among the arms. Runs at a cliff
+    say nothing about the verdict's, which are never there.
+    """
+    sd = run_sd(group for runs, found in zip(losses, searches) for group in (runs.values(), *found))
     squares, df = [], []
     for runs, found in zip(losses, searches):
-        groups = [g for g in (list(runs.values()), *found) if len(g) > 1]
+        groups = [list(runs.values()), *(group for group in found if math.isfinite(score(group, sd)))]
+        groups = [group for group in groups if len(group) > 1]
         squares.append(sum(np.var(g) * len(g) for g in groups))
         df.append(sum(len(g) - 1 for g in groups))
     squares, df = np.array(squares), np.array(df)

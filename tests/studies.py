@@ -295,14 +295,13 @@ def comparison(seed, searched=True, **world):
     world = World(np.random.default_rng(seed), **world)
     found, rates = world.search() if searched else ([{}] * world.arms, [evidence.Rate(x) for x in world.best])
     old = [min((-1.0, 0.0, 1.0), key=lambda x: runs[x][0]) for runs in found] if searched else world.best
-    finals = [[group for group in runs.values() if len(group) > 1 and np.isfinite(group).all()] for runs in found]
     luck = NOISE[world.noise](world.rng, evidence.MAX_SEEDS)
     losses = np.array([world.losses(arm, rate.x, luck) for arm, rate in enumerate(rates)])
     old = losses + [[world.cost(arm, old[arm]) - world.cost(arm, rates[arm].x)] for arm in range(world.arms)]
     said = []
     for n in LOOKS:
         runs = [{s: v for s, v in enumerate(row[:n]) if math.isfinite(v)} for row in losses.tolist()]
-        differences = evidence.differences(runs, rates, finals)
+        differences = evidence.differences(runs, rates, [[*searched.values()] for searched in found])
         said.append([(d.value, d.seeds_variance, d.rate_variance, d.df) if d else (0, 1, 0, 9) for d in differences])
     return np.array(said), sum(len(v) for runs in found for v in runs.values()) / world.arms, old
 

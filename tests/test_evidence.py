@@ -174,9 +174,16 @@ def test_what_a_rate_may_cost_is_in_the_interval():
     assert unsure.seeds_needed(10, 0.05) is None # however many
 
 
+def test_runs_at_a_cliff_do_not_widen_the_interval():
+    losses, best = lots(3, 0.0), [1.5, 1.51, 1.49]
+    narrow = difference(losses, searches=([best, [1.5]], [best])).half(0.05)
+    assert difference(losses, searches=([best, [1.5], [1.5, 1.49, 1.8], [1.6, math.inf]], [best])).half(0.05) == narrow
+    assert difference(losses, searches=([best, [1.5], [1.5, 1.47, 1.53]], [best])).half(0.05) != narrow
+
+
 def test_degrees_of_freedom():
     """Shrinkage counts as much as runs do in each arm, and no more than all runs have in the difference."""
-    assert difference(lots(3, 0.0)).df <= 4 < difference(lots(3, 0.0), searches=([[1.0, 1.1, 1.2]], [])).df <= 6
+    assert difference(lots(3, 0.0)).df <= 4 < difference(lots(3, 0.0), searches=([[1.0, 1.01, 1.02]], [])).df <= 6
     assert difference(lots(50, 0.0)).df > 80
 
 
@@ -219,13 +226,12 @@ def verdicts(seed, looks, noise):
     sd = evidence.run_sd(group for f in found for group in f.values())
     rates = [evidence.best_rate(f, 1.0, sd) for f in found]
     octaves = [min((-2.0, -1.0, 0.0, 1.0, 2.0), key=lambda x: run(arm, x)) for arm in (0, 1)] # as one seed has it
-    finals = [[group for group in f.values() if len(group) > 1] for f in found]
     z, p = [], []
     for n in range(1, max(looks) + 1):
         for arm in (0, 1):
             losses[arm][n], at_grid[arm][n] = run(arm, rates[arm].x), run(arm, octaves[arm])
         if n in looks:
-            z.append(abs(difference(losses, rates, finals).z))
+            z.append(abs(difference(losses, rates, [[*f.values()] for f in found]).z))
             p.append(stats.ttest_rel(*([*arm.values()] for arm in at_grid)).pvalue)
     return z, p
 

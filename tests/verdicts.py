@@ -22,11 +22,10 @@ def factor(x):
 def judge(running, runs, unit, margin):
     """The rows of the table: each arm's runs, {seed: result}, and its difference from the first arm."""
     good = [{seed: r['loss'] for seed, r in found.items() if not r['failed']} for found in runs]
-    finals = [[group for group in arm.searched.values() if len(group) > 1 and math.isfinite(sum(group))]
-              for arm in running]
-    sd = evidence.run_sd([*map(dict.values, good)] + [group for found in finals for group in found])
+    searches = [[*arm.searched.values()] for arm in running]
+    sd = evidence.run_sd([*map(dict.values, good)] + [group for found in searches for group in found])
     rows = [row_of(arm, found, sd) for arm, found in zip(running, runs)]
-    differences = evidence.differences(good, [arm.rate for arm in running], finals)
+    differences = evidence.differences(good, [arm.rate for arm in running], searches)
     for row, found, difference in zip(rows[1:], runs[1:], differences):
         both = sorted(found.keys() & runs[0].keys())
         if any(found[s]['failed'] or runs[0][s]['failed'] for s in both): # ranks: a failure is worse than any loss
