@@ -1469,8 +1469,9 @@ def test_hub_dataset_that_is_a_script(monkeypatch):
 
 # ---- recall: tasks with masked targets
 
-def answers_by_hand(task, row):
+def answers_by_hand(task, row, letters):
     """{position: the token that belongs there}, by reading the row (text) from left to right as the task says."""
+    third, half = len(letters) // 3, len(letters) // 2
     if task == 'mqar':
         pairs, expected = {}, {}
         for i in range(0, len(row), 2):
@@ -1478,6 +1479,62 @@ def answers_by_hand(task, row):
                 expected[i + 1] = pairs[row[i]]
             elif row[i] != ' ':
                 pairs[row[i]] = row[i + 1]
+        return expected
+    if task == 'noisy_recall':
+        pairs, expected, i, row = {}, {}, 0, row.rstrip()
+        while i < len(row):
+            if row[i] in letters[2 * third:]:
+                i += 1
+                continue
+            assert row[i] in letters[:third]
+            if row[i] in pairs:
+                expected[i + 1] = pairs[row[i]]
+            else:
+                assert row[i + 1] in letters[third:2 * third]
+                pairs[row[i]] = row[i + 1]
+            i += 2
+        return expected
+    if task == 'fuzzy_recall':
+        pairs, expected, i = {}, {}, 0
+        while i < len(row) and row[i] in letters:
+            key, value = '', ''
+            while i < len(row) and row[i] in letters[:half]:
+                key, i = key + row[i], i + 1
+            begin = i
+            while i < len(row) and row[i] in letters[half:]:
+                value, i = value + row[i], i + 1
+            assert 1 <= len(key) <= 3 and 1 <= len(value) <= 3
+            if key in pairs:
+                assert len(value) == len(pairs[key])
+                expected |= {begin + j: c for j, c in enumerate(pairs[key])}
+            else:
+                pairs[key] = value
+        return expected
+    if task == 'compression':
+        symbols, expected = row[:row.index('|')], {}
+        for i in range(len(symbols) + 1, len(row) - 1, 2):
+            if row[i] != ' ':
+                expected[i + 1] = symbols[letters.index(row[i])]
+        return expected
+    if task == 'hops':
+        after, expected, i = {}, {}, 0
+        while row[i] != '*':
+            assert row[i] not in after and row[i + 2] == ' '
+            after[row[i]] = row[i + 1]
+            i += 3
+        walk = row[0]
+        for _ in range(len(after) - 1):
+            walk += after[walk[-1]]
+        assert len(set(walk)) == len(after) # one circle
+        while i < len(row) and row[i] == '*':
+            n = 0
+            while row[i] == '*':
+                n, i = n + 1, i + 1
+            answer = row[i]
+            for _ in range(n):
+                answer = after[answer]
+            expected[i + 1] = answer
+            i += 2
         return expected
     if task == 'induction':
         return {len(row) - 1: row[row.index('*') + 1]}
@@ -1488,33 +1545,63 @@ def answers_by_hand(task, row):
     return {len(before) + 1 + i: c for i, c in enumerate(said)}
 
 
-@pytest.mark.parametrize('task', ['mqar', 'copy', 'selective_copy', 'induction', 'parity'])
-def test_prepare_recall(tmp_path, task):
-    options = ['recall', f'--task={task}', f'--out={tmp_path}', '--sizes=3,7', '--length=30', '--symbols=20',
-               '--val_examples=50']
+@pytest.mark.parametrize('task, length, symbols', [
+    ('mqar', 30, 20), ('copy', 30, 40), ('selective_copy', 30, 20), ('induction', 30, 20), ('parity', 30, 20),
+    ('noisy_recall', 36, 23), ('fuzzy_recall', 84, 6), ('compression', 30, 61), ('hops', 70, 17)])
+def test_prepare_recall(tmp_path, task, length, symbols):
+    import torch
+
+    from data.recall.evaluate import accuracy
+    options = ['recall', f'--task={task}', f'--out={tmp_path}', '--sizes=3,7', f'--length={length}',
+               f'--symbols={symbols}', '--val_examples=50']
     prepare(*options, '--examples=201')
     meta = load_meta(tmp_path)
-    assert meta['recall'] == dict(task=task, sizes=[3, 7], length=30)
-    tokenizer, rows = load_tokenizer(meta), {}
+    assert meta['recall'] == dict(task=task, sizes=[3, 7], length=length)
+    tokenizer, rows, numbers = load_tokenizer(meta), {}, {}
+    letters = tokenizer.characters[3:]
     for split, n in ('train', 201), ('val', 50):
-        rows[split] = tokens_of(tmp_path / f'{split}.bin', (n, 30))
-        mask = np.fromfile(tmp_path / f'{split}.mask', np.uint8).reshape(n, 30)
+        rows[split] = tokens_of(tmp_path / f'{split}.bin', (n, length))
+        mask = np.fromfile(tmp_path / f'{split}.mask', np.uint8).reshape(n, length)
         for i, (row, targets) in enumerate(zip(rows[split], mask)):
             text = tokenizer.decode(row)
-            expected = answers_by_hand(task, text)
+            expected = answers_by_hand(task, text, letters)
             assert {int(at): text[at] for at in np.flatnonzero(targets)} == expected, text
             size = (3, 7)[i % 2]
-            assert len(expected) == (1 if task in ('induction', 'parity') else size)
+            numbers[split, i] = len(expected)
+            if task == 'fuzzy_recall':
+                assert size <= len(expected) <= 3 * size
+            elif task == 'hops': # 15 pairs take 45 of 70 tokens, and a query 2 more than its hops
+                assert len(expected) == 25 // (size + 2) and text.count('*') == size * len(expected)
+            else:
+                assert len(expected) == (1 if task in ('induction', 'parity') else size)
             if task == 'induction':
                 assert text.index('*') == 27 - size
     assert not np.array_equal(rows['train'][:50], rows['val'])
+
+    class Reader(torch.nn.Module):
+        """Knows the task."""
+        def __init__(self):
+            super().__init__()
+            self.lm_head = torch.nn.Linear(1, 1)
+
+        def forward(self, x):
+            logits = torch.zeros(*x.shape, tokenizer.vocab_size)
+            for b, row in enumerate(x.tolist()):
+                for at, c in answers_by_hand(task, tokenizer.decode(row), letters).items():
+                    logits[b, at - 1, tokenizer.characters.index(c)] = 1.0
+            return logits, None
+
+    answers = [sum(numbers['val', i] for i in range(first, 50, 2)) for first in (0, 1)]
+    assert accuracy(Reader(), Split(tmp_path, 'val'), 7) == {3: [answers[0], answers[0], 25, 25],
+                                                             7: [answers[1], answers[1], 25, 25]}
     before = content(tmp_path)
     prepare(*options, '--examples=201', '--test_fraction=0.25') # further ones: 50
-    sealed = {split: tokens_of(tmp_path / f'{split}.bin', (-1, 30)) for split in ('train', 'test', 'val')}
+    sealed = {split: tokens_of(tmp_path / f'{split}.bin', (-1, length)) for split in ('train', 'test', 'val')}
     assert all(np.array_equal(sealed[split], rows[split]) for split in rows) and len(sealed['test']) == 50
-    assert not any(np.array_equal(sealed['test'], sealed[split][:50]) for split in rows)
+    seen = [{row.tobytes() for row in split} for split in sealed.values()]
+    assert task == 'parity' or len(set().union(*seen)) == sum(map(len, seen)) # of 3 bits there are only 8
     masks = [np.fromfile(tmp_path / f'{split}.mask', np.uint8).sum() for split in ('test', 'val')]
-    assert masks[0] == masks[1] > 0
+    assert masks[0] == masks[1] > 0 or task == 'fuzzy_recall' # values of random length
     prepare(*options, '--examples=201')
     assert content(tmp_path) == before
 
@@ -1525,10 +1612,17 @@ def tokens_of(path, shape):
 
 def test_prepare_recall_mistakes(tmp_path):
     out = f'--out={tmp_path}/x'
-    prepare('recall', out, '--sizes=4,17', error='sizes has 17, for which mqar takes 68 tokens, .*--length=68')
+    prepare('recall', out, '--sizes=4,17', error='length=32 is too small for mqar with sizes up to 17: use --length=68')
     prepare('recall', out, '--sizes=0,4', error='sizes=\\(0, 4\\) must be')
-    prepare('recall', out, '--symbols=10', '--sizes=6', error='of symbols=10 only 5 are keys: .*--symbols=12')
-    prepare('recall', out, '--task=guess', error="task='guess' is not one of mqar, copy")
+    prepare('recall', out, '--symbols=10', '--sizes=6', error='symbols=10 is too small for mqar .* 6: .*--symbols=12')
+    for task, length, symbols in [('noisy_recall', 17, 12), ('fuzzy_recall', 48, 4), ('compression', 13, 8),
+                                  ('hops', 33, 9)]:
+        options = [f'--task={task}', '--sizes=2,4', '--examples=9', '--val_examples=9', f'--out={tmp_path}/{task}']
+        prepare('recall', *options, f'--length={length - 1}', error=f'length={length - 1} .*: use --length={length} or')
+        prepare('recall', *options, f'--length={length}', f'--symbols={symbols - 1}',
+                error=f'symbols={symbols - 1} .*: use --symbols={symbols} or')
+        prepare('recall', *options, f'--length={length}', f'--symbols={symbols}') # the least that it names is enough
+    prepare('recall', out, '--task=guess', error="task='guess' is not one of mqar, noisy_recall")
     assert not (tmp_path / 'x').exists()
 
 
