@@ -1488,7 +1488,7 @@ def answers_by_hand(task, row, letters):
                 continue
             assert row[i] in letters[:third]
             if row[i] in pairs:
-                expected[i + 1] = pairs[row[i]]
+                expected[i + 1] = pairs.pop(row[i]) # each is asked once
             else:
                 assert row[i + 1] in letters[third:2 * third]
                 pairs[row[i]] = row[i + 1]
@@ -1505,16 +1505,16 @@ def answers_by_hand(task, row, letters):
                 value, i = value + row[i], i + 1
             assert 1 <= len(key) <= 3 and 1 <= len(value) <= 3
             if key in pairs:
-                assert len(value) == len(pairs[key])
-                expected |= {begin + j: c for j, c in enumerate(pairs[key])}
+                expected |= {begin + j: c for j, c in enumerate(pairs.pop(key))}
+                assert i == max(expected) + 1
             else:
                 pairs[key] = value
         return expected
     if task == 'compression':
-        symbols, expected = row[:row.index('|')], {}
-        for i in range(len(symbols) + 1, len(row) - 1, 2):
-            if row[i] != ' ':
-                expected[i + 1] = symbols[letters.index(row[i])]
+        bar, expected = row.index('|'), {}
+        symbols = dict(zip(letters, row[:bar]))
+        for i in range(bar + 1, len(row.rstrip()), 2):
+            expected[i + 1] = symbols.pop(row[i])
         return expected
     if task == 'hops':
         after, expected, i = {}, {}, 0
@@ -1530,7 +1530,8 @@ def answers_by_hand(task, row, letters):
             n = 0
             while row[i] == '*':
                 n, i = n + 1, i + 1
-            answer = row[i]
+            assert row[i] in walk
+            answer, walk = row[i], walk.replace(row[i], '')
             for _ in range(n):
                 answer = after[answer]
             expected[i + 1] = answer
