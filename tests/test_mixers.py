@@ -981,8 +981,14 @@ def naive_gmlp(config, mixer, x):
     return mixer.c_proj(u * (gate.tanh() if config.gmlp_tanh else gate))
 
 
+def naive_toeplitz(config, mixer, x):
+    zero = torch.zeros((), dtype=x.dtype)
+    return mixer.c_proj(weigh(mixer.c_fc(x), config.n_head, lambda b, h, i: torch.stack(
+        [mixer.table[h, i - j] if i - j < config.block_size else zero for j in range(i + 1)])))
+
+
 NAIVE = dict(attention=naive_attention, mlp_mixer=naive_mlp_mixer, gmlp=naive_gmlp, synthesizer=naive_synthesizer,
-             container=naive_container)
+             container=naive_container, toeplitz=naive_toeplitz)
 SIZES = {'small': dict(B=2, T=6, H=2, C=8), 'long': dict(B=1, T=300, H=1, C=4)} # long: more than one block of rows
 
 
@@ -1250,6 +1256,21 @@ def test_a_window_is_decoded_with_a_cache_of_its_length():
     other[:, :40] = (other[:, :40] + 1) % 11
     changed = (model(other)[0] - model(idx)[0]).abs().amax(2)[0]
     assert changed[43] > 1e-6 and changed[44:].max() == 0
+
+
+def test_a_toeplitz_table_serves_any_length():
+    """Nine times block_size, against loops; from a cache, which holds no more tokens than a few tables."""
+    model = network(mixer='toeplitz', pos_emb='none', block_size=5)
+    layer, x = model.transformer.h[0].attn, torch.randn(2, 45, 8, dtype=torch.float64)
+    expected = naive_toeplitz(model.config, layer, x)
+    for chunks in [45], [1] * 45, [3, 12, 1, 1, 28], [4, 7, 5, 1, 10, 18]:
+        cache = Cache()
+        y = torch.cat([layer(part, cache) for part in x.split(chunks, dim=1)], dim=1)
+        assert (y - expected).abs().max() < 1e-12
+        assert chunks[-1] > 1 or cache.buffers['x'][0].size(-2) <= 16
+    idx, window = torch.randint(11, (1, 45)), Window(model)
+    for n in range(3, 46): # the network, too
+        assert (window.next_logits(idx[:, :n]) - model(idx[:, :n])[0][:, -1]).abs().max() < 1e-5 # given in float32
 
 
 def test_a_gate_starts_as_the_identity():
