@@ -238,6 +238,7 @@ OPTIONS = { # settings of the mixers' own, each tried in all of the places below
              dict(gmlp_ratio=2.5, gmlp_tanh=True, gmlp_attn=3)],
     'synthesizer': [dict(synthesizer=kind, synthesizer_attn=mixed)
                     for kind in ('dense', 'random') for mixed in (False, True)],
+    'windowed': [dict(sliding_window=3)],
 }
 STACKS = {
     'flat': dict(n_layer=2),
@@ -303,7 +304,8 @@ if 'MIXER' not in os.environ:
              n_layer=3),
         dict(mixer=('gmlp', 'synthesizer'), gmlp_attn=3, time_mixing=0.5, n_layer=2),
         dict(mixer=('attention', 'container'), time_weighting='full', qk_norm=True, n_layer=2),
-        dict(mixer=('gmlp', 'attention'), value_residual=True, short_conv=3, n_layer=4)])
+        dict(mixer=('gmlp', 'attention'), value_residual=True, short_conv=3, n_layer=4),
+        dict(mixer=('windowed', 'attention'), sliding_window=5, pos_emb='rope', qk_norm=True, n_layer=2)])
 
 
 def test_the_contract_leaves_no_mixer_out():
@@ -987,8 +989,13 @@ def naive_toeplitz(config, mixer, x):
         [mixer.table[h, i - j] if i - j < config.block_size else zero for j in range(i + 1)])))
 
 
+def naive_windowed(config, mixer, x):
+    plain = dict(mixer='attention', sliding_window=GPTConfig.sliding_window)
+    return naive_attention(replace(config, attention_window=config.sliding_window, **plain), mixer, x)
+
+
 NAIVE = dict(attention=naive_attention, mlp_mixer=naive_mlp_mixer, gmlp=naive_gmlp, synthesizer=naive_synthesizer,
-             container=naive_container, toeplitz=naive_toeplitz)
+             container=naive_container, toeplitz=naive_toeplitz, windowed=naive_windowed)
 SIZES = {'small': dict(B=2, T=6, H=2, C=8), 'long': dict(B=1, T=300, H=1, C=4)} # long: more than one block of rows
 
 
@@ -1271,6 +1278,13 @@ def test_a_toeplitz_table_serves_any_length():
     idx, window = torch.randint(11, (1, 45)), Window(model)
     for n in range(3, 46): # the network, too
         assert (window.next_logits(idx[:, :n]) - model(idx[:, :n])[0][:, -1]).abs().max() < 1e-5 # given in float32
+
+
+@pytest.mark.parametrize('args, words', [(dict(sliding_window=0), 'sliding_window=0 must be at least 1'),
+                                         (dict(pos_emb='relative'), "pos_emb='relative' .* use learned or rope")])
+def test_what_a_window_cannot_have_is_refused(args, words):
+    with pytest.raises(ValueError, match=words):
+        network(mixer=('windowed', 'attention'), **args)
 
 
 def test_a_gate_starts_as_the_identity():
