@@ -234,6 +234,7 @@ OPTIONS = { # settings of the mixers' own, each tried in all of the places below
                   dict(value_residual=True, attention_gate=True, n_layer=2)],
     'linear_attention': [{}, dict(chunk=3)],
     'gated_delta': [{}, dict(chunk=3)],
+    'rwkv7': [dict(n_embd=16)], # at 8 channels the first gradients inside two UNets are too small to move a decay
     'gmlp': [dict(mlp='none'), dict(gmlp_tanh=True), dict(gmlp_attn=3),
              dict(gmlp_ratio=2.5, gmlp_tanh=True, gmlp_attn=3)],
     'synthesizer': [dict(synthesizer=kind, synthesizer_attn=mixed)
@@ -1223,7 +1224,51 @@ def test_a_state_is_the_recurrence(mixer):
         assert (found - right).abs().max() < 1e-9
 
 
-@pytest.mark.parametrize('mixer', ['linear_attention', 'gated_delta', ('gated_delta', 'attention')])
+def naive_rwkv7(mixer, x):
+    """As in the paper, token after token and head after head: x (T, C) -> (T, C)."""
+    H, _, D = mixer.bonus.shape
+    layers = mixer.receptance, mixer.key, mixer.value, mixer.decay, mixer.rate, mixer.gate
+    states, last, rows = [x.new_zeros(D, D)] * H, torch.zeros_like(x[0]), []
+    for token in x:
+        *inner, gate = (layer((1 - mu) * token + mu * last) for layer, mu in zip(layers, mixer.mu))
+        heads = []
+        for h in range(H):
+            r, k, v, decay, rate = (t[h * D:(h + 1) * D] for t in inner)
+            w = (-math.exp(-0.5) / (1 + (-decay - mixer.decay_bias[h, 0]).exp())).exp()
+            a = 1 / (1 + (-rate - mixer.rate_bias[h, 0]).exp())
+            e = k * mixer.removal[h, 0]
+            e, k = e / e.norm(), k * torch.lerp(torch.ones_like(a), a, mixer.replacement[h, 0])
+            states[h] = states[h] @ (torch.diag(w) - torch.outer(e, a * e)) + torch.outer(v, k)
+            y = states[h] @ r
+            y = (y - y.mean()) / (y.var(correction=0) + 1e-5 * D).sqrt() * mixer.norm[h, 0] + mixer.norm_bias[h, 0]
+            heads.append(y + (r * mixer.bonus[h, 0] * k).sum() * v)
+        rows.append(mixer.c_proj(torch.cat(heads) * gate))
+        last = token
+    return torch.stack(rows)
+
+
+def test_rwkv7_is_the_recurrence():
+    """Chunks against one token after the other, with the gradients; in float32 with the fastest decay; in pieces."""
+    layer = MIXERS['rwkv7'](GPTConfig(n_embd=8, n_head=2, mixer='rwkv7', pos_emb='none'), 150).double()
+    randomize(layer)
+    inputs = [torch.randn(1, 150, 8, dtype=torch.float64, requires_grad=True), *layer.parameters()]
+    found, expected = layer(inputs[0]), naive_rwkv7(layer, inputs[0][0])[None]
+    direction = torch.randn_like(found)
+    gradients = (torch.autograd.grad((y * direction).sum(), inputs) for y in (found, expected))
+    for a, b in [(found, expected), *zip(*gradients)]:
+        assert (a - b).abs().max() < 1e-9 * b.abs().max()
+    with torch.no_grad():
+        cache = Cache()
+        pieces = [layer(part, cache) for part in inputs[0].split([37, 1, 1, 16, 95], dim=1)]
+        assert (torch.cat(pieces, dim=1) - expected).abs().max() < 1e-9
+        layer.decay_bias.fill_(50.0)
+        expected = naive_rwkv7(layer, inputs[0][0])
+        assert (layer.float()(inputs[0].float())[0] - expected).abs().max() < 1e-4 * expected.abs().max()
+    with pytest.raises(ValueError, match='n_head=8 leaves one channel a head'):
+        GPTConfig(n_embd=8, n_head=8, mixer='rwkv7', pos_emb='none')
+
+
+@pytest.mark.parametrize('mixer', ['linear_attention', 'gated_delta', 'rwkv7', ('gated_delta', 'attention')])
 def test_without_tables_of_positions_decoding_has_no_end(mixer):
     """Far beyond block_size, against whole sequences in a model of longer blocks; in constant memory."""
     def states(cache):
