@@ -1520,6 +1520,47 @@ class Linear(nn.Linear):
         return super().forward(x)
 
 
+class Int8Linear(nn.Module):
+    """
+    A Linear layer whose weights take one byte each, for generation on a CPU: (..., n_in) -> (..., n_out). Each output
+    row has a scale, its largest absolute weight / 127. Up to MOST_TOKENS tokens, torch's kernel reads these bytes
+    alone; beyond, and where n_in is no multiple of 16, each call first converts them to the dtype of the activations.
+    """
+    MOST_TOKENS = 8 # the kernel reads the weights again for every 4 tokens, and is slow at arithmetic
+
+    def __init__(self, linear):
+        super().__init__()
+        weight = linear.weight.detach().float()
+        # rounded to what the kernel takes before it divides, so that no error comes of it; a row of zeros has any scale
+        scale = (weight.abs().amax(dim=1, keepdim=True) / 127).clamp(min=1e-30).bfloat16()
+        self.register_buffer('scale', scale) # (n_out, 1)
+        self.register_buffer('rows', (weight / scale).round().clamp(-127, 127).to(torch.int8)) # (n_out, n_in)
+        self.bias = linear.bias
+
+    @property
+    def weight(self):
+        return self.rows * self.scale
+
+    def forward(self, x):
+        n_in, scale = self.rows.size(1), self.scale.flatten()
+        if x.numel() > self.MOST_TOKENS * n_in or n_in % 16:
+            y = F.linear(x, self.rows.to(x.dtype)) * scale
+        else: # a copy: the kernel reads 16 numbers at once, and crashes the process if they begin at any address
+            tokens = torch.empty(x.numel() // n_in, n_in, dtype=torch.bfloat16).copy_(x.reshape(-1, n_in))
+            y = torch.ops.aten._weight_int8pack_mm(tokens, self.rows, scale.bfloat16())
+            y = y.view(*x.shape[:-1], -1).to(x.dtype)
+        return y if self.bias is None else y + self.bias
+
+
+def to_int8(model):
+    """Replaces a model's Linear layers by Int8Linear. A tied embedding keeps its weights: a token reads a row."""
+    keep_freed_memory() # converted weights, of a large head tens of MB in each call
+    for module in list(model.modules()):
+        for name, layer in list(module.named_children()):
+            if type(layer) in (nn.Linear, Linear): # a subclass may compute something else
+                setattr(module, name, Int8Linear(layer))
+
+
 class Dropout(nn.Module):
     """
     Inverted dropout. torch draws a float per element, which takes half of a training step on a CPU. On CPUs this draws

@@ -29,7 +29,7 @@ from data.checkpoints import GPT2_NAMES, find_weights, load_model
 from data.machine import Machine
 from data.tokenizers import GPT2, GPT2_SIZES, load_tokenizer, read_argument, read_text, tokenizer_of, with_line_ends
 from data.tokens import dataset_folder, find_path
-from model import GPTConfig, add_mixer, beam_search, finite
+from model import GPTConfig, add_mixer, beam_search, finite, to_int8
 
 # ---------------------------------------------------------------------------------------------------------------------
 # where the weights come from
@@ -64,7 +64,8 @@ bot_prefix = '\nGPT: ' # stands before the answers
 export = '' # write the model and its tokenizer to this new folder, for transformers, and end
 # machine
 device = 'auto' # auto | cpu | cuda | cuda:1 | mps
-dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
+dtype: Literal['auto', 'float32', 'bfloat16', 'float16', 'int8'] = 'auto' # int8: weights of Linear layers, on a CPU:
+    # decoding reads half the bytes, so one sequence is faster than in bfloat16; eight at once are not
 compile = False # torch.compile; whether it pays here is not measured
 # ---------------------------------------------------------------------------------------------------------------------
 # a config file of training gives its mixer and its out_dir
@@ -245,7 +246,10 @@ def main():
 
 
 with torch.inference_mode(): # a few percent faster than no_grad where a token takes a millisecond
-    machine = Machine(device, dtype)
+    machine = Machine(device, dtype if dtype != 'int8' else 'auto') # of the activations
+    if dtype == 'int8' and (export or machine.kind != 'cpu'):
+        what = f"export={export!r}" if export else f"device={machine.device!r}"
+        raise ValueError(f"dtype='int8' is for generation on a CPU, not for {what}: use --dtype=auto")
     settings.update(user_prefix=with_line_ends(user_prefix), bot_prefix=with_line_ends(bot_prefix))
     model, tokenizer = load()
     if (repetition_window or 0) > model.config.block_size:
@@ -254,6 +258,8 @@ with torch.inference_mode(): # a few percent faster than no_grad where a token t
     small = machine.kind == 'cpu' and model.get_num_params() < 5e7 # only large weights are worth halving
     if dtype == 'auto' and (small or export): # exported as they were trained
         machine = Machine(device, 'float32')
+    if dtype == 'int8':
+        to_int8(model) # from the weights as they were trained
     model.to(machine.device, machine.torch_dtype)
     if compile:
         model.hidden = torch.compile(model.hidden, dynamic=True)

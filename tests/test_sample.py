@@ -1,4 +1,5 @@
 """The real sample.py as a process of its own, on checkpoints with known answers."""
+import copy
 import itertools
 import math
 import os
@@ -14,10 +15,11 @@ import torch
 
 from data.checkpoints import stored_config
 from data.export import save_pretrained
+from data.machine import Machine
 from data.tokenizers import ByteTokenizer, CharTokenizer, load_tokenizer
 from helpers import (ENV, JOBS, PROJECT, V, WORDS, Run, flags, job, jobs, random_model, run, train, tree,  # noqa: F401
                      well, write_checkpoint, write_data, write_malicious, write_nano, write_nano_data)
-from model import GPT, GPTConfig, beam_search, pick
+from model import MIXERS, Cache, GPT, GPTConfig, Int8Linear, Mixer, beam_search, pick, to_int8
 
 posix = pytest.mark.skipif(os.name != 'posix', reason='needs signals and a pseudo-terminal')
 
@@ -387,6 +389,96 @@ def test_a_sample_that_cannot_be_drawn_ends_no_run(tmp_path):
     assert '\ndone     20 steps' in said and 'the logits' not in said
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# int8
+
+def aligned_nowhere(x):
+    """x at addresses that are no multiple of 4 bytes, as a slice of a larger tensor may be."""
+    return torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x)
+
+
+@pytest.mark.parametrize('n_in', [16, 48, 8, 21]) # a multiple of what the kernel reads at once, or not
+def test_int8_layer(n_in):
+    """Weights to half a step of their row; products as in float64, whichever way the number of tokens takes."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(n_in, 13)
+    linear.weight.data *= torch.logspace(-3, 3, 13)[:, None]
+    linear.weight.data[5] = 0
+    layer, exact = Int8Linear(linear), linear.weight.detach().double()
+    step = exact.abs().amax(1, keepdim=True) / 127 * 1.004 # bfloat16 has 8 bits
+    weight = layer.rows.double() * layer.scale.bfloat16().double() # as the kernel takes it
+    assert ((weight - exact).abs() <= 0.51 * step).all()
+    for dtype, n in itertools.product([torch.bfloat16, torch.float32], [1, 3, 8, 9, 40]):
+        x = torch.randn(n_in, n).to(dtype).t()[None] # (1, n, n_in), not contiguous
+        expected = x.double() @ weight.t() + linear.bias.double()
+        for given in x, aligned_nowhere(x):
+            y = layer.to(dtype)(given)
+            assert y.shape == (1, n, 13) and y.dtype == dtype
+            size = x.double().norm() * weight.norm(dim=1) + 1
+            assert ((y.detach().double() - expected).abs() / size).max() < 2 ** -7
+
+
+class Shared(Mixer):
+    """Multiplies with torch's Linear, once by its weight alone."""
+    def __init__(self, config, block_size):
+        super().__init__(config, block_size)
+        self.fc = torch.nn.Linear(config.n_embd, config.n_embd)
+
+    def mix(self, x):
+        return self.fc(x) + x @ self.fc.weight.t()
+
+
+NETWORKS = {
+    'tied': dict(), 'untied': dict(tie_weights=False, bias=False, mlp='swiglu'), 'narrow': dict(n_embd=24, n_head=3),
+    'unet': dict(unet_layers=(2, 2), n_layer=2, mixer=('attention', 'gmlp')), 'shared': dict(mixer='shared'),
+    **{name: dict(mixer=name, pos_emb='none') for name in ('mlp_mixer', 'gmlp', 'container', 'synthesizer')}}
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32])
+@torch.inference_mode()
+def test_int8_network(name, dtype, monkeypatch):
+    """Whole texts and token by token: the next token's KL divergence from float64 is below 0.001 nats."""
+    monkeypatch.setitem(MIXERS, 'shared', Shared)
+    model = random_model(V, std=0.1, **dict(n_embd=64, n_head=4) | NETWORKS[name])
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.weight.fill_(2 if module is model.transformer.ln_f else 1)
+    idx, linears = torch.randint(V, (2, 16), generator=torch.Generator().manual_seed(0)), torch.nn.Linear
+    layers = sum(isinstance(m, linears) for m in model.modules())
+    exact = copy.deepcopy(model).double()(idx)[0].log_softmax(-1)
+    assert exact.exp().amax(-1).mean() > 3 / V # it is far from uniform
+    to_int8(model)
+    model.to(dtype)
+    assert sum(isinstance(m, Int8Linear) for m in model.modules()) == layers
+    assert not any(isinstance(m, linears) for m in model.modules())
+    cache = Cache()
+    steps = torch.cat([model(token, cache=cache)[0] for token in idx.split(1, dim=1)], dim=1)
+    for logits in model(idx)[0], steps:
+        log_probs = logits.double().log_softmax(-1)
+        assert (exact.exp() * (exact - log_probs)).sum(-1).mean() < 1e-3
+
+
+@job
+def int8(folder):
+    """The command line: bytes that only the head tells apart, a random model, beams and a chat."""
+    settings = dict(dtype='int8', start='a', max_new_tokens=len(CYCLE))
+    write_cycle(folder)
+    texts = [sample(folder, **settings)[0], sample(folder, **settings, beams=3)[0],
+             sample(folder, **settings | dict(interactive=True, text='xD\n', bot_prefix='', max_new_tokens=3))[0]]
+    model, tokenizer = write_chars(folder)
+    return texts, model, tokenizer, sample(folder, **settings | dict(start='one', max_new_tokens=30))[0]
+
+
+def test_int8(int8):
+    (text, beams, chatted), model, tokenizer, drawn = int8
+    assert text == beams == 'a' + follow('a', len(CYCLE)).decode() + RULE
+    assert chatted == '. a\n\n'
+    to_int8(model)
+    ids = model.to(Machine('cpu', 'auto').torch_dtype).generate(torch.tensor([tokenizer.encode('one')]), 30, 0)
+    assert drawn == tokenizer.decode(ids[0].tolist()) + RULE
+
+
 def test_beams_of_any_length():
     """The power that a score is divided by can overflow: refused."""
     model, idx = random_model(V), torch.tensor([[1, 2]])
@@ -490,6 +582,8 @@ MISTAKES = {
     'sample: unknown setting': (dict(temprature=1), ['--temprature', 'did you mean --temperature?']),
     'sample: temperature': (dict(temperature=-1), ['temperature=-1', '[0, inf)']),
     'sample: device': (dict(device='cuda:7'), ['cuda:7', '--device=auto']),
+    'sample: int8': (dict(dtype='int8', export='new'), ["dtype='int8' is for generation on a CPU, not for export='new'",
+                                                        '--dtype=auto']),
     'sample: which checkpoint': (dict(checkpoint='newest'), ["'newest'", 'best', 'latest']),
     'sample: missing': (dict(out_dir='/nowhere/out'), ['nowhere', 'no checkpoint']),
     'sample: missing file': (dict(init_from='nowhere.pt'), ['nowhere.pt', 'no checkpoint']),
