@@ -46,7 +46,7 @@ from data.checkpoints import NANOGPT_FIELDS, load_weights, stored_config
 from data.machine import Machine
 from data.run import git_commit
 from data.tokens import Split, dataset_folder, load_meta, prefetch
-from model import Cache, GPT, GPTConfig, LinearCrossEntropy, MIXERS, cost
+from model import Cache, GPT, GPTConfig, LinearCrossEntropy, MIXERS, cost, to_int8
 from compare import configured
 
 for file in sorted((PROJECT / 'config/mixers').glob('*.py')):
@@ -72,6 +72,7 @@ out = '' # the JSON file; '': tests/results/COMMAND-DEVICE.json
 batches = (1, 32) # sequences generated at once
 contexts = (1, 900) # prompt lengths in tokens
 new_tokens = 64 # tokens generated after each prompt
+dtypes: tuple[str, ...] = () # compared with the first instead of with the peer, such as bfloat16,int8; (): dtype
 # mixers and scale
 variants: tuple[str, ...] = () # mixers, by their names in the table; (): all
 equal_params = False # give mixers about as many parameters as attention, via n_layer
@@ -101,7 +102,8 @@ def work(job):
     """Runs a job on the machine that train.py would choose."""
     job = SimpleNamespace(**job)
     on_cpu = torch.device(job.device).type == 'cpu'
-    machine = Machine(job.device, 'float32' if job.peer and on_cpu else job.dtype) # nanoGPT has no autocast there
+    dtype = 'float32' if job.peer and on_cpu else job.dtype # nanoGPT has no autocast there
+    machine = Machine(job.device, dtype if dtype != 'int8' else 'auto') # of the activations, as in sample.py
     result = WORK[job.kind](job, machine)
     return {'how': machine.dtype + (', compiled' if machine.compiled else '')} | result
 
@@ -212,6 +214,8 @@ def work_sample(job, machine):
     del weights
     model = build(job, job.peer).eval()
     if not job.peer:
+        if job.dtype == 'int8':
+            to_int8(model)
         model.to(machine.torch_dtype)
         machine.compiled = bool(job.compile)
         if job.compile:
@@ -241,7 +245,8 @@ def work_sample(job, machine):
         decoding = seconds(decode)
     # forward, and logits of the last position only
     flops = cost(bare, job.context)[0] / 3 - 2 * bare.config.n_embd * bare.config.vocab_size
-    n_bytes = bare.get_num_params(False) * (4 if job.peer else machine.torch_dtype.itemsize) # autocast: float32
+    size = 1 if job.dtype == 'int8' else machine.torch_dtype.itemsize
+    n_bytes = bare.get_num_params(False) * (4 if job.peer else size) # autocast: float32
     return {'prompt tokens/s': prompt, 'of matmul peak': prompt * flops / peak if peak else None,
             'decode tokens/s': n * job.batch_size / decoding, 'of bandwidth': n / decoding * n_bytes / bandwidth}
 
@@ -468,7 +473,11 @@ def sample():
     for batch, context in itertools.product(batches, contexts):
         context = min(context, config.block_size - n)
         jobs = both('sample', config, batch, context=context, **more)
-        compare(f'sample, batch {batch}, context {context}', jobs, ratios=('decode tokens/s', 'prompt tokens/s'))
+        if dtypes:
+            jobs = {name: both('sample', config, batch, context=context, **more | dict(dtype=name))['ours']
+                    for name in dtypes}
+        compare(f'sample, batch {batch}, context {context}', jobs, dtypes[0] if dtypes else 'peer',
+                ratios=('decode tokens/s', 'prompt tokens/s'))
 
 
 def sweep(title, cases, base=None):
