@@ -173,13 +173,40 @@ def settings_of(script):
     """The settings of a script in this folder, as a namespace for configure(); the script is not run."""
     path = os.path.join(PROJECT, script)
     with tokenize.open(path) as f:
-        body = ast.parse(f.read()).body
-    above = itertools.takewhile(lambda node: 'configure(globals()' not in ast.unparse(node), body)
-    namespace = dict(__file__=path, __name__=script.removesuffix('.py'), Literal=typing.Literal)
+        tree = ast.parse(f.read())
+    above = itertools.takewhile(lambda node: 'configure(globals()' not in ast.unparse(node), tree.body)
+    namespace = dict(__file__=path, __name__=script.removesuffix('.py'), __doc__=ast.get_docstring(tree, clean=False),
+                     Literal=typing.Literal)
     for node in above:
         if isinstance(node, (ast.Assign, ast.AnnAssign)) and not any(isinstance(n, ast.Call) for n in ast.walk(node)):
             exec(compile(ast.Module([node], []), path, 'exec'), namespace) # a plain value
     return namespace
+
+
+def fields_of(script):
+    """The fields of all classes in a script of this folder, as a dataclass for configure(); the script is not run."""
+    path = os.path.join(PROJECT, script)
+    with tokenize.open(path) as f:
+        classes = [node for node in ast.parse(f.read()).body if isinstance(node, ast.ClassDef)]
+    for node in classes:
+        node.body, node.bases, node.decorator_list = [n for n in node.body if isinstance(n, ast.AnnAssign)], [], []
+    module = sys.modules[f'fields:{script}'] = types.ModuleType(f'fields:{script}') # inspect looks for a module
+    module.__file__, module.Literal = path, typing.Literal
+    exec(compile(ast.Module([node for node in classes if node.body], []), path, 'exec'), vars(module))
+    first, *others = [value for value in vars(module).values() if isinstance(value, type)]
+    first.declared_by = {name: cls for cls in others for name in cls.__annotations__}
+    for name, cls in first.declared_by.items():
+        first.__annotations__[name] = cls.__annotations__[name]
+        setattr(first, name, vars(cls)[name])
+    return dataclasses.dataclass(first)
+
+
+def answer_early(script, model=None):
+    """Answers --help and reports mistakes in the flags before the script imports torch, which takes seconds. model: the
+    file of its dataclass. If there are config files, configure() has to do it: they are programs, which import torch.
+    """
+    if not read_arguments(sys.argv[1:], PROJECT, {})[0]:
+        configure(settings_of(script), model and fields_of(model))
 
 
 def yield_if_busy():
@@ -205,9 +232,9 @@ def find_settings(namespace, dataclass):
         script = scan(f.read())
     fields = {f.name: f for f in dataclasses.fields(dataclass)} if dataclass else {}
     hints, notes = (typing.get_type_hints(dataclass), scan_class(dataclass)) if dataclass else ({}, {})
-    for cls in set(getattr(dataclass, 'declared_by', {}).values()): # mixers
-        notes |= {name: (hint, comment, f'mixer {cls.__name__}') for name, (hint, comment, _) in scan_class(cls).items()
-                  if name in fields}
+    for cls in dict.fromkeys(getattr(dataclass, 'declared_by', {}).values()): # mixers; several may share a setting
+        notes = {name: (hint, comment, f'mixer {cls.__name__}') for name, (hint, comment, _) in scan_class(cls).items()
+                 if name in fields} | notes
     known = {}
     for name, (annotation, comment, group) in script.items():
         try:

@@ -16,9 +16,10 @@ import textwrap
 from dataclasses import fields
 from typing import Literal
 
-from configurator import configure, explain_errors, yield_if_busy
+from configurator import answer_early, configure, explain_errors, yield_if_busy
 
 explain_errors() # also for a missing package, or Ctrl-C while torch is imported
+answer_early('train.py', 'model.py')
 yield_if_busy()
 import torch
 

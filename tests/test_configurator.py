@@ -477,6 +477,25 @@ def test_help_fits_the_terminal(tmp_path, capsys, monkeypatch, columns):
     assert '\n\noptimizer\n  --learning_rate=0.0006 ' in text
 
 
+@pytest.mark.parametrize('arguments', [('train.py', 'model.py')])
+def test_help_and_mistakes_do_not_need_torch(tmp_path, arguments):
+    """Nor numpy. A class of the model that has fields but no settings would show up here."""
+    script, shown = arguments[0], []
+    for name in 'torch', 'numpy':
+        (tmp_path / f'{name}.py').write_text('raise AssertionError', encoding='utf-8')
+    whole = "import configurator, runpy; configurator.answer_early = lambda *_: None; runpy.run_path('{}')"
+    for command, path in ([script], tmp_path), (['-c', whole.format(script)], ''):
+        done = subprocess.run([sys.executable, *command, '--help'], cwd=ROOT, capture_output=True, text=True,
+                              env=dict(os.environ, PYTHONPATH=str(path), COLUMNS='120'))
+        assert done.returncode == 0, done.stderr
+        shown.append(done.stdout)
+    assert shown[0] == shown[1] and '\n  --seed=1337 ' in shown[0]
+    wrong = [sys.executable, script, '--sed=1', 'config/nope.py']
+    done = subprocess.run(wrong, cwd=ROOT, capture_output=True, text=True,
+                          env=dict(os.environ, PYTHONPATH=str(tmp_path)))
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 2 and 'did you mean --seed?' in done.stderr
+
+
 # mistakes ------------------------------------------------------------------------------------------------------------
 
 def test_fail(capsys):
