@@ -19,9 +19,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-from configurator import END_WITH_READER, configure, explain_errors, settings_of, yield_if_busy
+from configurator import END_WITH_READER, answer_early, configure, explain_errors, settings_of, yield_if_busy
 
 explain_errors()
+answer_early('sample.py')
 yield_if_busy()
 import torch
 

@@ -477,7 +477,7 @@ def test_help_fits_the_terminal(tmp_path, capsys, monkeypatch, columns):
     assert '\n\noptimizer\n  --learning_rate=0.0006 ' in text
 
 
-@pytest.mark.parametrize('arguments', [('train.py', 'model.py')])
+@pytest.mark.parametrize('arguments', [('train.py', 'model.py'), ('sample.py',)])
 def test_help_and_mistakes_do_not_need_torch(tmp_path, arguments):
     """Nor numpy. A class of the model that has fields but no settings would show up here."""
     script, shown = arguments[0], []
