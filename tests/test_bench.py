@@ -76,6 +76,13 @@ def test_sample(bench, peer):
             assert positive(row, 'decode tokens/s', 'prompt tokens/s', 'of bandwidth', 'of matmul peak')
 
 
+def test_sample_in_several_dtypes(bench):
+    for rows in bench('sample', '--dtypes=float32,int8').values():
+        assert [row[''] for row in rows] == ['float32', 'int8']
+        assert all(positive(row, 'decode tokens/s', 'prompt tokens/s', 'of bandwidth') for row in rows)
+        assert len(rows[1]['decode tokens/s to float32']) == 3
+
+
 def test_mixers(bench, tmp_path):
     tables = bench('mixers', '--equal_params')
     assert list(tables) == ['mixers, T=16', 'mixers, T=32']
