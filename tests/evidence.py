@@ -207,7 +207,8 @@ def noise(losses, searches):
     sd = run_sd(group for runs, found in zip(losses, searches) for group in (runs.values(), *found))
     squares, df = [], []
     for runs, found in zip(losses, searches):
-        groups = [list(runs.values()), *(group for group in found if math.isfinite(score(group, sd)))]
+        own = max(sd, run_sd([runs.values(), *found])) # an arm with more noise has no cliff for it
+        groups = [list(runs.values()), *(group for group in found if math.isfinite(score(group, own)))]
         groups = [group for group in groups if len(group) > 1]
         squares.append(sum(np.var(g) * len(g) for g in groups))
         df.append(sum(len(g) - 1 for g in groups))

@@ -179,6 +179,8 @@ def test_runs_at_a_cliff_do_not_widen_the_interval():
     narrow = difference(losses, searches=([best, [1.5]], [best])).half(0.05)
     assert difference(losses, searches=([best, [1.5], [1.5, 1.49, 1.8], [1.6, math.inf]], [best])).half(0.05) == narrow
     assert difference(losses, searches=([best, [1.5], [1.5, 1.47, 1.53]], [best])).half(0.05) != narrow
+    wild = [[1.4, 1.5, 1.6], [1.55, 1.45, 1.52], [1.41, 1.6, 1.5]] # an arm with more noise, not three cliffs
+    assert difference(losses, searches=([best], wild)).half(0.05) > 3 * difference(losses, searches=([best], [])).half(0.05)
 
 
 def test_degrees_of_freedom():
