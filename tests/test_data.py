@@ -1546,12 +1546,28 @@ def answers_by_hand(task, row, letters):
     return {len(before) + 1 + i: c for i, c in enumerate(said)}
 
 
+def answering(tokenizer, answers):
+    """A network that predicts what answers(text of a row) says: {position: character}."""
+    import torch
+
+    class Reader(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lm_head = torch.nn.Linear(1, 1)
+
+        def forward(self, x):
+            logits = torch.zeros(*x.shape, tokenizer.vocab_size)
+            for b, row in enumerate(x.tolist()):
+                for at, c in answers(tokenizer.decode(row)).items():
+                    logits[b, at - 1, tokenizer.characters.index(c)] = 1.0
+            return logits, None
+    return Reader()
+
+
 @pytest.mark.parametrize('task, length, symbols', [
     ('mqar', 30, 20), ('copy', 30, 40), ('selective_copy', 30, 20), ('induction', 30, 20), ('parity', 30, 20),
     ('noisy_recall', 36, 23), ('fuzzy_recall', 84, 6), ('compression', 30, 61), ('hops', 70, 17)])
 def test_prepare_recall(tmp_path, task, length, symbols):
-    import torch
-
     from data.recall.evaluate import accuracy
     options = ['recall', f'--task={task}', f'--out={tmp_path}', '--sizes=3,7', f'--length={length}',
                f'--symbols={symbols}', '--val_examples=50']
@@ -1579,22 +1595,10 @@ def test_prepare_recall(tmp_path, task, length, symbols):
                 assert text.index('*') == 27 - size
     assert not np.array_equal(rows['train'][:50], rows['val'])
 
-    class Reader(torch.nn.Module):
-        """Knows the task."""
-        def __init__(self):
-            super().__init__()
-            self.lm_head = torch.nn.Linear(1, 1)
-
-        def forward(self, x):
-            logits = torch.zeros(*x.shape, tokenizer.vocab_size)
-            for b, row in enumerate(x.tolist()):
-                for at, c in answers_by_hand(task, tokenizer.decode(row), letters).items():
-                    logits[b, at - 1, tokenizer.characters.index(c)] = 1.0
-            return logits, None
-
+    reader = answering(tokenizer, lambda text: answers_by_hand(task, text, letters))
     answers = [sum(numbers['val', i] for i in range(first, 50, 2)) for first in (0, 1)]
-    assert accuracy(Reader(), Split(tmp_path, 'val'), 7) == {3: [answers[0], answers[0], 25, 25],
-                                                             7: [answers[1], answers[1], 25, 25]}
+    assert accuracy(reader, Split(tmp_path, 'val'), 7) == {3: [answers[0], answers[0], 25, 25],
+                                                           7: [answers[1], answers[1], 25, 25]}
     before = content(tmp_path)
     prepare(*options, '--examples=201', '--test_fraction=0.25') # further ones: 50
     sealed = {split: tokens_of(tmp_path / f'{split}.bin', (-1, length)) for split in ('train', 'test', 'val')}
@@ -1661,32 +1665,17 @@ def test_masked_targets(tmp_path):
 
 def test_evaluate_recall(tmp_path):
     """Against a network that knows the rule, but not the last key's value."""
-    import torch
-
     from data.recall.evaluate import accuracy
     prepare('recall', f'--out={tmp_path}', '--sizes=3,5', '--length=24', '--examples=4', '--val_examples=31')
     split = Split(tmp_path, 'val')
     tokenizer = load_tokenizer(split.meta)
 
-    class Reader(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.lm_head = torch.nn.Linear(1, 1)
+    def answers(text):
+        n = next(n for n in (3, 5) if text[2 * n] == ' ' or text[2 * n] in text[:2 * n:2])
+        expected = answers_by_hand('mqar', text, tokenizer.characters[3:])
+        return {at: c for at, c in expected.items() if text[at - 1] != text[2 * (n - 1)]}
 
-        def forward(self, x):
-            logits = torch.zeros(*x.shape, tokenizer.vocab_size)
-            for b, row in enumerate(x.tolist()):
-                pairs = {}
-                for i in range(0, len(row) - 1, 2):
-                    if row[i] in pairs and row[i] != row[2 * (size_of(row) - 1)]:
-                        logits[b, i, pairs[row[i]]] = 1.0
-                    pairs.setdefault(row[i], row[i + 1])
-            return logits, None
-
-    def size_of(row):
-        return next(n for n in (3, 5) if row[2 * n] == 0 or row[2 * n] in row[:2 * n:2])
-
-    counts = accuracy(Reader(), split, 7)
+    counts = accuracy(answering(tokenizer, answers), split, 7)
     assert counts == {3: [2 * 16, 3 * 16, 0, 16], 5: [4 * 15, 5 * 15, 0, 15]}
 
 
