@@ -1478,7 +1478,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_x, grad_w = torch.empty_like(x) if with_grad else None, None
         for i in range(0, x.size(0), rows):
             part, target = x[i:i + rows], targets[i:i + rows, None]
-            log_probs = (part @ w.t()).log_softmax(dim=1, dtype=loss.dtype) # (rows, V)
+            logits = part @ w.t() # (rows, V)
+            log_probs = logits.log_softmax(dim=1, dtype=loss.dtype)
             valid = target >= 0
             target = target.clamp(min=0)
             right = log_probs.gather(1, target) # of the targets
@@ -1486,11 +1487,13 @@ class LinearCrossEntropy(torch.autograd.Function):
             if with_grad:
                 scale = valid.to(loss.dtype) * 1024 / n # 1 / n alone is too small for float16
                 grad = log_probs.exp_().mul_(scale).to(x.dtype) # of the logits
+                log_probs = None
                 # last: earlier, compilers would keep float32
                 grad.scatter_(1, target, ((right.exp() - 1) * scale).to(x.dtype))
                 grad_x[i:i + rows] = grad @ w
                 product = grad.t() @ part
                 grad_w = product.to(weight.dtype) if grad_w is None else grad_w.add_(product)
+            logits = log_probs = grad = None # or they would lie beside those of the next chunk
         ctx.save_for_backward(grad_x, grad_w)
         return loss / n
 
