@@ -10,7 +10,6 @@ trains, samples, reports MFU and gets tested.
 Each letter has one meaning in the whole file: B batch, T tokens in this call, S tokens so far (past and present),
 C channels (n_embd), H heads, D channels of a head, V vocabulary.
 """
-
 import ctypes
 import hashlib
 import inspect
@@ -18,6 +17,7 @@ import math
 import re
 import sys
 import typing
+import weakref
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 
 @dataclass
@@ -1366,10 +1366,66 @@ def apart(build, *args):
 class FusedAttention(TorchFunctionMode):
     """Lets attention on the meta device save what a GPU kernel saves; torch would use its unfused formula there."""
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        options = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return torch.ops.aten._scaled_dot_product_efficient_attention(
-                *args, kwargs['attn_mask'], True, is_causal=kwargs['is_causal'])[0]
-        return func(*args, **(kwargs or {}))
+                *args, options.get('attn_mask'), True, is_causal=options.get('is_causal', False))[0]
+        return func(*args, **options)
+
+
+PRODUCTS = {F.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.baddbmm,
+            torch.einsum}
+
+
+class Autocast(FusedAttention):
+    """
+    Also lets matrix products on the meta device convert what they read, as under autocast. cheap: they keep none of it
+    for the backward pass, as where a compiler computes it again.
+    """
+    def __init__(self, cheap):
+        super().__init__()
+        self.cheap = cheap
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func not in PRODUCTS:
+            return super().__torch_function__(func, types, args, kwargs)
+        args = [narrowed(a) if torch.is_tensor(a) and a.dtype == torch.float32 else a for a in args]
+        forget = torch.autograd.graph.saved_tensors_hooks(
+            lambda t: (t.shape, t.dtype), lambda kept: torch.empty(kept[0], dtype=kept[1], device='meta'))
+        with forget if self.cheap else nullcontext():
+            return func(*args, **(kwargs or {}))
+
+    def wrap(self, call):
+        def inside(*args, **options):
+            with self:
+                return call(*args, **options)
+        return inside
+
+
+class LiveBytes(torch.utils._python_dispatch.TorchDispatchMode):
+    """
+    Counts the bytes of the tensors that are alive, besides those given. peak: the most there were after an operation;
+    fused: after a matrix product, as a compiler stores nothing in between that no product waits for.
+    """
+    def __init__(self, given, fused):
+        super().__init__()
+        self.sizes = {t.untyped_storage()._cdata: 0 for t in given}
+        self.fused, self.now, self.peak = fused, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if torch.is_tensor(t) and t.untyped_storage()._cdata not in self.sizes:
+                storage = t.untyped_storage()
+                self.sizes[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.free, storage._cdata)
+        if not self.fused or func.overloadpacket in flop_registry:
+            self.peak = max(self.peak, self.now)
+        return out
+
+    def free(self, key):
+        self.now -= self.sizes.pop(key)
 
 
 def solve_flops(matrix, right, *args, out_shape=None, **options):
@@ -1378,14 +1434,14 @@ def solve_flops(matrix, right, *args, out_shape=None, **options):
 
 
 @contextmanager
-def whole_triangles():
-    """Multiplies triangles as one block, as the counter of FLOPs takes attention's."""
-    global row_blocks
-    kept, row_blocks = row_blocks, lambda T: [(0, T)]
+def replaced(**values):
+    """Context in which these global variables of this file have other values."""
+    before = {name: globals()[name] for name in values}
+    globals().update(values)
     try:
         yield
     finally:
-        row_blocks = kept
+        globals().update(before)
 
 
 def checked(mixer, name):
@@ -1401,38 +1457,55 @@ def checked(mixer, name):
     return call
 
 
-def cost(model, T=None, dtype=torch.float32, device_type=None):
+def cost(model, T=None, dtype=torch.float32, device_type=None, B=0, compiled=False, sharded=False):
     """
-    Returns (FLOPs per token, bytes of activation memory per token) at length T (default: block_size) on device_type
-    (default: that of the weights). Counted on a meta-device copy, so it is right for any mixer: the matrix products of
-    the forward pass and triangular solves, times three for forward and backward. A product with a causal mask counts
-    in full, as in arXiv 2204.02311, whichever mixer it is in and whatever a kernel skips. It does not see what a
-    compiler optimizes away. ValueError if a mixer changes the shape of its input.
+    Returns (FLOPs per token, bytes of memory) at length T (default: block_size) on device_type (default: that of the
+    weights). Counted on a meta-device copy, so both are right for any mixer. ValueError if a mixer changes the shape of
+    its input.
+
+    FLOPs: the matrix products of the forward pass and triangular solves, times three for forward and backward. A
+    product with a causal mask counts in full, as in arXiv 2204.02311, whichever mixer it is in and whatever a kernel
+    skips.
+    Bytes: the most that is alive, besides weights and gradients, in the forward and backward pass of B sequences under
+    autocast to dtype: what the backward pass needs, 16-bit copies of weights, the head's chunk and gradient; 0 if B=0.
+    compiled: with torch.compile. sharded: no copies, since FSDP gathers the blocks' matrices in 16 bits.
     """
     config = model.config
     T, device_type = T or config.block_size, device_type or model.lm_head.weight.device.type
     with torch.device('meta'):
-        model = GPT(config).to(dtype)
+        model = GPT(config)
         idx = torch.zeros(1, T, dtype=torch.long)
     for module in model.modules():
         if isinstance(module, Mixer):
             name = 'mix' if type(module).forward is Mixer.forward else 'forward'
             setattr(module, name, checked(module, name))
-    kept = {p.untyped_storage()._cdata: p.untyped_storage() for p in model.parameters()}
-    weights = sum(s.nbytes() for s in kept.values())
-    def keep(t):
-        kept[t.untyped_storage()._cdata] = t.untyped_storage()
-        return t
     formulas = {torch.ops.aten.linalg_solve_triangular: solve_flops}
-    with FlopCounterMode(display=False, custom_mapping=formulas) as counter, torch.no_grad(), whole_triangles():
-        model(idx)
-    attention = nullcontext() if device_type == 'cpu' else FusedAttention()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), attention:
-        model(idx, idx)
-    if config.recompute is True: # checkpoint() keeps these, unseen by the hooks
-        n_blocks = sum(isinstance(m, Block) for m in model.modules())
-        kept['inputs'] = torch.empty(n_blocks, T, config.n_embd, device='meta', dtype=dtype).untyped_storage()
-    return 3 * counter.get_total_flops() / T, (sum(s.nbytes() for s in kept.values()) - weights) / T
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter, torch.no_grad():
+        with replaced(row_blocks=lambda T: [(0, T)]): # triangles as one block, as the counter takes attention's
+            model(idx)
+    with replaced(meta_kind=device_type):
+        peak = peak_bytes(model, idx.expand(B, T), dtype, compiled, sharded) if B else 0
+    return 3 * counter.get_total_flops() / T, peak
+
+
+def peak_bytes(model, idx, dtype, compiled, sharded):
+    """The bytes that cost returns. Changes the model, which is on the meta device, like idx (B, T)."""
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    for module in (m for block in blocks for m in block.modules()):
+        if sharded and isinstance(module, nn.Linear):
+            module.to(dtype)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) # as if from an earlier micro-batch
+    gradients = [p.grad for p in model.parameters()]
+    mode = Autocast(cheap=compiled and model.config.recompute == 'cheap')
+    for module in [model, *blocks]: # in a block's forward pass, too: it may be repeated in the backward pass
+        module.forward = mode.wrap(module.forward)
+    with LiveBytes([idx, *model.parameters(), *model.buffers(), *gradients], fused=compiled) as live:
+        # the CPU's autocast speaks for the meta device, which has none: see narrowed
+        with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
+            loss = model(idx, idx)[1]
+        loss.backward()
+    return live.peak
 
 
 def first_nonfinite(model, idx, targets):
@@ -1453,9 +1526,9 @@ def first_nonfinite(model, idx, targets):
 
 
 def narrowed(x):
-    """x in the dtype of autocast's matrix products, where autocast is on."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if kind != 'meta' and torch.is_autocast_enabled(kind) else x
+    """x in the dtype of autocast's matrix products, where autocast is on. The CPU's holds for the meta device."""
+    kind = x.device.type.replace('meta', 'cpu')
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 LOGITS_AT_ONCE = 2 ** 26 # 256 MB in float32; not in the class, where torch.compile cannot read it
@@ -1468,9 +1541,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
     @staticmethod
     def forward(ctx, x, weight, targets, with_grad):
-        w, kind = weight.to(x.dtype), x.device.type
-        if kind != 'meta' and torch.is_autocast_enabled(kind): # matrix products in 16 bits, as under autocast
-            x, w = (t.to(torch.get_autocast_dtype(kind)) for t in (x, weight))
+        x, w = narrowed(x), narrowed(weight.to(x.dtype)) # matrix products in 16 bits, as under autocast
         # few chunks: each adds to the whole gradient of weight. At most 8192 rows, or a compiler would hold all logits
         rows = min(8192, max(1, LOGITS_AT_ONCE // weight.size(0), math.ceil(x.size(0) / 4)))
         n = (targets >= 0).sum().clamp(min=1) # a batch without targets has loss 0
@@ -1505,6 +1576,12 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Adaptations for CPUs
+
+meta_kind = 'cuda' # the type of device that the meta device stands for
+
+def kind_of(x):
+    return meta_kind if x.is_meta else x.device.type
+
 
 class Linear(nn.Linear):
     """
@@ -1576,10 +1653,11 @@ class Dropout(nn.Module):
     def forward(self, x):
         if not self.training or self.p == 0.0:
             return x
-        if x.device.type != 'cpu':
+        if kind_of(x) != 'cpu':
             return F.dropout(x, self.p)
         dropped = round(self.p * 65536) # of the 65536 values
-        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2 ** 63, None).view(torch.int16)
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-2 ** 63, None)
+        bits = bits.view(torch.int16)
         # compared as integers: converting from bool is not vectorized
         keep = bits[:x.numel()].view(x.shape).ge_(dropped - 32768)
         return x * keep.to(x.dtype).mul_(65536 / (65536 - dropped))
@@ -1590,7 +1668,7 @@ def fused_attention_pays(q, v, dropout):
     Whether to use the fused kernel. On a CPU it supports neither dropout nor queries wider than the values, and in
     bfloat16 it is slower at training on short sequences.
     """
-    if q.device.type != 'cpu':
+    if kind_of(q) != 'cpu':
         return True
     if not torch.is_grad_enabled():
         return q.size(3) == v.size(3)
@@ -1599,7 +1677,7 @@ def fused_attention_pays(q, v, dropout):
 
 def fused_attention(q, k, v, mask, dropout, is_causal):
     """torch's attention. On a CPU it trains in float32, since the bfloat16 backward pass takes 7 times as long."""
-    if q.device.type != 'cpu' or q.dtype != torch.bfloat16 or not torch.is_grad_enabled():
+    if kind_of(q) != 'cpu' or q.dtype != torch.bfloat16 or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
     with torch.autocast('cpu', enabled=False):
         q, k, v = q.float(), k.float(), v.float()

@@ -175,8 +175,9 @@ else:
     network = GPT(GPTConfig(**dict(args, vocab_size=settings.given.get('vocab_size', data.vocab_size))))
 settings.update(**vars(network.config))
 notes += data.check(network.config.vocab_size, block_size, sampling)
-costs = {T: cost(network, T, machine.torch_dtype, machine.kind) for T in window_lengths()} # FLOPs and bytes per token
-model, more = machine.wrap(network.to(machine.device), compile, backend, len(costs)) # for training and evaluation
+model, more = machine.wrap(network.to(machine.device), compile, backend, len(window_lengths())) # training, evaluation
+costs = {T: cost(network, T, machine.torch_dtype, machine.kind, batch_size * (T == block_size), machine.compiled,
+                 machine.sharded) for T in window_lengths()} # FLOPs per token, bytes of activations
 notes += more
 state = State(network, network.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), machine.kind,
                                                     optimizer, momentum, hidden_lr), machine.scaler)
@@ -331,10 +332,10 @@ def explain_bad_steps(x, y, norm):
         run.stop = 1 # in all processes at this step
 
 
-def describe(flops, kept):
-    """Describes this run in a few lines. flops and kept (bytes of activation memory) are per token."""
+def describe(flops, activations):
+    """Describes this run in a few lines. flops per token; activations: bytes of memory."""
     network, n_params = state.model, state.model.get_num_params(False)
-    n_rest = sum(p.numel() for _, p in optimizer_groups(network)['rest'])
+    n_rest, n_hidden = (sum(p.numel() for _, p in optimizer_groups(network)[name]) for name in ('rest', 'hidden'))
     embeddings = [m.weight.numel() for m in (network.transformer.wte, network.transformer.wpe) if m is not None]
     tokens = gradient_accumulation_steps * batch_size * block_size
     epochs = max_iters * tokens / data.train.n_tokens
@@ -353,8 +354,8 @@ def describe(flops, kept):
                      f"{max(1, round(20 * max_iters / epochs))}")
     if days > 1 and state.step == 0:
         lines.append(f"warning: at 40% of the peak that takes about {duration(86400 * days)}; fewer steps: --max_iters")
-    bytes_a_parameter = 12 if optimizer == 'sm3' else 16
-    return lines + machine.budget(n_params, bytes_a_parameter, kept * batch_size * block_size)
+    moments = 2 * n_params - dict(adamw=0, muon=n_hidden, sm3=n_params)[optimizer] # where Adam has two, these have one
+    return lines + machine.budget(network, moments, activations, gradient_accumulation_steps > machine.world)
 
 
 def prove_causal():

@@ -202,9 +202,20 @@ class Machine:
             return [tensor.pin_memory().to(self.device, non_blocking=True) for tensor in tensors]
         return [tensor.to(self.device) for tensor in tensors]
 
-    def budget(self, n_params, bytes_a_parameter, activations):
-        """Returns lines about the memory that training will need per process."""
-        fixed = bytes_a_parameter * n_params / (self.world if self.sharded else 1)
+    def budget(self, network, state, activations, accumulates):
+        """
+        Returns lines about the memory that training will need per process. state: numbers that the optimizer keeps;
+        activations: bytes; accumulates: whether a process adds the gradients of several micro-batches.
+        """
+        n, gradients = network.get_num_params(False), network.get_num_params(False)
+        if self.sharded: # gradients are whole until the last micro-batch, and what is outside of blocks is gathered
+            n_blocks = sum(p.numel() for m in network.modules() if isinstance(m, Block) for p in m.parameters())
+            activations += 4 * (n - n_blocks)
+            n, state, gradients = n / self.world, state / self.world, n if accumulates else n / self.world
+        elif self.world > 1:
+            # DDP's buckets, laid out anew beside the first ones in the second step; gradients add up outside of them
+            gradients *= 2 + accumulates
+        fixed = 4 * (n + gradients + state)
         lines = [f"memory   about {(fixed + activations) / 1e9:.3g} GB: {fixed / 1e9:.3g} of weights, gradients and "
                  f"optimizer, {activations / 1e9:.3g} of activations"]
         if fixed + activations > self.memory:

@@ -785,23 +785,66 @@ def test_networks_that_share_a_layer_share_its_start():
 
 
 
-def test_bytes_kept_for_the_backward_pass():
-    model = network(mlp='none', mixer='mlp_mixer')
-    deeper = network(mlp='none', mixer='mlp_mixer', n_layer=3)
-    per_layer = cost(deeper)[1] - cost(model)[1]
-    # float32: LayerNorm, GELU and two products keep C channels each, or a few times that; and the triangles themselves
-    assert 3 * 16 * 4 <= per_layer <= 12 * 16 * 4 + 4 * 4 * 2 * 12
-    assert cost(model, dtype=torch.bfloat16)[1] < cost(model)[1]
-    (flops, kept), with_dropout = cost(model), cost(network(mlp='none', mixer='mlp_mixer', dropout=0.1))
-    assert with_dropout[0] == flops and with_dropout[1] > kept # the masks
+def test_bytes_of_a_layer():
+    """Counted by hand, for each token: what GPT-2's block keeps for the backward pass in bfloat16 on a GPU."""
+    B, T, C, H = 4, 64, 32, 4
+    def layer(recompute=False, **options):
+        models = [network(n_layer=n, n_embd=C, n_head=H, block_size=T, bias=False, recompute=recompute) for n in (2, 6)]
+        few, many = (cost(model, T, torch.bfloat16, 'cuda', B, **options)[1] for model in models)
+        return pytest.approx((many - few) / 4 / (B * T), abs=0.1) # attention keeps the state of its random numbers
+    copies = 2 * 12 * C * C / (B * T) # of weights
+    statistics = 2 * 8 + 4 * H # of two LayerNorms in float32, and of attention
+    inputs, outputs = 4 + 4, 2 * (3 + 1 + 4) # of LayerNorm; of the products and of attention, without the residual ones
+    elementwise = 2 * (1 + 1 + 4) # LayerNorm's outputs and GELU's
+    whole = (inputs + outputs + elementwise) * C + statistics
+    assert whole + copies == layer() and whole + copies == layer(compiled=True)
+    assert whole == layer(sharded=True)
+    assert whole + copies == layer(recompute='cheap') # which needs a compiler
+    assert whole - elementwise * C == layer(recompute='cheap', compiled=True)
+    assert 4 * C == layer(recompute=True)
+
+
+def test_bytes_of_the_head():
+    """Logits in bfloat16 and, where nothing is fused, twice in float32, else their gradient: of one chunk at a time."""
+    B, T, V = 32, 64, 2 ** 17
+    model = network(n_layer=1, block_size=T, vocab_size=V)
+    for compiled, size in (False, 2 + 4 + 4), (True, 2 + 2):
+        expected = size * B * T / 4 * V
+        assert cost(model, T, torch.bfloat16, 'cuda', B, compiled)[1] == pytest.approx(expected, rel=0.1)
 
 
 def test_bytes_kept_by_attention():
-    """A GPU's kernel keeps no weights (H, T, T), of which a CPU keeps one a layer or more: 4 bytes for head and key."""
+    """A GPU's kernel keeps no weights (H, T, T), of which a CPU keeps one a layer or more in bfloat16."""
     model = network(block_size=512)
-    fused, unfused = (lambda T: cost(model, T, device_type='cuda')[1]), (lambda T: cost(model, T)[1])
-    assert fused(512) <= fused(64) and unfused(512) >= fused(512) + 2 * 2 * 512 * 4
+    def kept(T, kind):
+        return cost(model, T, torch.bfloat16, kind, 512 // T)[1] # of as many tokens
+    assert kept(512, 'cuda') <= kept(64, 'cuda') and kept(512, 'cpu') >= kept(512, 'cuda') + 2 * 2 * 512 * 512
     assert cost(model, 512, device_type='cuda')[0] == cost(model, 512)[0]
+    assert cost(network(dropout=0.1), B=4)[1] > cost(network(), B=4)[1] > cost(network())[1] == 0 # the masks
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='/proc')
+def test_bytes_of_the_process():
+    """A process takes what is computed, and malloc's gaps and the libraries' own memory on top."""
+    code = textwrap.dedent("""
+        import re
+        from data.machine import Machine
+        from model import GPT, GPTConfig, cost, torch
+        def peak(): # ru_maxrss would begin with the peak of pytest
+            with open('/proc/self/status') as f:
+                return 1024 * int(re.search(r'VmHWM:\\s+(\\d+) kB', f.read())[1])
+        model = GPT(GPTConfig(block_size=256, vocab_size=8192, n_layer=2, n_head=4, n_embd=256))
+        expected = cost(model, B=8)[1]
+        Machine('cpu', 'float32', peak_flops=1.0).wrap(model, compile=False)
+        idx = torch.zeros(8, 256, dtype=torch.long)
+        model(idx[:1, :8], idx[:1, :8])[1].backward() # the gradients, and what libraries need
+        before = peak()
+        model(idx, idx)[1].backward()
+        print(expected / (peak() - before))""")
+    run = subprocess.run([sys.executable, '-c', code], cwd=pathlib.Path(__file__).parent.parent, capture_output=True,
+                         text=True)
+    assert run.returncode == 0, run.stderr
+    assert 0.7 < float(run.stdout) < 1.15
 
 
 @pytest.mark.parametrize('place', ['attention', 'gmlp', 'unet', 'conv', 'values'])
@@ -817,7 +860,7 @@ def test_recompute(place):
         found.append([loss.detach(), *(p.grad for p in model.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*found))
     big = dict(n_layer=8, n_embd=64, block_size=64)
-    kept = [cost(network(**PLACES[place] | big, recompute=recompute))[1] for recompute in (True, False)]
+    kept = [cost(network(**PLACES[place] | big, recompute=recompute), B=8)[1] for recompute in (True, False)]
     assert kept[0] < 0.4 * kept[1]
     model.eval()
     assert torch.equal(model.generate(idx, 9, temperature=0.0),

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from data.checkpoints import load_checkpoint, load_model
 from data.export import save_pretrained
+from data.machine import Machine
 from data.tokenizers import CharTokenizer
 from data.writer import Writer
 from helpers import (assert_same, assert_same_run, corpus, flags, history, job, JOBS, jobs, losses, metrics,
@@ -721,6 +722,25 @@ def test_many_epochs_and_days_are_warned_of(folder_of_mistakes):
     assert re.search(r'warning: [\d,]+ times the same [\d,]+ tokens; for 20 times, --max_iters=\d+', text)
     assert 'warning: at 40% of the peak that takes about' in text and ' days;' in text
     assert re.search(r'memory   about [\de+.]+ GB.*\nwarning: cpu has [\d.]+ GB: ', text)
+
+
+@pytest.mark.parametrize('world, sharded, accumulates, numbers', [
+    (1, False, True, 4), # a weight, its gradient and two moments
+    (8, False, False, 4 + 1), # and DDP's buckets, twice
+    (8, False, True, 4 + 2),
+    (8, True, False, 4 / 8),
+    (8, True, True, 3 / 8 + 1), # whole gradients
+])
+def test_memory_of_several_processes(world, sharded, accumulates, numbers):
+    machine = Machine('cpu', 'float32', peak_flops=1.0)
+    machine.world, machine.sharded = world, sharded
+    model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8))
+    n = model.get_num_params(False)
+    gathered = sum(p.numel() for name, p in model.named_parameters() if '.h.' not in name) if sharded else 0
+    line, = machine.budget(model, 2 * n, 1e6, accumulates)
+    total, fixed, rest = (float(word) for word in re.findall(r'[\d.]+(?:e-\d+)?', line)[:3])
+    assert fixed == pytest.approx(4 * numbers * n / 1e9, rel=0.01) and total == pytest.approx(fixed + rest, rel=0.01)
+    assert rest == pytest.approx((1e6 + 4 * gathered) / 1e9, rel=0.01)
 
 
 @job
