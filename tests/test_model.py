@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 from data.checkpoints import crop_block_size, load_checkpoint, load_model, load_weights, save_checkpoint
 from data.export import save_pretrained
 from helpers import SMALL, network, randomize
-from model import (GPT, MIXERS, Cache, Decoder, GPTConfig, LinearCrossEntropy, Mixer, Window, beam_search, cost,
-                   pick)
+from model import (GPT, MIXERS, Cache, Decoder, GPTConfig, LinearCrossEntropy, LiveBytes, Mixer, Window, beam_search,
+                   cost, pick)
 
 PLACES = {mixer: dict(mixer=mixer) for mixer in MIXERS} # one architecture for each mixer, and then some
 PLACES |= dict(circulant=dict(time_weighting='circulant', pos_emb='relative'),
@@ -821,6 +821,23 @@ def test_bytes_kept_by_attention():
     assert kept(512, 'cuda') <= kept(64, 'cuda') and kept(512, 'cpu') >= kept(512, 'cuda') + 2 * 2 * 512 * 512
     assert cost(model, 512, device_type='cuda')[0] == cost(model, 512)[0]
     assert cost(network(dropout=0.1), B=4)[1] > cost(network(), B=4)[1] > cost(network())[1] == 0 # the masks
+
+
+@pytest.mark.parametrize('recompute', [False, True])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('place', ['attention', 'gmlp', 'full', 'unet'])
+def test_bytes_of_real_tensors(place, dtype, recompute):
+    """A step on a CPU, with its autocast, attention and dropout, has as many bytes alive as one on the meta device."""
+    model = network(**PLACES[place], n_embd=64, block_size=64, dropout=0.1, recompute=recompute).train()
+    idx, others = tokens(8, 64), list(model.buffers())
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+        others += [p, p.grad]
+    with LiveBytes([idx, *others], fused=False) as live:
+        with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
+            loss = model(idx, idx)[1]
+        loss.backward()
+    assert cost(model, 64, dtype, 'cpu', 8)[1] == pytest.approx(live.peak, rel=0.03)
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='/proc')
