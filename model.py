@@ -1363,37 +1363,32 @@ def apart(build, *args):
 # ---------------------------------------------------------------------------------------------------------------------
 # Cost, memory and diagnosis
 
-class FusedAttention(TorchFunctionMode):
-    """Lets attention on the meta device save what a GPU kernel saves; torch would use its unfused formula there."""
+PRODUCTS = {F.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.baddbmm,
+            torch.einsum}
+
+
+class MetaOperations(TorchFunctionMode):
+    """
+    Lets operations on the meta device keep for the backward pass what they keep elsewhere: attention what a fused
+    kernel does, and matrix products, under autocast, which the meta device lacks, 16-bit copies of what they read.
+    cheap: matrix products keep nothing, as where a compiler computes it again.
+    """
+    def __init__(self, cheap=False):
+        super().__init__()
+        self.cheap = cheap
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         options = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return torch.ops.aten._scaled_dot_product_efficient_attention(
                 *args, options.get('attn_mask'), True, is_causal=options.get('is_causal', False))[0]
-        return func(*args, **options)
-
-
-PRODUCTS = {F.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.baddbmm,
-            torch.einsum}
-
-
-class Autocast(FusedAttention):
-    """
-    Also lets matrix products on the meta device convert what they read, as under autocast. cheap: they keep none of it
-    for the backward pass, as where a compiler computes it again.
-    """
-    def __init__(self, cheap):
-        super().__init__()
-        self.cheap = cheap
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
         if func not in PRODUCTS:
-            return super().__torch_function__(func, types, args, kwargs)
+            return func(*args, **options)
         args = [narrowed(a) if torch.is_tensor(a) and a.dtype == torch.float32 else a for a in args]
         forget = torch.autograd.graph.saved_tensors_hooks(
             lambda t: (t.shape, t.dtype), lambda kept: torch.empty(kept[0], dtype=kept[1], device='meta'))
         with forget if self.cheap else nullcontext():
-            return func(*args, **(kwargs or {}))
+            return func(*args, **options)
 
     def wrap(self, call):
         def inside(*args, **options):
@@ -1497,7 +1492,7 @@ def peak_bytes(model, idx, dtype, compiled, sharded):
     for p in model.parameters():
         p.grad = torch.zeros_like(p) # as if from an earlier micro-batch
     gradients = [p.grad for p in model.parameters()]
-    mode = Autocast(cheap=compiled and model.config.recompute == 'cheap')
+    mode = MetaOperations(cheap=compiled and model.config.recompute == 'cheap')
     for module in [model, *blocks]: # in a block's forward pass, too: it may be repeated in the backward pass
         module.forward = mode.wrap(module.forward)
     with LiveBytes([idx, *model.parameters(), *model.buffers(), *gradients], fused=compiled) as live:

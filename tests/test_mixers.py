@@ -27,7 +27,7 @@ import leaks
 from data.causality import find_leak, order_of_cuts
 from data.checkpoints import load_model, save_checkpoint
 from helpers import PROJECT, settings_of
-from model import (GPT, MIXERS, MLP, Block, Cache, FusedAttention, GPTConfig, Mixer, ShortConv, Stack, TimeLinear,
+from model import (GPT, MIXERS, MLP, Block, Cache, GPTConfig, MetaOperations, Mixer, ShortConv, Stack, TimeLinear,
                    TimeMixing, NO_CACHE, UNet, Window, cost, fused_attention, optimizer_groups)
 
 for path in sorted((PROJECT / 'config/mixers').glob('*.py')):
@@ -359,7 +359,7 @@ def test_no_weights_of_every_pair_of_tokens(args):
         idx = torch.zeros(B, T, dtype=torch.long)
     sizes = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.untyped_storage().nbytes() // 4),
-                                                  lambda _: None), FusedAttention():
+                                                  lambda _: None), MetaOperations():
         model(idx, idx)
     assert len(sizes) > 10 and max(sizes) < B * 2 * T * T
 
