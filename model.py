@@ -1112,7 +1112,9 @@ class Decoder:
 
     @classmethod
     def choose(cls, model, idx, static):
-        """One for idx, or None."""
+        """One for idx, or None. static may be one from before, which has its graph."""
+        if isinstance(static, cls):
+            return static
         if static is None:
             static = idx.device.type == 'cuda' and cls.supports(model)
         return cls(model, idx.size(0)) if static else None

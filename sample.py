@@ -30,7 +30,7 @@ from data.checkpoints import GPT2_NAMES, find_weights, load_model
 from data.machine import Machine
 from data.tokenizers import GPT2, GPT2_SIZES, load_tokenizer, read_argument, read_text, tokenizer_of, with_line_ends
 from data.tokens import dataset_folder, find_path
-from model import GPTConfig, add_mixer, beam_search, finite, to_int8
+from model import Decoder, GPTConfig, add_mixer, beam_search, finite, to_int8
 
 # ---------------------------------------------------------------------------------------------------------------------
 # where the weights come from
@@ -133,7 +133,7 @@ def generate_text(prompt, stops):
         tokens = beam_search(model, ids, max_new_tokens, beams, length_penalty, eot=eot, **options)[0, len(prompt):]
     else:
         tokens = model.stream(ids, max_new_tokens, temperature, top_k, top_p, min_p=min_p, generator=generator,
-                              **options)
+                              static=static, **options)
     decoder = codecs.getincrementaldecoder('utf-8')('replace') # a character may be several tokens
     held = '' # text that may be the beginning of a stop string
     for token in tokens:
@@ -264,6 +264,7 @@ with torch.inference_mode(): # a few percent faster than no_grad where a token t
     model.to(machine.device, machine.torch_dtype)
     if compile:
         model.hidden = torch.compile(model.hidden, dynamic=True)
+    static = Decoder.choose(model, torch.zeros(1, 1, device=machine.device), None) # one CUDA graph for all texts
     generator = torch.Generator(machine.device).manual_seed(seed % 2 ** 64) # all that it takes
     signal.signal(*END_WITH_READER)
     main()

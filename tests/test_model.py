@@ -637,7 +637,10 @@ def test_static_caches(options):
     """A Decoder's text is that of growing caches, also past block_size; it is compiled once for every context."""
     model, idx = network(**options), tokens(3, 5)
     n, first = 2 * model.config.block_size, {}
-    assert torch.equal(model.generate(idx, n, temperature=0.0, static=True), model.generate(idx, n, temperature=0.0))
+    decoder = Decoder(model, 3)
+    for start in idx, idx[:, :2]: # one for several texts
+        assert torch.equal(model.generate(start, n, temperature=0.0, static=decoder),
+                           model.generate(start, n, temperature=0.0))
     window = Window(model, decoder=Decoder(model, 1))
     for n in range(1, n): # from one token, too, and after each restart, buffers stay: a CUDA graph replays no others
         window.next_logits(idx[:1, :1].expand(1, n))

@@ -118,14 +118,14 @@ def test_planted(studies, words, monkeypatch):
         out = Path(next(arg for arg in argv if arg.startswith('--out=')).removeprefix('--out='))
         out.mkdir()
         rows = [dict(arm=arm, difference=0.1 + 0.01 * len(seeds), word='worse' if arm != 'A/A' else 'cannot tell')
-                for arm in ('as it is', 'mlp_ratio=2.667', 'warmup_iters=0', 'A/A')]
+                for arm in ('as it is', 'pos_emb=rope', 'mlp_ratio=2.667', 'warmup_iters=0', 'A/A')]
         (out / 'compare.json').write_text(json.dumps(dict(tables=[dict(rows=rows)])))
         sys.exit(1)
     monkeypatch.setattr(compare, 'main', main)
     rows, = studies('planted', words, '--comparisons=2')
     assert seeds == [(1, 10_000), (101, 10_100)]
-    assert [row['arm'] for row in rows] == ['mlp_ratio=2.667', 'warmup_iters=0', 'A/A']
-    assert rows[0]['worse'] == 2 and rows[2]['cannot tell'] == 2 and rows[0]['truth'].startswith('+0.1150 ± 0.06')
+    assert [row['arm'] for row in rows] == ['pos_emb=rope', 'mlp_ratio=2.667', 'warmup_iters=0', 'A/A']
+    assert rows[0]['worse'] == 2 and rows[3]['cannot tell'] == 2 and rows[0]['truth'].startswith('+0.1150 ± 0.06')
 
 
 @pytest.mark.parametrize('arguments, words', [
