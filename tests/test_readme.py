@@ -191,6 +191,18 @@ def test_every_mixer_has_its_loss_in_the_table():
         assert f"Loss {losses[row['arm']]} {said}" in config
 
 
+@pytest.mark.parametrize('file', ['mixers-compared-cpu', 'mixers-python-cpu', 'mixers-seconds-cpu'])
+def test_the_tables_of_mixers_are_what_their_runs_say(file):
+    rows = json.loads((RESULTS / f'{file}.json').read_text(encoding='utf-8'))['tables'][0]['rows']
+    for row in rows:
+        told = ' '
+        if 'p' in row:
+            what = f"{row['difference']:+.3f} ± {row['half']:.3f}"
+            told = f" {'cannot tell: ' * (row['word'] == 'cannot tell')}{what} | {row['p']:.2g} "
+        said = f"| `{row['arm']}` | {row['learning_rate']:.2g} | {row['loss']:.3f} |{told}| "
+        assert said.replace('| | ', '|  |  | ') in TABLES
+
+
 def test_the_picture_is_what_its_script_draws(tmp_path):
     shutil.copy(RESULTS / 'draw.py', tmp_path)
     subprocess.run([sys.executable, 'draw.py'], cwd=tmp_path, check=True)
