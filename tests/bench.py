@@ -500,6 +500,7 @@ def mixers():
     every = {name: dict(mixer=name) for name in MIXERS} | {
         'time-weighting circulant': dict(time_weighting='circulant'),
         'time-weighting full': dict(time_weighting='full'), 'time-mixing': dict(time_mixing=0.5),
+        'short convolution': dict(short_conv=4),
         'rope': dict(pos_emb='rope'), 'relative': dict(pos_emb='relative'),
         'unet': dict(unet_layers=(a, a), n_layer=max(1, base.n_layer - 4 * a))}
     for name in variants:

@@ -286,3 +286,10 @@ def test_the_table_of_false_verdicts_is_what_the_simulations_counted():
         for column, cell in zip(columns, said[name].split(' | ')):
             counts = [100 * row['raw']['wrong'][column] / row['raw']['of'] for row in rows if row['arms'] == name]
             assert [float(x) for x in cell.split(', ')] == pytest.approx(counts, abs=0.051), (name, column)
+
+
+def test_the_table_of_planted_truths_is_what_the_comparisons_said():
+    rows, = json.loads((RESULTS / 'planted-cpu.json').read_text(encoding='utf-8'))['tables'].values()
+    said = re.findall(r'^\| [^|]+ \| ([+-]\S+ ± \S+) \| (\d+) \| (\d+) \| (\d+) \|$', section_of('What a verdict means'),
+                      re.MULTILINE)
+    assert said == [(row['truth'], *(str(row[word]) for word in ('better', 'worse', 'cannot tell'))) for row in rows]
