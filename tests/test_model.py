@@ -826,6 +826,13 @@ def test_bytes_kept_by_attention():
     assert cost(network(dropout=0.1), B=4)[1] > cost(network(), B=4)[1] > cost(network())[1] == 0 # the masks
 
 
+def test_bytes_of_a_batch_of_any_size():
+    """A mistyped batch_size takes no longer to count."""
+    model, B = network(block_size=64), 2 ** 20 // 64
+    assert cost(model, B=10 ** 12)[1] == pytest.approx(cost(model, B=B)[1] / B * 10 ** 12)
+    assert cost(model, B=2 * B)[1] == pytest.approx(2 * cost(model, B=B)[1])
+
+
 @pytest.mark.parametrize('recompute', [False, True])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('place', ['attention', 'gmlp', 'full', 'unet'])
