@@ -1114,6 +1114,8 @@ class Decoder:
     def choose(cls, model, idx, static):
         """One for idx, or None. static may be one from before, which has its graph."""
         if isinstance(static, cls):
+            if static.model is not model or len(static.token) != len(idx):
+                raise ValueError(f"static=Decoder is for another model, or for other than {len(idx)} texts")
             return static
         if static is None:
             static = idx.device.type == 'cuda' and cls.supports(model)
@@ -1164,10 +1166,11 @@ class Decoder:
                 self.step()
         torch.cuda.current_stream().wait_stream(side)
         self.position.copy_(position)
-        self.graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph()
         # thread_local: another thread may be pinning memory
-        with torch.cuda.graph(self.graph, stream=side, capture_error_mode='thread_local'):
+        with torch.cuda.graph(graph, stream=side, capture_error_mode='thread_local'):
             self.logits = self.step()
+        self.graph = graph # only now: an interrupted capture cannot be replayed
 
 
 def attention_for_every_length(device):
@@ -1369,6 +1372,11 @@ PRODUCTS = {F.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__
             torch.einsum}
 
 
+def fused_on_meta(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
+    attend = torch.ops.aten._scaled_dot_product_efficient_attention
+    return attend(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
+
+
 class MetaOperations(TorchFunctionMode):
     """
     Lets operations on the meta device keep for the backward pass what they keep elsewhere: attention what a fused
@@ -1381,9 +1389,8 @@ class MetaOperations(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         options = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            return torch.ops.aten._scaled_dot_product_efficient_attention(
-                *args, options.get('attn_mask'), True, is_causal=options.get('is_causal', False))[0]
+        if func is F.scaled_dot_product_attention and all(a.dim() == 4 for a in args[:3]) and 'enable_gqa' not in options:
+            return fused_on_meta(*args, **options)
         if func not in PRODUCTS:
             return func(*args, **options)
         args = [narrowed(a) if torch.is_tensor(a) and a.dtype == torch.float32 else a for a in args]
@@ -1457,14 +1464,15 @@ def checked(mixer, name):
 def cost(model, T=None, dtype=torch.float32, device_type=None, B=0, compiled=False, sharded=False):
     """
     Returns (FLOPs per token, bytes of memory) at length T (default: block_size) on device_type (default: that of the
-    weights). Counted on a meta-device copy, so both are right for any mixer. ValueError if a mixer changes the shape of
-    its input.
+    weights). Counted on a meta-device copy of the network with any mixer. ValueError if a mixer changes the shape of its
+    input.
 
     FLOPs: the matrix products of the forward pass and triangular solves, times three for forward and backward. A
     product with a causal mask counts in full, as in arXiv 2204.02311, whichever mixer it is in and whatever a kernel
     skips.
     Bytes: the most that is alive, besides weights and gradients, in the forward and backward pass of B sequences under
-    autocast to dtype: what the backward pass needs, 16-bit copies of weights, the head's chunk and gradient; 0 if B=0.
+    autocast to dtype: what the backward pass needs, 16-bit copies of weights, the head's chunk and gradient; 0 if B=0,
+    nan if the meta device cannot run a mixer's backward pass.
     compiled: with torch.compile. sharded: no copies, since FSDP gathers the blocks' matrices in 16 bits.
     """
     config = model.config
@@ -1482,7 +1490,10 @@ def cost(model, T=None, dtype=torch.float32, device_type=None, B=0, compiled=Fal
             model(idx)
     with replaced(meta_kind=device_type):
         some = min(B, max(1, 2 ** 20 // T)) # beyond a million tokens, bytes are in proportion, and the head's loop is long
-        peak = peak_bytes(model, idx.expand(some, T), dtype, compiled, sharded) * B / some if B else 0
+        try:
+            peak = peak_bytes(model, idx.expand(some, T), dtype, compiled, sharded) * B / some if B else 0
+        except Exception: # an operation that the meta device or this autocast lacks: no reason not to train
+            peak = math.nan
     return 3 * counter.get_total_flops() / T, peak
 
 
@@ -1562,7 +1573,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 grad_x[i:i + rows] = grad @ w
                 product = grad.t() @ part
                 grad_w = product.to(weight.dtype) if grad_w is None else grad_w.add_(product)
-            logits = log_probs = grad = None # or they would lie beside those of the next chunk
+            logits = log_probs = grad = product = None # or they would lie beside those of the next chunk
         ctx.save_for_backward(grad_x, grad_w)
         return loss / n
 

@@ -207,7 +207,9 @@ class Machine:
         Returns lines about the memory that training will need per process. state: numbers that the optimizer keeps;
         activations: bytes; accumulates: whether a process adds the gradients of several micro-batches.
         """
-        n, gradients = network.get_num_params(False), network.get_num_params(False)
+        if math.isnan(activations):
+            return ["memory   unknown: torch's meta device cannot run a step of this network"]
+        n = gradients = network.get_num_params(False)
         if self.sharded: # gradients are whole until the last micro-batch, and what is outside of blocks is gathered
             n_blocks = sum(p.numel() for m in network.modules() if isinstance(m, Block) for p in m.parameters())
             activations += 4 * (n - n_blocks)

@@ -826,6 +826,41 @@ def test_bytes_kept_by_attention():
     assert cost(network(dropout=0.1), B=4)[1] > cost(network(), B=4)[1] > cost(network())[1] == 0 # the masks
 
 
+class Reads(Mixer):
+    """Its backward pass reads a number, which the meta device has not."""
+    class Identity(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 1.0
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * float(grad.isfinite().all())
+
+    def mix(self, x):
+        return self.Identity.apply(x)
+
+
+class Calls(Mixer):
+    """Attention with arguments by position, or by name, without heads."""
+    def mix(self, x):
+        q = x[:, None]
+        y = F.scaled_dot_product_attention(q, q, q, None, 0.0, True) + F.scaled_dot_product_attention(
+            query=q, key=q, value=q, is_causal=True)
+        return y[:, 0] + F.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+
+def test_bytes_that_cannot_be_counted(monkeypatch):
+    """A network that trains may do what the meta device cannot: no reason to end the run."""
+    monkeypatch.setitem(MIXERS, 'reads', Reads)
+    monkeypatch.setitem(MIXERS, 'calls', Calls)
+    for dtype in torch.float32, torch.bfloat16:
+        flops, count = cost(network(mixer='reads'), dtype=dtype, B=2)
+        assert flops > 0 and math.isnan(count)
+        flops, count = cost(network(mixer='calls'), dtype=dtype, B=2)
+        assert flops > 0 and count > 0
+
+
 def test_bytes_of_a_batch_of_any_size():
     """A mistyped batch_size takes no longer to count."""
     model, B = network(block_size=64), 2 ** 20 // 64

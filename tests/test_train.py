@@ -741,6 +741,7 @@ def test_memory_of_several_processes(world, sharded, accumulates, numbers):
     total, fixed, rest = (float(word) for word in re.findall(r'[\d.]+(?:e-\d+)?', line)[:3])
     assert fixed == pytest.approx(4 * numbers * n / 1e9, rel=0.01) and total == pytest.approx(fixed + rest, rel=0.01)
     assert rest == pytest.approx((1e6 + 4 * gathered) / 1e9, rel=0.01)
+    assert machine.budget(model, 2 * n, float('nan'), accumulates)[0].startswith('memory   unknown: ')
 
 
 @job
