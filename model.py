@@ -10,6 +10,7 @@ trains, samples, reports MFU and gets tested.
 Each letter has one meaning in the whole file: B batch, T tokens in this call, S tokens so far (past and present),
 C channels (n_embd), H heads, D channels of a head, V vocabulary.
 """
+
 import ctypes
 import hashlib
 import inspect
@@ -771,7 +772,7 @@ class GPT(nn.Module):
 
     def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops):
         """Model FLOPs utilization (arXiv 2204.02311): fwdbwd_per_iter sequences in dt seconds, against peak_flops."""
-        return cost(self)[0] * self.config.block_size * fwdbwd_per_iter / dt / peak_flops
+        return cost(self) * self.config.block_size * fwdbwd_per_iter / dt / peak_flops
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1389,8 +1390,10 @@ class MetaOperations(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         options = kwargs or {}
-        if func is F.scaled_dot_product_attention and all(a.dim() == 4 for a in args[:3]) and 'enable_gqa' not in options:
-            return fused_on_meta(*args, **options)
+        if func is F.scaled_dot_product_attention:
+            if all(a.dim() == 4 for a in args[:3]) and 'enable_gqa' not in options: # what the kernel takes
+                func = fused_on_meta
+            return func(*args, **options)
         if func not in PRODUCTS:
             return func(*args, **options)
         args = [narrowed(a) if torch.is_tensor(a) and a.dtype == torch.float32 else a for a in args]
@@ -1461,24 +1464,16 @@ def checked(mixer, name):
     return call
 
 
-def cost(model, T=None, dtype=torch.float32, device_type=None, B=0, compiled=False, sharded=False):
+def cost(model, T=None):
     """
-    Returns (FLOPs per token, bytes of memory) at length T (default: block_size) on device_type (default: that of the
-    weights). Counted on a meta-device copy of the network with any mixer. ValueError if a mixer changes the shape of its
-    input.
-
-    FLOPs: the matrix products of the forward pass and triangular solves, times three for forward and backward. A
-    product with a causal mask counts in full, as in arXiv 2204.02311, whichever mixer it is in and whatever a kernel
-    skips.
-    Bytes: the most that is alive, besides weights and gradients, in the forward and backward pass of B sequences under
-    autocast to dtype: what the backward pass needs, 16-bit copies of weights, the head's chunk and gradient; 0 if B=0,
-    nan if the meta device cannot run a mixer's backward pass.
-    compiled: with torch.compile. sharded: no copies, since FSDP gathers the blocks' matrices in 16 bits.
+    FLOPs per token at length T (default: block_size), counted on a meta-device copy of the network, so for any mixer:
+    the matrix products of the forward pass and triangular solves, times three for forward and backward. A product with
+    a causal mask counts in full, as in arXiv 2204.02311, whichever mixer it is in and whatever a kernel skips. It does
+    not see what a compiler optimizes away. ValueError if a mixer changes the shape of its input.
     """
-    config = model.config
-    T, device_type = T or config.block_size, device_type or model.lm_head.weight.device.type
+    T = T or model.config.block_size
     with torch.device('meta'):
-        model = GPT(config)
+        model = GPT(model.config)
         idx = torch.zeros(1, T, dtype=torch.long)
     for module in model.modules():
         if isinstance(module, Mixer):
@@ -1488,17 +1483,20 @@ def cost(model, T=None, dtype=torch.float32, device_type=None, B=0, compiled=Fal
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter, torch.no_grad():
         with replaced(row_blocks=lambda T: [(0, T)]): # triangles as one block, as the counter takes attention's
             model(idx)
-    with replaced(meta_kind=device_type):
-        some = min(B, max(1, 2 ** 20 // T)) # beyond a million tokens, bytes are in proportion, and the head's loop is long
-        try:
-            peak = peak_bytes(model, idx.expand(some, T), dtype, compiled, sharded) * B / some if B else 0
-        except Exception: # an operation that the meta device or this autocast lacks: no reason not to train
-            peak = math.nan
-    return 3 * counter.get_total_flops() / T, peak
+    return 3 * counter.get_total_flops() / T
 
 
-def peak_bytes(model, idx, dtype, compiled, sharded):
-    """The bytes that cost returns. Changes the model, which is on the meta device, like idx (B, T)."""
+def peak_bytes(model, B, T, dtype, device_type, compiled=False, sharded=False):
+    """
+    The most bytes that are alive, besides weights and gradients, in the forward and backward pass of idx (B, T) under
+    autocast to dtype on this type of device: what the backward pass needs, 16-bit copies of weights, the head's chunk
+    and gradient. compiled: with torch.compile. sharded: without copies; FSDP gathers the blocks' matrices in 16 bits.
+    nan if a mixer does what the meta device, where the step runs, or its autocast cannot: no reason not to train.
+    """
+    some = min(B, max(1, 2 ** 20 // T)) # beyond, bytes are in proportion, and the head's loop would be long
+    with torch.device('meta'):
+        model = GPT(model.config)
+        idx = torch.zeros(some, T, dtype=torch.long)
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     for module in (m for block in blocks for m in block.modules()):
         if sharded and isinstance(module, nn.Linear):
@@ -1507,14 +1505,17 @@ def peak_bytes(model, idx, dtype, compiled, sharded):
         p.grad = torch.zeros_like(p) # as if from an earlier micro-batch
     gradients = [p.grad for p in model.parameters()]
     mode = MetaOperations(cheap=compiled and model.config.recompute == 'cheap')
-    for module in [model, *blocks]: # in a block's forward pass, too: it may be repeated in the backward pass
+    for module in [model, *blocks]: # blocks, too: the backward pass, which leaves all such modes, may repeat them
         module.forward = mode.wrap(module.forward)
-    with LiveBytes([idx, *model.parameters(), *model.buffers(), *gradients], fused=compiled) as live:
-        # the CPU's autocast speaks for the meta device, which has none: see narrowed
-        with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
-            loss = model(idx, idx)[1]
-        loss.backward()
-    return live.peak
+    with replaced(meta_kind=device_type), LiveBytes([idx, *model.parameters(), *model.buffers(), *gradients],
+                                                    fused=compiled) as live:
+        try: # the CPU's autocast speaks for the meta device, which has none: see narrowed
+            with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
+                loss = model(idx, idx)[1]
+            loss.backward()
+        except Exception:
+            return math.nan
+    return live.peak * B / some
 
 
 def first_nonfinite(model, idx, targets):
@@ -1558,7 +1559,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_x, grad_w = torch.empty_like(x) if with_grad else None, None
         for i in range(0, x.size(0), rows):
             part, target = x[i:i + rows], targets[i:i + rows, None]
-            logits = part @ w.t() # (rows, V)
+            logits = part @ w.t() # (rows, V), alive beside their gradient in compiled code, too
             log_probs = logits.log_softmax(dim=1, dtype=loss.dtype)
             valid = target >= 0
             target = target.clamp(min=0)

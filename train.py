@@ -30,7 +30,7 @@ from data.machine import Machine, process_number
 from data.run import Run, duration
 from data.tokens import prefetch
 from model import (BUILT_IN, GPT, MIXERS, GPTConfig, add_mixer, clip_adaptively, cost, first_nonfinite,
-                   optimizer_groups)
+                   optimizer_groups, peak_bytes)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # files and evaluation
@@ -175,9 +175,8 @@ else:
     network = GPT(GPTConfig(**dict(args, vocab_size=settings.given.get('vocab_size', data.vocab_size))))
 settings.update(**vars(network.config))
 notes += data.check(network.config.vocab_size, block_size, sampling)
-model, more = machine.wrap(network.to(machine.device), compile, backend, len(window_lengths())) # training, evaluation
-costs = {T: cost(network, T, machine.torch_dtype, machine.kind, batch_size * (T == block_size), machine.compiled,
-                 machine.sharded) for T in window_lengths()} # FLOPs per token, bytes of activations
+costs = {T: cost(network, T) for T in window_lengths()} # FLOPs per token
+model, more = machine.wrap(network.to(machine.device), compile, backend, len(costs)) # for training and evaluation
 notes += more
 state = State(network, network.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), machine.kind,
                                                     optimizer, momentum, hidden_lr), machine.scaler)
@@ -332,9 +331,9 @@ def explain_bad_steps(x, y, norm):
         run.stop = 1 # in all processes at this step
 
 
-def describe(flops, activations):
-    """Describes this run in a few lines. flops per token; activations: bytes of memory."""
-    network, n_params = state.model, state.model.get_num_params(False)
+def describe():
+    """Describes this run in a few lines."""
+    network, n_params, flops = state.model, state.model.get_num_params(False), costs[block_size]
     n_rest, n_hidden = (sum(p.numel() for _, p in optimizer_groups(network)[name]) for name in ('rest', 'hidden'))
     embeddings = [m.weight.numel() for m in (network.transformer.wte, network.transformer.wpe) if m is not None]
     tokens = gradient_accumulation_steps * batch_size * block_size
@@ -355,6 +354,8 @@ def describe(flops, activations):
     if days > 1 and state.step == 0:
         lines.append(f"warning: at 40% of the peak that takes about {duration(86400 * days)}; fewer steps: --max_iters")
     moments = 2 * n_params - dict(adamw=0, muon=n_hidden, sm3=n_params)[optimizer] # where Adam has two, these have one
+    activations = peak_bytes(network, batch_size, block_size, machine.torch_dtype, machine.kind, machine.compiled,
+                             machine.sharded)
     return lines + machine.budget(network, moments, activations, gradient_accumulation_steps > machine.world)
 
 
@@ -387,7 +388,7 @@ for name in sorted(MIXERS.keys() - BUILT_IN):
     if not any(isinstance(module, MIXERS[name]) for module in state.model.modules()):
         notes.append(f"note     {name} of a config file is not used: mixer = {MIXERS[name].__name__} in the file, or "
                      f"--mixer={name}, instead of {settings.config['mixer']!r}")
-run.say('\n'.join(describe(*costs[block_size]) + notes))
+run.say('\n'.join(describe() + notes))
 prove_causal()
 if eval_only:
     evaluate_all()
@@ -432,7 +433,7 @@ while not run.stop:
     norm = machine.clip_gradients(grad_clip)
     machine.step(state.optimizer, norm) # no update if norm is not finite
     state.count(gradient_accumulation_steps * batch_size, x.size(1))
-    machine.count(gradient_accumulation_steps * x.numel(), costs[x.size(1)][0])
+    machine.count(gradient_accumulation_steps * x.numel(), costs[x.size(1)])
     run.tick(1)
 
     # once in a while: log, save a checkpoint

@@ -197,7 +197,7 @@ def work_train(job, machine):
     memory = machine.peak_memory
     batches.close()
     model, peak = on_meta(job.config), machine.peak[0]
-    flops = cost(model)[0]
+    flops = cost(model)
     speed = job.accumulation * job.batch_size * job.config['block_size'] / median(times)
     losses = torch.stack(losses).tolist()
     return {'M parameters': model.get_num_params(False) / 1e6, 'MFLOP/token': flops / 1e6, 'tokens/s': speed,
@@ -244,7 +244,7 @@ def work_sample(job, machine):
                 n += 1
         decoding = seconds(decode)
     # forward, and logits of the last position only
-    flops = cost(bare, job.context)[0] / 3 - 2 * bare.config.n_embd * bare.config.vocab_size
+    flops = cost(bare, job.context) / 3 - 2 * bare.config.n_embd * bare.config.vocab_size
     size = 1 if job.dtype == 'int8' else machine.torch_dtype.itemsize
     n_bytes = bare.get_num_params(False) * (4 if job.peer else size) # autocast: float32
     return {'prompt tokens/s': prompt, 'of matmul peak': prompt * flops / peak if peak else None,

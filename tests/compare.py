@@ -206,7 +206,7 @@ def make_arm(name, common, params=None):
 def count(arm):
     with torch.device('meta'):
         network = GPT(GPTConfig(**arm.model))
-    arm.params, arm.flops = network.get_num_params(False), cost(network, device_type='cpu')[0]
+    arm.params, arm.flops = network.get_num_params(False), cost(network)
     more = optimizer_flops(network, arm.config) / tokens(arm)
     arm.flops += more if more > 0.01 * arm.flops else 0.0
     return arm

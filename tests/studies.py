@@ -271,7 +271,7 @@ class World:
     def losses(self, arm, x, luck):
         own = NOISE[self.noise](self.rng, len(luck))
         own = self.correlation ** 0.5 * luck + (1 - self.correlation) ** 0.5 * own
-        spikes = self.rng.random(len(luck)) < expit((x - self.best[arm] - self.edge) / 0.15) if self.edge < 9 else 0.0
+        spikes = self.rng.random(len(luck)) < expit((x - self.best[arm] - self.edge) / 0.15) if self.edge < math.inf else 0.0
         return self.cost(arm, x) + self.sd[arm] * own + 0.2 * spikes
 
     def search(self):

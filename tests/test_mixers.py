@@ -28,7 +28,7 @@ from data.causality import find_leak, order_of_cuts
 from data.checkpoints import load_model, save_checkpoint
 from helpers import PROJECT, settings_of
 from model import (GPT, MIXERS, MLP, Block, Cache, GPTConfig, MetaOperations, Mixer, ShortConv, Stack, TimeLinear,
-                   TimeMixing, NO_CACHE, UNet, Window, cost, fused_attention, optimizer_groups)
+                   TimeMixing, NO_CACHE, UNet, Window, cost, fused_attention, optimizer_groups, peak_bytes)
 
 for path in sorted((PROJECT / 'config/mixers').glob('*.py')):
     settings_of(path) # its mixer is then in MIXERS
@@ -362,6 +362,8 @@ def test_no_weights_of_every_pair_of_tokens(args):
                                                   lambda _: None), MetaOperations():
         model(idx, idx)
     assert len(sizes) > 10 and max(sizes) < B * 2 * T * T
+    for dtype in torch.float32, torch.bfloat16:
+        assert peak_bytes(model, B, T, dtype, 'cuda') > 0 # not nan
 
 
 @pytest.mark.parametrize('name', [f'{mixer}-flat-0' for mixer in TESTED] +
@@ -710,7 +712,7 @@ def test_a_mixer_of_mixers_may_call_its_parts_as_it_likes(monkeypatch):
             return self.inner(x, cache=cache.child('inner')) + self.mix(x).mean(2, keepdim=True)
     monkeypatch.setitem(MIXERS, 'whole', Whole)
     model = network(mixer='whole', n_layer=1)
-    assert cost(model)[0] > 0 and find_leak(model, tokens(model, 4)).leak is None
+    assert cost(model) > 0 and find_leak(model, tokens(model, 4)).leak is None
 
 
 def test_a_leak_of_the_compiled_network_alone_is_found():

@@ -25,7 +25,7 @@ from data.checkpoints import crop_block_size, load_checkpoint, load_model, load_
 from data.export import save_pretrained
 from helpers import SMALL, network, randomize
 from model import (GPT, MIXERS, Cache, Decoder, GPTConfig, LinearCrossEntropy, LiveBytes, Mixer, Window, beam_search,
-                   cost, pick)
+                   cost, peak_bytes, pick)
 
 PLACES = {mixer: dict(mixer=mixer) for mixer in MIXERS} # one architecture for each mixer, and then some
 PLACES |= dict(circulant=dict(time_weighting='circulant', pos_emb='relative'),
@@ -718,8 +718,8 @@ def test_gpt2_in_numbers():
         model = GPT(GPTConfig(vocab_size=50257))
     assert model.get_num_params(non_embedding=False) == 124439808
     assert model.get_num_params() == 124439808 - 1024 * 768
-    assert cost(model)[0] == pytest.approx(0.8547e9, rel=1e-3)
-    assert model.estimate_mfu(8, 2.0, 100e12) == pytest.approx(cost(model)[0] * 1024 * 8 / 2.0 / 100e12)
+    assert cost(model) == pytest.approx(0.8547e9, rel=1e-3)
+    assert model.estimate_mfu(8, 2.0, 100e12) == pytest.approx(cost(model) * 1024 * 8 / 2.0 / 100e12)
 
 
 def test_flops_by_hand():
@@ -727,10 +727,10 @@ def test_flops_by_hand():
     matrices = L * (3 + 1 + 4 + 4) * C * C + C * V
     for T in (12, 5):
         attention = L * 2 * T * C # multiply-adds of a token: its row of scores, and the weighted sum
-        assert cost(model, T)[0] == 3 * 2 * (matrices + attention)
+        assert cost(model, T) == 3 * 2 * (matrices + attention)
     unet = network(n_layer=1, unet_layers=(0,), unet_factor=4, mixer='mlp_mixer', mlp='none', pos_emb='none')
     # a coarse token for four: merge and expand, and the two triangles over three coarse tokens; and the head
-    assert cost(unet)[0] == pytest.approx(3 * 2 * (2 * 4 * C * C / 4 + 2 * 3 * C / 4 + C * V))
+    assert cost(unet) == pytest.approx(3 * 2 * (2 * 4 * C * C / 4 + 2 * 3 * C / 4 + C * V))
 
 
 def test_flops_have_one_rule_for_triangles():
@@ -738,7 +738,7 @@ def test_flops_have_one_rule_for_triangles():
     table, attention = (network(mixer=mixer, pos_emb='none', mlp='none', n_layer=1, block_size=1024)
                         for mixer in ('gmlp', 'attention'))
     for model, per_token in (table, lambda T: T * 32), (attention, lambda T: 2 * T * 16):
-        assert cost(model, 1024)[0] - cost(model, 256)[0] == 3 * 2 * (per_token(1024) - per_token(256))
+        assert cost(model, 1024) - cost(model, 256) == 3 * 2 * (per_token(1024) - per_token(256))
 
 
 def test_flops_of_a_triangular_solve():
@@ -748,7 +748,7 @@ def test_flops_of_a_triangular_solve():
             return torch.linalg.solve_triangular(A, x, upper=False)
     MIXERS['solves'] = Solves
     try:
-        flops = [cost(network(mixer=mixer, pos_emb='none', mlp='none', n_layer=1, block_size=32))[0]
+        flops = [cost(network(mixer=mixer, pos_emb='none', mlp='none', n_layer=1, block_size=32))
                  for mixer in ('solves', 'attention')]
     finally:
         del MIXERS['solves']
@@ -788,12 +788,16 @@ def test_networks_that_share_a_layer_share_its_start():
 
 
 
+def bytes_of(model, B=8, dtype=torch.float32):
+    return peak_bytes(model, B, model.config.block_size, dtype, 'cpu')
+
+
 def test_bytes_of_a_layer():
     """Counted by hand, for each token: what GPT-2's block keeps for the backward pass in bfloat16 on a GPU."""
     B, T, C, H = 4, 64, 32, 4
     def layer(recompute=False, **options):
         models = [network(n_layer=n, n_embd=C, n_head=H, block_size=T, bias=False, recompute=recompute) for n in (2, 6)]
-        few, many = (cost(model, T, torch.bfloat16, 'cuda', B, **options)[1] for model in models)
+        few, many = (peak_bytes(model, B, T, torch.bfloat16, 'cuda', **options) for model in models)
         return pytest.approx((many - few) / 4 / (B * T), abs=0.1) # attention keeps the state of its random numbers
     copies = 2 * 12 * C * C / (B * T) # of weights
     statistics = 2 * 8 + 4 * H # of two LayerNorms in float32, and of attention
@@ -813,17 +817,16 @@ def test_bytes_of_the_head():
     model = network(n_layer=1, block_size=T, vocab_size=V)
     for compiled, size in (False, 2 + 4 + 4), (True, 2 + 2):
         expected = size * B * T / 4 * V
-        assert cost(model, T, torch.bfloat16, 'cuda', B, compiled)[1] == pytest.approx(expected, rel=0.1)
+        assert peak_bytes(model, B, T, torch.bfloat16, 'cuda', compiled) == pytest.approx(expected, rel=0.1)
 
 
 def test_bytes_kept_by_attention():
     """A GPU's kernel keeps no weights (H, T, T), of which a CPU keeps one a layer or more in bfloat16."""
     model = network(block_size=512)
     def kept(T, kind):
-        return cost(model, T, torch.bfloat16, kind, 512 // T)[1] # of as many tokens
+        return peak_bytes(model, 512 // T, T, torch.bfloat16, kind) # of as many tokens
     assert kept(512, 'cuda') <= kept(64, 'cuda') and kept(512, 'cpu') >= kept(512, 'cuda') + 2 * 2 * 512 * 512
-    assert cost(model, 512, device_type='cuda')[0] == cost(model, 512)[0]
-    assert cost(network(dropout=0.1), B=4)[1] > cost(network(), B=4)[1] > cost(network())[1] == 0 # the masks
+    assert bytes_of(network(dropout=0.1)) > bytes_of(network()) # the masks
 
 
 class Reads(Mixer):
@@ -855,17 +858,15 @@ def test_bytes_that_cannot_be_counted(monkeypatch):
     monkeypatch.setitem(MIXERS, 'reads', Reads)
     monkeypatch.setitem(MIXERS, 'calls', Calls)
     for dtype in torch.float32, torch.bfloat16:
-        flops, count = cost(network(mixer='reads'), dtype=dtype, B=2)
-        assert flops > 0 and math.isnan(count)
-        flops, count = cost(network(mixer='calls'), dtype=dtype, B=2)
-        assert flops > 0 and count > 0
+        assert math.isnan(bytes_of(network(mixer='reads'), dtype=dtype)) and cost(network(mixer='reads')) > 0
+        assert bytes_of(network(mixer='calls'), dtype=dtype) > 0
 
 
 def test_bytes_of_a_batch_of_any_size():
     """A mistyped batch_size takes no longer to count."""
     model, B = network(block_size=64), 2 ** 20 // 64
-    assert cost(model, B=10 ** 12)[1] == pytest.approx(cost(model, B=B)[1] / B * 10 ** 12)
-    assert cost(model, B=2 * B)[1] == pytest.approx(2 * cost(model, B=B)[1])
+    assert bytes_of(model, 10 ** 12) == pytest.approx(bytes_of(model, B) / B * 10 ** 12)
+    assert bytes_of(model, 2 * B) == pytest.approx(2 * bytes_of(model, B))
 
 
 @pytest.mark.parametrize('recompute', [False, True])
@@ -882,7 +883,7 @@ def test_bytes_of_real_tensors(place, dtype, recompute):
         with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
             loss = model(idx, idx)[1]
         loss.backward()
-    assert cost(model, 64, dtype, 'cpu', 8)[1] == pytest.approx(live.peak, rel=0.03)
+    assert bytes_of(model, dtype=dtype) == pytest.approx(live.peak, rel=0.03)
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='/proc')
@@ -891,12 +892,12 @@ def test_bytes_of_the_process():
     code = textwrap.dedent("""
         import re
         from data.machine import Machine
-        from model import GPT, GPTConfig, cost, torch
+        from model import GPT, GPTConfig, peak_bytes, torch
         def peak(): # ru_maxrss would begin with the peak of pytest
             with open('/proc/self/status') as f:
                 return 1024 * int(re.search(r'VmHWM:\\s+(\\d+) kB', f.read())[1])
         model = GPT(GPTConfig(block_size=256, vocab_size=8192, n_layer=2, n_head=4, n_embd=256))
-        expected = cost(model, B=8)[1]
+        expected = peak_bytes(model, 8, 256, torch.float32, 'cpu')
         Machine('cpu', 'float32', peak_flops=1.0).wrap(model, compile=False)
         idx = torch.zeros(8, 256, dtype=torch.long)
         model(idx[:1, :8], idx[:1, :8])[1].backward() # the gradients, and what libraries need
@@ -922,7 +923,7 @@ def test_recompute(place):
         found.append([loss.detach(), *(p.grad for p in model.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*found))
     big = dict(n_layer=8, n_embd=64, block_size=64)
-    kept = [cost(network(**PLACES[place] | big, recompute=recompute), B=8)[1] for recompute in (True, False)]
+    kept = [bytes_of(network(**PLACES[place] | big, recompute=recompute)) for recompute in (True, False)]
     assert kept[0] < 0.4 * kept[1]
     model.eval()
     assert torch.equal(model.generate(idx, 9, temperature=0.0),
