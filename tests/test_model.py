@@ -812,12 +812,15 @@ def test_bytes_of_a_layer():
 
 
 def test_bytes_of_the_head():
-    """Logits in bfloat16 and, where nothing is fused, twice in float32, else their gradient: of one chunk at a time."""
-    B, T, V = 32, 64, 2 ** 17
-    model = network(n_layer=1, block_size=T, vocab_size=V)
-    for compiled, size in (False, 2 + 4 + 4), (True, 2 + 2):
-        expected = size * B * T / 4 * V
-        assert peak_bytes(model, B, T, torch.bfloat16, 'cuda', compiled) == pytest.approx(expected, rel=0.1)
+    """
+    Logits in bfloat16 and, where nothing is fused, twice in float32, else their gradient: of one chunk at a time. Beside
+    them the weights in bfloat16 and their gradient; compiled, the peak is where a chunk's share of it is computed.
+    """
+    B, T, C, V = 32, 64, 256, 2 ** 18
+    model = network(n_layer=1, n_embd=C, block_size=T, vocab_size=V)
+    for compiled, size, beside in (False, 2 + 4 + 4, 2 + 4), (True, 2 + 2, 2 + 4 + 2):
+        expected = (size * B * T / 4 + beside * C) * V
+        assert peak_bytes(model, B, T, torch.bfloat16, 'cuda', compiled) == pytest.approx(expected, rel=0.03)
 
 
 def test_bytes_kept_by_attention():
