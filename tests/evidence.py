@@ -24,10 +24,15 @@ PRIOR_PAIRS = 8 # and zero beside the measured covariance of arms within a seed
 # ---------------------------------------------------------------------------------------------------------------------
 # The search of learning rates. x is a rate's log2; found is {x: losses of its seeds}, inf where a run failed
 
+@functools.cache
+def chi2_median(df):
+    return float(stats.chi2.median(df))
+
+
 def run_sd(groups):
     """Standard deviation between seeds: the median over groups of runs that differ in nothing else; 0 if unknown."""
     groups = [[*group] for group in groups]
-    sds = [np.std(g, ddof=1) / stats.chi2.median(len(g) - 1) ** 0.5 * (len(g) - 1) ** 0.5 for g in groups
+    sds = [np.std(g, ddof=1) / chi2_median(len(g) - 1) ** 0.5 * (len(g) - 1) ** 0.5 for g in groups
            if len(g) > 1 and np.isfinite(g).all()]
     return float(median(sds)) if sds else 0.0
 
@@ -39,15 +44,17 @@ def score(losses, sd):
 
 def next_rates(found, step, sd=0.0):
     """
-    {x: seeds} that the search still needs; {} at its end. First whole steps, until the best rate has a worse one on
-    either side, then half steps around it, then three seeds at the two best, then another one beside the best where a
-    sudden rise may be an outlier's.
+    {x: seeds} that the search still needs; {} at its end. First whole steps, until the best rate has a worse one above
+    and two below: losses beyond an edge of stability can have a valley of their own. Then half steps around it, then
+    three seeds at the two best, then another one beside the best where a sudden rise may be an outlier's.
     """
     scores = {x: score(losses, sd) for x, losses in found.items()}
     order = sorted(scores, key=lambda x: (scores[x], x)) # if all fail, the lowest
     best, low, high = order[0], min(found), max(found)
-    if best in (low, high) and high - low < WIDEST:
-        return {best - step if best == low else best + step: 1}
+    if high - low < WIDEST and best == high:
+        return {high + step: 1}
+    if high - low < WIDEST and best - low < 1.99 * step:
+        return {low - step: 1}
     beside = best - step / 2, best + step / 2
     half = {x: 1 for x in beside if low < x < high and x not in found}
     finals = {x: FINAL_SEEDS for x in order[:FINALISTS] if len(found[x]) < FINAL_SEEDS and math.isfinite(scores[x])}
@@ -62,23 +69,36 @@ def next_rates(found, step, sd=0.0):
 class Rate:
     """The result of a search: where the verdict runs, and what it may lose there to the best rate."""
     x: float
-    loss: float = math.nan # that the search promises there
+    loss: float = math.inf # that the search promises there
     error: float = 0.0 # of this promise
     excess: float = 0.0 # expected loss above the best rate's
     excess_sd: float = 0.0
     bracketed: bool = True
 
+    def broken(self, loss, error):
+        """By how much a mean loss with this standard error is worse than promised, beyond two standard errors."""
+        return max(0.0, loss - self.loss - 2 * math.hypot(self.error, error))
+
 
 def best_rate(found, step, sd):
     """
     Where the verdict runs: at most half a step from the best rate that ran. Curves are c (x - minimum)^2, up to 3 times
-    as steep on one side; each minimum weighs as much as the runs within a step of the best rate make it likely.
+    as steep on one side; each minimum weighs as much as the runs within a step of the best rate make it likely. They
+    end at an edge, which lies anywhere between a rate that ran well and the next, where runs fail, are outliers, or
+    rise as no such curve does; what is beyond is out of reach.
     """
     scores = {x: score(losses, sd) for x, losses in found.items()}
     best = min(scores, key=lambda x: (scores[x], x))
     if math.isinf(scores[best]):
         return Rate(best, math.inf, excess_sd=sd, bracketed=False)
-    near = [(x - best, loss) for x in found if abs(x - best) < 1.01 * step
+
+    def rise(x):
+        return scores.get(x, math.inf) - scores[best]
+    cliffs = [x - best for x in found if math.isinf(scores[x])
+              or x > best and sd and rise(x) > CLIFF * sd + max(SKEWS) * rise(2 * best - x)]
+    low = max((x for x in cliffs if x < 0), default=-math.inf)
+    high = min((x for x in cliffs if x > 0), default=math.inf)
+    near = [(x - best, loss) for x in found if abs(x - best) < 1.01 * step and x - best < high
             for loss in found[x] if math.isfinite(loss)]
     u, y = np.array(near).T
     scale = 0.8 * sd or np.ptp(y) / 20 or 1.0 # with 0.8, Student's t says about as much of a mean as normal noise would
@@ -99,19 +119,19 @@ def best_rate(found, step, sd):
     fit = -(TAILS + 1) / 2 * np.log1p(rest ** 2 / TAILS).sum(axis=1)
     likely = np.exp(fit - fit.max()) / np.exp(fit - fit.max()).sum()
     grid = np.arange(-2, 3) * step / 4
-    cliffs = np.array([x - best for x in found if math.isinf(scores[x])]) # neither there nor beyond
-    low, high = max(cliffs[cliffs < 0], default=-math.inf), min(cliffs[cliffs > 0], default=math.inf)
-    grid = grid[(u.min() <= grid) & (grid <= u.max()) & (low < grid) & (grid < high)]
+    grid = grid[(u.min() <= grid) & (grid <= u.max()) & (low < grid)]
     at = grid[np.argmin(likely @ (c * shape(grid)))]
-    excess = c[:, 0] * shape(at)[:, 0]
-    promise = (level - c * average(places))[:, 0] + excess
+    promise = (level - c * average(places) + c * shape(at))[:, 0]
+    loss = likely @ promise
+    error = math.sqrt(likely @ (promise - loss) ** 2 + sd ** 2 / len(u))
+    edges = np.linspace(u.max(), high, 9) if high < 1.01 * step else np.array([math.inf])
+    fall = shape(at) - shape(np.minimum(minimum, edges)) # (curves, edges)
     # with all of c's own variance verdicts are too careful, with none too bold: see tests/studies.py verdict
     c_variance = scale ** 2 / 2 / (weights.sum(axis=1, keepdims=True) * spread + step ** 4 / 100)
-    expected, loss = likely @ excess, likely @ promise
-    variance = likely @ ((excess - expected) ** 2 + (c_variance * shape(at) ** 2)[:, 0])
-    error = math.sqrt(likely @ (promise - loss) ** 2 + sd ** 2 / len(u))
+    excess = (likely @ (c * fall)).mean()
+    variance = (likely @ ((c * fall - excess) ** 2 + c_variance * fall ** 2)).mean()
     bracketed = min(found) < best < max(found)
-    return Rate(float(best + at), float(loss), error, float(expected), math.sqrt(variance), bracketed)
+    return Rate(float(best + at), float(loss), error, float(excess), math.sqrt(variance), bracketed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -216,7 +236,7 @@ def noise(losses, searches):
     own = df > 0
     if not own.any():
         return None
-    usual = np.median(squares[own] / stats.chi2.median(df[own])) if own.sum() > 2 else squares.sum() / df.sum()
+    usual = np.median(squares[own] / [chi2_median(n) for n in df[own]]) if own.sum() > 2 else squares.sum() / df.sum()
     # not zero, where all runs are equal
     return np.maximum((PRIOR_RUNS * usual + squares) / (PRIOR_RUNS + df), 1e-18), PRIOR_RUNS + df
 
@@ -258,8 +278,10 @@ def differences(losses, rates, searches):
         value = means[a] - rates[a].excess - means[0] + rates[0].excess
         parts = np.array([variances[0] / len(losses[0]), variances[a] / len(losses[a])])
         freedom = parts.sum() ** 2 / (parts ** 2 / df[[0, a]]).sum() # Satterthwaite's
-        result.append(Difference(float(value), float(error[a, a] + error[0, 0] - 2 * error[a, 0]),
-                                 rates[a].excess_sd ** 2 + rates[0].excess_sd ** 2,
+        # what a broken promise costs may be the rate's fault
+        rate_variance = sum(rates[b].excess_sd ** 2 + rates[b].broken(means[b], part ** 0.5) ** 2
+                            for b, part in zip((0, a), parts))
+        result.append(Difference(float(value), float(error[a, a] + error[0, 0] - 2 * error[a, 0]), float(rate_variance),
                                  float(min(freedom, (df - PRIOR_RUNS).sum())))) # no more than all runs have
     return result
 

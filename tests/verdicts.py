@@ -83,8 +83,8 @@ def row_of(arm, runs, sd):
         row['loss'] = mean(every)
         if all(r['bits'] for r in good.values()):
             row['bits_per_byte'] = mean(r['bits'] for r in good.values())
-        error = math.hypot(arm.rate.error, sd / math.sqrt(len(every)))
-        row['broken_promise'] = arm.rate.loss if arm.searched and mean(every) > arm.rate.loss + 2 * error else None
+        broken = arm.rate.broken(mean(every), sd / math.sqrt(len(every)))
+        row['broken_promise'] = arm.rate.loss if broken else None
         row['tokens_per_s'] = median(r['tokens_per_s'] for r in good.values())
         row['peak_memory'] = max(r['peak_memory'] or 0 for r in good.values()) or None
         row['seconds'] = median(r['curve'][-1][2] for r in good.values())
