@@ -22,7 +22,8 @@ PRIOR_RUNS = 4 # as how many runs the pooled variance counts beside an arm's own
 PRIOR_PAIRS = 8 # and zero beside the measured covariance of arms within a seed
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The search of learning rates. x is a rate's log2; found is {x: losses of its seeds}, inf where a run failed
+# The search of learning rates. x is a rate's log2, to six digits; found is {x: losses of its
+# seeds}, inf where a run failed
 
 @functools.cache
 def chi2_median(df):
@@ -52,10 +53,10 @@ def next_rates(found, step, sd=0.0):
     order = sorted(scores, key=lambda x: (scores[x], x)) # if all fail, the lowest
     best, low, high = order[0], min(found), max(found)
     if high - low < WIDEST and best == high:
-        return {high + step: 1}
+        return {round(high + step, 6): 1}
     if high - low < WIDEST and best - low < 1.99 * step:
-        return {low - step: 1}
-    beside = best - step / 2, best + step / 2
+        return {round(low - step, 6): 1}
+    beside = round(best - step / 2, 6), round(best + step / 2, 6)
     half = {x: 1 for x in beside if low < x < high and x not in found}
     finals = {x: FINAL_SEEDS for x in order[:FINALISTS] if len(found[x]) < FINAL_SEEDS and math.isfinite(scores[x])}
     if sum(len(losses) >= FINAL_SEEDS for losses in found.values()) > FINALISTS:
@@ -95,7 +96,7 @@ def best_rate(found, step, sd):
     def rise(x):
         return scores.get(x, math.inf) - scores[best]
     cliffs = [x - best for x in found if math.isinf(scores[x])
-              or x > best and sd and rise(x) > CLIFF * sd + max(SKEWS) * rise(2 * best - x)]
+              or x > best and sd and rise(x) > CLIFF * sd + max(SKEWS) * rise(round(2 * best - x, 6))]
     low = max((x for x in cliffs if x < 0), default=-math.inf)
     high = min((x for x in cliffs if x > 0), default=math.inf)
     near = [(x - best, loss) for x in found if abs(x - best) < 1.01 * step and x - best < high

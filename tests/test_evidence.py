@@ -75,6 +75,16 @@ def test_a_parabola_is_found(best):
     assert sorted(map(len, found.values()))[-2:] == [3, 3]
 
 
+def test_no_rate_is_searched_twice():
+    """Steps that are no power of two reach the same rate in several ways."""
+    for factor in 3, 1.7, 10:
+        start = [round(i * math.log2(factor), 4) for i in (-1, 0, 1)]
+        step = start[2] - start[1]
+        for best in np.linspace(-6, 6, 25):
+            found = search(lambda x, seed: (x - best) ** 2, start, step)
+            assert min(np.diff(sorted(found))) > 0.49 * step
+
+
 def test_the_ends_of_a_search():
     for slope in 1.0, -1.0: # no best rate: extended up to a limit, and said
         found = search(lambda x, seed: slope * x)
