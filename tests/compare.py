@@ -590,6 +590,9 @@ def compare(everyone):
     if aa:
         running.append(base.with_settings(dict(init_offset=AA_OFFSET), name=AA, searched={}))
     search_rates(running)
+    if horizons or confirm: # the search, whose runs decay otherwise, or on other text, promises nothing
+        for arm in running:
+            arm.rate.loss = math.inf
     judged = on_sealed_text(*running[:2]) if confirm and len(running) > 1 else running
     rows = decide(judged)
     for arm, row in zip(running[1:], rows[1:]):
@@ -685,8 +688,8 @@ def judge(running, cells, horizon=None):
 def check():
     if not out.strip():
         raise ValueError("out='' is no folder: choose one, such as --out=out-compare")
-    if lrs != 'auto' and (not lrs or len(set(lrs)) < len(lrs)):
-        raise ValueError(f"lrs={lrs} must be different factors, as in 0.5,1,2")
+    if lrs != 'auto' and (not lrs or len(set(lrs)) < len(lrs) or len(lrs) > 1 and max(lrs) < 1.2 * min(lrs)):
+        raise ValueError(f"lrs={lrs} must be clearly different factors, as in 0.5,1,2")
     if until == 'decided' and not max_seeds and not hours:
         raise ValueError("until=decided needs a limit: give --max_seeds=20 or --hours=8")
     if list(horizons) != sorted(set(horizons)) or horizons and equal in ('flops', 'seconds'):

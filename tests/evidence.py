@@ -15,15 +15,14 @@ from scipy import stats
 MIN_SEEDS, MAX_SEEDS = 3, 50 # p-values hold for looks at these many: of two runs that agree, both may be outliers
 FINALISTS, FINAL_SEEDS = 2, 3 # the best rates of a search are tried with several seeds
 WIDEST = 8 # octaves of a search
-CLIFF = 5.0 # range of three seeds at one rate, in standard deviations, that noise alone exceeds with 0.1%
+CLIFF = 5.0 # standard deviations: noise alone gives three seeds at one rate such a range with 0.1%
 TAILS = 3 # degrees of freedom of a searched run's noise: some are outliers
 SKEWS = 1 / 3, 1, 3 # how much steeper a curve of losses may be above the best rate than below it
 PRIOR_RUNS = 4 # as how many runs the pooled variance counts beside an arm's own
 PRIOR_PAIRS = 8 # and zero beside the measured covariance of arms within a seed
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The search of learning rates. x is a rate's log2, to six digits; found is {x: losses of its
-# seeds}, inf where a run failed
+# The search of learning rates. x is a rate's log2; found is {x: losses of its seeds}, inf where a run failed
 
 @functools.cache
 def chi2_median(df):
@@ -53,10 +52,11 @@ def next_rates(found, step, sd=0.0):
     order = sorted(scores, key=lambda x: (scores[x], x)) # if all fail, the lowest
     best, low, high = order[0], min(found), max(found)
     if high - low < WIDEST and best == high:
-        return {round(high + step, 6): 1}
+        return {high + step: 1}
     if high - low < WIDEST and best - low < 1.99 * step:
-        return {round(low - step, 6): 1}
-    beside = round(best - step / 2, 6), round(best + step / 2, 6)
+        return {low - step: 1}
+    known = {x: min(found, key=lambda other: abs(other - x)) for x in (best - step / 2, best + step / 2)}
+    beside = [y if abs(x - y) < step / 100 else x for x, y in known.items()] # not a rate that ran but for rounding
     half = {x: 1 for x in beside if low < x < high and x not in found}
     finals = {x: FINAL_SEEDS for x in order[:FINALISTS] if len(found[x]) < FINAL_SEEDS and math.isfinite(scores[x])}
     if sum(len(losses) >= FINAL_SEEDS for losses in found.values()) > FINALISTS:
@@ -72,7 +72,7 @@ class Rate:
     x: float
     loss: float = math.inf # that the search promises there
     error: float = 0.0 # of this promise
-    excess: float = 0.0 # expected loss above the best rate's
+    excess: float = 0.0 # expected loss above that of the best rate within reach
     excess_sd: float = 0.0
     bracketed: bool = True
 
@@ -81,58 +81,73 @@ class Rate:
         return max(0.0, loss - self.loss - 2 * math.hypot(self.error, error))
 
 
+class Curves:
+    """
+    What losses y at rates u say about curves level + c (u - minimum)^2 that may be up to 3 times as steep on one side.
+    Each minimum and skew has the c and level of least squares, and is as likely as it makes the losses.
+    """
+    def __init__(self, u, y, sd, step):
+        u, y = np.array(u), np.array(y)
+        scale = 0.8 * sd or np.ptp(y) / 20 or 1.0 # with 0.8, Student's t says about as much of a mean as normal noise
+        self.minimum, self.skew = (g.reshape(-1, 1) for g in np.meshgrid(np.linspace(-1.5, 1.5, 61) * step, SKEWS))
+
+        def average(values):
+            return (weights * values).sum(axis=1, keepdims=True) / weights.sum(axis=1, keepdims=True)
+        places, rest = self.shape(u), np.zeros((len(self.skew), len(u)))
+        for _ in range(8): # each time outliers weigh less
+            weights = 1 / (1 + rest ** 2 / TAILS)
+            level, centred = average(y), places - average(places)
+            spread = average(centred ** 2) + 1e-9 * step ** 4
+            self.c = np.maximum(0.0, average(centred * (y - level)) / spread)
+            rest = (y - level - self.c * centred) / scale
+        self.level = level - self.c * average(places)
+        fit = -(TAILS + 1) / 2 * np.log1p(rest ** 2 / TAILS).sum(axis=1)
+        self.likely = np.exp(fit - fit.max()) / np.exp(fit - fit.max()).sum()
+        # with all of c's own variance verdicts are too careful, with none too bold: see tests/studies.py verdict
+        self.c_variance = scale ** 2 / 2 / (weights.sum(axis=1, keepdims=True) * spread + step ** 4 / 100)
+
+    def shape(self, x):
+        return (x - self.minimum) ** 2 * np.where(x > self.minimum, self.skew, 1.0)
+
+    def loss(self, x):
+        """The loss at x: mean and standard deviation of the curves."""
+        losses = (self.level + self.c * self.shape(x))[:, 0]
+        loss = self.likely @ losses
+        return float(loss), math.sqrt(self.likely @ (losses - loss) ** 2)
+
+
 def best_rate(found, step, sd):
     """
-    Where the verdict runs: at most half a step from the best rate that ran. Curves are c (x - minimum)^2, up to 3 times
-    as steep on one side; each minimum weighs as much as the runs within a step of the best rate make it likely. They
-    end at an edge, which lies anywhere between a rate that ran well and the next, where runs fail, are outliers, or
-    rise as no such curve does; what is beyond is out of reach.
+    Where the verdict runs: at most half a step from the best rate that ran, by the Curves through the runs within a
+    step of it. They end at an edge, which lies anywhere between a rate that ran well and the next, where runs fail, are
+    outliers, or lose more than the curves say; what is beyond is out of reach.
     """
     scores = {x: score(losses, sd) for x, losses in found.items()}
     best = min(scores, key=lambda x: (scores[x], x))
     if math.isinf(scores[best]):
         return Rate(best, math.inf, excess_sd=sd, bracketed=False)
-
-    def rise(x):
-        return scores.get(x, math.inf) - scores[best]
-    cliffs = [x - best for x in found if math.isinf(scores[x])
-              or x > best and sd and rise(x) > CLIFF * sd + max(SKEWS) * rise(round(2 * best - x, 6))]
-    low = max((x for x in cliffs if x < 0), default=-math.inf)
-    high = min((x for x in cliffs if x > 0), default=math.inf)
-    near = [(x - best, loss) for x in found if abs(x - best) < 1.01 * step and x - best < high
-            for loss in found[x] if math.isfinite(loss)]
-    u, y = np.array(near).T
-    scale = 0.8 * sd or np.ptp(y) / 20 or 1.0 # with 0.8, Student's t says about as much of a mean as normal noise would
-    minimum, skew = (g.reshape(-1, 1) for g in np.meshgrid(np.linspace(-1.5, 1.5, 61) * step, SKEWS))
-
-    def shape(x):
-        return (x - minimum) ** 2 * np.where(x > minimum, skew, 1.0)
-
-    def average(values):
-        return (weights * values).sum(axis=1, keepdims=True) / weights.sum(axis=1, keepdims=True)
-    places, rest = shape(u), np.zeros((len(skew), len(u)))
-    for _ in range(8): # least squares for c and the level; each time outliers weigh less
-        weights = 1 / (1 + rest ** 2 / TAILS)
-        level, centred = average(y), places - average(places)
-        spread = average(centred ** 2) + 1e-9 * step ** 4
-        c = np.maximum(0.0, average(centred * (y - level)) / spread)
-        rest = (y - level - c * centred) / scale
-    fit = -(TAILS + 1) / 2 * np.log1p(rest ** 2 / TAILS).sum(axis=1)
-    likely = np.exp(fit - fit.max()) / np.exp(fit - fit.max()).sum()
+    failing = [x - best for x in found if math.isinf(scores[x])]
+    low = max((x for x in failing if x < 0), default=-math.inf)
+    edge = min((x for x in failing if x > 0), default=math.inf)
+    u, y = [], []
+    for x, losses in sorted((x - best, losses) for x, losses in found.items() if abs(x - best) < 1.01 * step):
+        if x > 0 and sd and x < edge:
+            loss, error = Curves(u, y, sd, step).loss(x)
+            edge = x if mean(losses) > loss + CLIFF * math.hypot(sd, error) else edge
+        if x >= edge:
+            break
+        good = [loss for loss in losses if math.isfinite(loss)]
+        u, y = u + [x] * len(good), y + good
+    curves = Curves(u, y, sd, step)
     grid = np.arange(-2, 3) * step / 4
-    grid = grid[(u.min() <= grid) & (grid <= u.max()) & (low < grid)]
-    at = grid[np.argmin(likely @ (c * shape(grid)))]
-    promise = (level - c * average(places) + c * shape(at))[:, 0]
-    loss = likely @ promise
-    error = math.sqrt(likely @ (promise - loss) ** 2 + sd ** 2 / len(u))
-    edges = np.linspace(u.max(), high, 9) if high < 1.01 * step else np.array([math.inf])
-    fall = shape(at) - shape(np.minimum(minimum, edges)) # (curves, edges)
-    # with all of c's own variance verdicts are too careful, with none too bold: see tests/studies.py verdict
-    c_variance = scale ** 2 / 2 / (weights.sum(axis=1, keepdims=True) * spread + step ** 4 / 100)
-    excess = (likely @ (c * fall)).mean()
-    variance = (likely @ ((c * fall - excess) ** 2 + c_variance * fall ** 2)).mean()
-    bracketed = min(found) < best < max(found)
-    return Rate(float(best + at), float(loss), error, float(excess), math.sqrt(variance), bracketed)
+    at = min(grid[(u[0] <= grid) & (grid <= u[-1]) & (low < grid)], key=lambda x: curves.loss(x)[0])
+    loss, error = curves.loss(at)
+    edges = np.linspace(u[-1], edge, 9) if edge < 1.01 * step else np.array([math.inf])
+    fall = curves.shape(at) - curves.shape(np.minimum(curves.minimum, edges)) # (curves, edges)
+    excess = (curves.likely @ (curves.c * fall)).mean()
+    variance = (curves.likely @ ((curves.c * fall - excess) ** 2 + curves.c_variance * fall ** 2)).mean()
+    return Rate(float(best + at), loss, math.hypot(error, sd / math.sqrt(len(u))), float(excess), math.sqrt(variance),
+                bracketed=min(found) < best < max(found))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -102,6 +102,7 @@ WORLDS = { # changes to World
     'as it is': {}, 'correlation 0.44': dict(correlation=0.44), 'curvature 0.005': dict(curvature=0.005),
     'curvature 0.01': dict(curvature=0.01), 'curvature 0.2': dict(curvature=0.2), 'steeper above': dict(above=3.0),
     'runs fail above': dict(cliff=0.75), 'an edge of stability': dict(edge=-0.5),
+    'an edge far below': dict(edge=-1.5), 'an edge of 0.1 nats': dict(edge=-0.5, spike=0.1),
     'one sd is 3 times as large': dict(sds=(1.0, 3.0)),
     '4 arms beside the first': dict(arms=5), '16 arms beside the first': dict(arms=17),
 }
@@ -253,7 +254,8 @@ class World:
     curvature: float = 0.04
     above: float = 1.0 # how many times as steep above the best rate
     cliff: float = math.inf # octaves above the best rate from which on runs fail
-    edge: float = math.inf # octaves above it at which half of the runs end 0.2 nats higher: the edge of stability
+    edge: float = math.inf # octaves above it at which half of the runs end higher: the edge of stability
+    spike: float = 0.2 # by so many nats
     correlation: float = 0.0 # of two arms with the same seed
     sds: tuple = (1.0, 1.0) # of the first arm's runs and of the others', in any order
     arms: int = 2
@@ -271,8 +273,9 @@ class World:
     def losses(self, arm, x, luck):
         own = NOISE[self.noise](self.rng, len(luck))
         own = self.correlation ** 0.5 * luck + (1 - self.correlation) ** 0.5 * own
-        spikes = self.rng.random(len(luck)) < expit((x - self.best[arm] - self.edge) / 0.15) if self.edge < math.inf else 0.0
-        return self.cost(arm, x) + self.sd[arm] * own + 0.2 * spikes
+        beyond = x - self.best[arm] - self.edge
+        higher = self.rng.random(len(luck)) < expit(beyond / 0.15) if self.edge < math.inf else 0
+        return self.cost(arm, x) + self.sd[arm] * own + self.spike * higher
 
     def search(self):
         """As tests/compare.py does. Returns each arm's {x: losses} and Rate."""

@@ -178,7 +178,11 @@ def test_the_tables_of_the_results_name_every_file():
 
 
 def test_every_mixer_has_its_loss_in_the_table():
-    rows = json.loads((RESULTS / 'mixers-compared-cpu.json').read_text(encoding='utf-8'))['tables'][0]['rows']
+    rows, newer = (json.loads((RESULTS / f'mixers-{name}-cpu.json').read_text(encoding='utf-8'))['tables'][0]['rows']
+                   for name in ('compared', 'newer'))
+    files = {path.stem for path in (ROOT / 'config/mixers').glob('*.py')}
+    rows += [row for row in newer if row['arm'] in files - {row['arm'] for row in rows}]
+    assert {row['arm'] for row in rows} == files
     losses = dict(re.findall(r'^\| `(\w+)` \|.* \| ([\d.]+) \| [^|]*\|$', README, re.MULTILINE))
     verdicts = dict(re.findall(r'^\| `(\w+)` \|.* \| ([^|]*) \|$', README, re.MULTILINE))
     assert losses == {row['arm']: f"{row['loss']:.3f}" for row in rows}
@@ -191,7 +195,8 @@ def test_every_mixer_has_its_loss_in_the_table():
         assert f"Loss {losses[row['arm']]} {said}" in config
 
 
-@pytest.mark.parametrize('file', ['mixers-compared-cpu', 'mixers-python-cpu', 'mixers-seconds-cpu'])
+@pytest.mark.parametrize('file', [
+    'mixers-compared-cpu', 'mixers-python-cpu', 'mixers-seconds-cpu', 'mixers-newer-cpu', 'mixers-newer-python-cpu'])
 def test_the_tables_of_mixers_are_what_their_runs_say(file):
     rows = json.loads((RESULTS / f'{file}.json').read_text(encoding='utf-8'))['tables'][0]['rows']
     for row in rows:
