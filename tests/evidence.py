@@ -235,12 +235,11 @@ class Difference:
         return math.ceil(needed) if needed <= MAX_SEEDS else None
 
 
-def noise(losses, searches):
+def noise(losses, searches, sd):
     """
     (variance, its degrees of freedom) of each arm's runs, shrunk towards what is usual among the arms. Runs at a cliff
     say nothing about the verdict's, which are never there.
     """
-    sd = run_sd(group for runs, found in zip(losses, searches) for group in (runs.values(), *found))
     squares, df = [], []
     for runs, found in zip(losses, searches):
         own = max(sd, run_sd([runs.values(), *found])) # an arm with more noise has no cliff for it
@@ -272,7 +271,8 @@ def differences(losses, rates, searches):
     The Difference of each arm but the first from the first; None for an arm of few runs, or if nothing has a spread.
     losses: {seed: loss} of each arm; rates: their Rates; searches: their losses at searched rates, lists by rate.
     """
-    found = noise(losses, searches)
+    sd = run_sd(group for runs, found in zip(losses, searches) for group in (runs.values(), *found))
+    found = noise(losses, searches, sd)
     if found is None:
         return [None] * (len(losses) - 1)
     variances, df = found
@@ -294,9 +294,9 @@ def differences(losses, rates, searches):
         value = means[a] - rates[a].excess - means[0] + rates[0].excess
         parts = np.array([variances[0] / len(losses[0]), variances[a] / len(losses[a])])
         freedom = parts.sum() ** 2 / (parts ** 2 / df[[0, a]]).sum() # Satterthwaite's
-        # what a broken promise costs may be the rate's fault
-        rate_variance = sum(rates[b].excess_sd ** 2 + rates[b].broken(means[b], part ** 0.5) ** 2
-                            for b, part in zip((0, a), parts))
+        # what a broken promise costs may be the rate's fault; by the usual noise, as the arm's own may come of it
+        rate_variance = sum(rates[b].excess_sd ** 2 + rates[b].broken(means[b], sd / len(losses[b]) ** 0.5) ** 2
+                            for b in (0, a))
         result.append(Difference(float(value), float(error[a, a] + error[0, 0] - 2 * error[a, 0]), float(rate_variance),
                                  float(min(freedom, (df - PRIOR_RUNS).sum())))) # no more than all runs have
     return result
