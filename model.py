@@ -10,7 +10,6 @@ trains, samples, reports MFU and gets tested.
 Each letter has one meaning in the whole file: B batch, T tokens in this call, S tokens so far (past and present),
 C channels (n_embd), H heads, D channels of a head, V vocabulary.
 """
-
 import ctypes
 import hashlib
 import inspect

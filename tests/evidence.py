@@ -51,12 +51,10 @@ def next_rates(found, step, sd=0.0):
     scores = {x: score(losses, sd) for x, losses in found.items()}
     order = sorted(scores, key=lambda x: (scores[x], x)) # if all fail, the lowest
     best, low, high = order[0], min(found), max(found)
-    if high - low < WIDEST and best == high:
-        return {high + step: 1}
-    if high - low < WIDEST and best - low < 1.99 * step:
-        return {low - step: 1}
-    known = {x: min(found, key=lambda other: abs(other - x)) for x in (best - step / 2, best + step / 2)}
-    beside = [y if abs(x - y) < step / 100 else x for x, y in known.items()] # not a rate that ran but for rounding
+    if high - low < WIDEST and (best == high or best - low < 1.99 * step):
+        return {high + step if best == high else low - step: 1}
+    beside = [next((ran for ran in found if abs(ran - x) < step / 100), x) # but for rounding, x may have run
+              for x in (best - step / 2, best + step / 2)]
     half = {x: 1 for x in beside if low < x < high and x not in found}
     finals = {x: FINAL_SEEDS for x in order[:FINALISTS] if len(found[x]) < FINAL_SEEDS and math.isfinite(scores[x])}
     if sum(len(losses) >= FINAL_SEEDS for losses in found.values()) > FINALISTS:

@@ -393,6 +393,7 @@ def test_runs_begin_with_the_given_weights(run, words, tmp_path, monkeypatch):
     (['--horizons=4,16'], 'must end with max_iters=8'), (['--horizons=8,4'], 'growing'),
     (['--equal=watts'], 'watts'), (['--arms=seed=5'], 'the same'), (['--arms=log_interval=3'], 'the same'),
     (['--arms=max_iters=20'], 'max_iters=20 and the first one 8'), (['--out='], "out='' is no folder"),
+    (['--lrs=1,1.1'], 'must be clearly different factors'),
     (['--arms=mixer=mlp_mixer+pos_emb=none+block_size=256', '--equal=params'], 'cannot have')])
 def test_mistakes(run, tmp_path, arguments, expected):
     assert expected in run(*arguments, refused=True)

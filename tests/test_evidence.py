@@ -204,6 +204,12 @@ def test_a_broken_promise_widens_the_interval():
         assert broken.value == plain.value and 0.15 < broken.rate_variance ** 0.5 < 0.2
     assert difference(losses, [Rate(0.0, loss=1.49, error=0.01)] * 2).rate_variance == 0.0
     assert Rate(0.0, math.inf).broken(1.5, 0.0) == 0.0 # all failed: nothing was promised
+    # of runs that spike at an edge, by the usual noise: their own is so wide that it would hide the broken promise
+    spiking, calm = [1.5, 1.5, 1.7, 1.51, 1.69, 1.5], [1.5, 1.51, 1.49]
+    found = difference([dict(enumerate(spiking)), dict(enumerate(calm))], [Rate(0.0, loss=1.5), Rate(0.0)],
+                       ([calm], [calm]))
+    usual = evidence.run_sd([spiking, calm, calm, calm])
+    assert found.rate_variance == pytest.approx((np.mean(spiking) - 1.5 - 2 * usual / 6 ** 0.5) ** 2)
 
 
 def test_runs_at_a_cliff_do_not_widen_the_interval():
