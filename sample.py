@@ -30,7 +30,7 @@ from data.checkpoints import GPT2_NAMES, find_weights, load_model
 from data.machine import Machine
 from data.tokenizers import GPT2, GPT2_SIZES, load_tokenizer, read_argument, read_text, tokenizer_of, with_line_ends
 from data.tokens import dataset_folder, find_path
-from model import Decoder, GPTConfig, add_mixer, beam_search, finite, to_int8
+from model import Decoder, GPTConfig, add_mixer, beam_search, finite, pack, to_int8
 
 # ---------------------------------------------------------------------------------------------------------------------
 # where the weights come from
@@ -262,6 +262,8 @@ with torch.inference_mode(): # a few percent faster than no_grad where a token t
     if dtype == 'int8':
         to_int8(model) # from the weights as they were trained
     model.to(machine.device, machine.torch_dtype)
+    if machine.kind == 'cpu' and not compile and not export:
+        pack(model)
     if compile:
         model.hidden = torch.compile(model.hidden, dynamic=True)
     static = Decoder.choose(model, torch.zeros(1, 1, device=machine.device), None) # one CUDA graph for all texts

@@ -217,10 +217,14 @@ class Machine:
         elif self.world > 1:
             # DDP's buckets, laid out anew beside the first ones in the second step; gradients add up outside of them
             gradients *= 2 + accumulates
-        fixed = 4 * (n + gradients + state)
-        lines = [f"memory   about {(fixed + activations) / 1e9:.3g} GB: {fixed / 1e9:.3g} of weights, gradients and "
-                 f"optimizer, {activations / 1e9:.3g} of activations"]
-        if fixed + activations > self.memory:
+        fixed, rest, words = 4 * (n + gradients + state), 0.0, ''
+        if self.kind == 'cpu': # measured with glibc, whose heap keeps what was freed in pieces
+            rest = 0.6 * activations + max(0, (self.peak_memory or 0) - 4 * network.get_num_params(False))
+            words = f", {rest / 1e9:.3g} of libraries and gaps between these"
+        need = fixed + activations + rest
+        lines = [f"memory   about {need / 1e9:.3g} GB: {fixed / 1e9:.3g} of weights, gradients and optimizer, "
+                 f"{activations / 1e9:.3g} of activations{words}"]
+        if need > self.memory:
             lines.append(f"warning: {self.device} has {self.memory / 1e9:.3g} GB: if it does not fit, lower "
                          "batch_size and raise gradient_accumulation_steps in proportion: the steps stay the same")
         return lines
@@ -267,13 +271,17 @@ def shard(model, kind, dtype, world):
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
     from torch.distributed.tensor import DTensor, Replicate
     mesh = init_device_mesh(kind, (world,))
-    # modules with nothing but matrices are gathered in the dtype of their products (half the bytes), others in float32
+    # modules with nothing but matrices are gathered in the dtype of their products (half the bytes), others in float32;
+    # norms, of a few numbers, with the model's own, as each gather of a block's would wait for the other processes
     policy = MixedPrecisionPolicy(dtype, torch.float32)
     for block in [m for m in model.modules() if isinstance(m, Block)]:
-        for part in filter(None, (block.attn, block.mlp)):
-            if all(isinstance(m, torch.nn.Linear) for m in part.modules() if m._parameters):
-                fully_shard(part, mesh=mesh, mp_policy=policy)
-        fully_shard(block, mesh=mesh)
+        parts = [part for part in (block.attn, block.mlp) if part is not None]
+        narrow = [part for part in parts
+                  if all(isinstance(m, torch.nn.Linear) for m in part.modules() if m._parameters)]
+        for part in narrow:
+            fully_shard(part, mesh=mesh, mp_policy=policy)
+        if len(narrow) < len(parts):
+            fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, 'hidden') # which generation calls
     return lambda tensor: DTensor.from_local(tensor, mesh, [Replicate()])

@@ -46,7 +46,7 @@ from data.checkpoints import NANOGPT_FIELDS, load_weights, stored_config
 from data.machine import Machine
 from data.run import git_commit
 from data.tokens import Split, dataset_folder, load_meta, prefetch
-from model import Cache, GPT, GPTConfig, LinearCrossEntropy, MIXERS, cost, to_int8
+from model import Cache, GPT, GPTConfig, LinearCrossEntropy, MIXERS, cost, pack, to_int8
 from compare import configured
 
 for file in sorted((PROJECT / 'config/mixers').glob('*.py')):
@@ -220,6 +220,8 @@ def work_sample(job, machine):
         machine.compiled = bool(job.compile)
         if job.compile:
             model.hidden = torch.compile(model.hidden, dynamic=True)
+        elif machine.kind == 'cpu':
+            pack(model)
 
     def generate(idx, options=dict(temperature=0.8, top_k=200)):
         """Generates like sample.py; for the peer, one iteration of its generate() at a time."""

@@ -428,6 +428,27 @@ def test_sharded_and_plain_runs_continue_each_other(dataset, tmp_path):
             assert abs(loss - other) < 2e-3 and abs(norm - other_norm) < 0.02 * norm, step
 
 
+@posix
+def test_what_is_gathered_together(tmp_path):
+    """Matrices by layer, and norms with the model: each gather waits for the other processes."""
+    script = tmp_path / 'groups.py'
+    script.write_text("""
+import torch, torch.distributed as dist
+from data.machine import shard
+from model import GPT, GPTConfig
+dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+for change in {}, dict(mlp='none'), dict(rezero=True, short_conv=2), dict(qk_norm=True):
+    model = GPT(GPTConfig(block_size=8, vocab_size=10, n_layer=2, n_head=2, n_embd=8, **change))
+    shard(model, 'cpu', torch.bfloat16, 1)
+    print(*[name for name, module in model.named_modules() if isinstance(module, dist.fsdp.FSDPModule)])
+""")
+    done = helpers.run(script, [], first=f"import sys; sys.path.insert(0, {str(ROOT)!r})")
+    assert done.returncode == 0, done.stderr
+    assert [line.replace('transformer.h.', '').split() for line in done.stdout.decode().splitlines()] == [
+        ['0.attn', '0.mlp', '1.attn', '1.mlp'], ['0.attn', '1.attn'], ['0.attn', '0.mlp', '1.attn', '1.mlp'],
+        ['0', '0.mlp', '1', '1.mlp']]
+
+
 def test_accumulation_that_does_not_divide(dataset, tmp_path):
     process = run(dataset, tmp_path / 'out', '--gradient_accumulation_steps=5', code=2,
                   environment=dict(RANK='0', LOCAL_RANK='0', WORLD_SIZE='4'))

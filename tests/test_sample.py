@@ -19,7 +19,8 @@ from data.machine import Machine
 from data.tokenizers import ByteTokenizer, CharTokenizer, load_tokenizer
 from helpers import (ENV, JOBS, PROJECT, V, WORDS, Run, flags, job, jobs, random_model, run, train, tree,  # noqa: F401
                      well, write_checkpoint, write_data, write_malicious, write_nano, write_nano_data)
-from model import MIXERS, Cache, GPT, GPTConfig, Int8Linear, Mixer, beam_search, pick, to_int8
+from model import (MIXERS, Cache, GPT, GPTConfig, Int8Linear, Mixer, PackedLinear, beam_search, fused_attention, pack,
+                   pick, to_int8)
 
 posix = pytest.mark.skipif(os.name != 'posix', reason='needs signals and a pseudo-terminal')
 
@@ -477,6 +478,71 @@ def test_int8(int8):
     to_int8(model)
     ids = model.to(Machine('cpu', 'auto').torch_dtype).generate(torch.tensor([tokenizer.encode('one')]), 30, 0)
     assert drawn == tokenizer.decode(ids[0].tolist()) + RULE
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# packed weights and attention, on a CPU
+
+packs = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason='torch without oneDNN')
+DTYPES = [torch.float32] + [torch.bfloat16] * torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@packs
+@pytest.mark.parametrize('n_in, bias', [(16, True), (21, False)])
+@pytest.mark.parametrize('dtype', DTYPES)
+@torch.inference_mode()
+def test_packed_layer(n_in, bias, dtype):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(n_in, 13, bias=bias).to(dtype)
+    layer = PackedLinear(linear)
+    assert (layer.weight == linear.weight).all()
+    for n in 1, 2, 9, 40:
+        x = torch.randn(n_in, n).to(dtype).t()[None] # (1, n, n_in), not contiguous
+        expected = torch.nn.functional.linear(x.double(), linear.weight.double(), linear.bias.double() if bias else None)
+        for given in x, aligned_nowhere(x), x[0]:
+            y = layer(given)
+            assert y.shape == (*given.shape[:-1], 13) and y.dtype == dtype
+            assert (y.double() - expected).abs().max() < 8 * torch.finfo(dtype).eps
+
+
+@packs
+@pytest.mark.parametrize('name', NETWORKS)
+@pytest.mark.parametrize('dtype', DTYPES)
+@torch.inference_mode()
+def test_packed_network(name, dtype, monkeypatch):
+    """Whole texts and token by token, as the network before; only large layers are packed, and none with AMX."""
+    monkeypatch.setitem(MIXERS, 'shared', Shared)
+    monkeypatch.setattr('model.HAS_AMX', False)
+    model = random_model(V, std=0.1, **dict(n_embd=64, n_head=4) | NETWORKS[name]).to(dtype)
+    idx = torch.randint(V, (2, 16), generator=torch.Generator().manual_seed(0))
+    exact, linears = copy.deepcopy(model).double()(idx)[0].log_softmax(-1), torch.nn.Linear
+    sizes = [m.weight.numel() for m in model.modules() if isinstance(m, linears)]
+    monkeypatch.setattr(PackedLinear, 'FEWEST', sorted(sizes)[1])
+    pack(model)
+    assert sum(isinstance(m, PackedLinear) for m in model.modules()) == sum(n >= sorted(sizes)[1] for n in sizes) > 0
+    cache = Cache()
+    steps = torch.cat([model(token, cache=cache)[0] for token in idx.split(1, dim=1)], dim=1)
+    for logits in model(idx)[0], steps:
+        assert (exact - logits.double().log_softmax(-1)).abs().max() < 500 * torch.finfo(dtype).eps
+    other = random_model(V, n_embd=64, n_head=4)
+    monkeypatch.setattr('model.HAS_AMX', True)
+    pack(other)
+    monkeypatch.setattr('model.HAS_AMX', False)
+    pack(other.half())
+    assert not any(isinstance(m, PackedLinear) for m in other.modules())
+
+
+@pytest.mark.parametrize('amx', [False, True])
+@torch.inference_mode()
+def test_attention_of_one_token(amx, monkeypatch):
+    """In bfloat16, several rows, with the buffers and the mask of a cache: as in float64."""
+    monkeypatch.setattr('model.HAS_AMX', amx)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(3, 2, n, 8).bfloat16()[:, :, :m] for n, m in ((1, 1), (50, 40), (50, 40)))
+    for mask in None, torch.randn(1, 40).bfloat16():
+        y = fused_attention(q, k, v, mask, 0.0, is_causal=False)
+        scores = q.double() @ k.double().mT / math.sqrt(8) + (0.0 if mask is None else mask.double())
+        assert y.dtype == torch.bfloat16 and (y.double() - scores.softmax(-1) @ v.double()).abs().max() < 0.01
 
 
 def test_beams_of_any_length():

@@ -724,6 +724,7 @@ def test_many_epochs_and_days_are_warned_of(folder_of_mistakes):
     assert re.search(r'memory   about [\de+.]+ GB.*\nwarning: cpu has [\d.]+ GB: ', text)
 
 
+@pytest.mark.parametrize('kind', ['cuda', 'cpu'])
 @pytest.mark.parametrize('world, sharded, accumulates, numbers', [
     (1, False, True, 4), # a weight, its gradient and two moments
     (8, False, False, 4 + 1), # and DDP's buckets, twice
@@ -731,16 +732,21 @@ def test_many_epochs_and_days_are_warned_of(folder_of_mistakes):
     (8, True, False, 4 / 8),
     (8, True, True, 3 / 8 + 1), # whole gradients
 ])
-def test_memory_of_several_processes(world, sharded, accumulates, numbers):
+def test_memory_of_several_processes(monkeypatch, world, sharded, accumulates, numbers, kind):
     machine = Machine('cpu', 'float32', peak_flops=1.0)
-    machine.world, machine.sharded = world, sharded
+    machine.world, machine.sharded, machine.kind = world, sharded, kind
     model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8))
     n = model.get_num_params(False)
+    for name, value in dict(peak_memory=5e8, memory=6e8 if kind == 'cpu' else 5e8).items():
+        monkeypatch.setattr(Machine, name, value)
     gathered = sum(p.numel() for name, p in model.named_parameters() if '.h.' not in name) if sharded else 0
-    line, = machine.budget(model, 2 * n, 1e6, accumulates)
-    total, fixed, rest = (float(word) for word in re.findall(r'[\d.]+(?:e-\d+)?', line)[:3])
-    assert fixed == pytest.approx(4 * numbers * n / 1e9, rel=0.01) and total == pytest.approx(fixed + rest, rel=0.01)
-    assert rest == pytest.approx((1e6 + 4 * gathered) / 1e9, rel=0.01)
+    line, *warning = machine.budget(model, 2 * n, 1e8, accumulates)
+    total, *parts = (float(word) for word in re.findall(r'[\d.]+(?:e-\d+)?', line))
+    activations = 1e8 + 4 * gathered
+    expected = [4 * numbers * n, activations] + [0.6 * activations + 5e8 - 4 * n] * (kind == 'cpu')
+    assert parts == pytest.approx([part / 1e9 for part in expected], rel=0.01)
+    assert total == pytest.approx(sum(parts), rel=0.01)
+    assert bool(warning) == (kind == 'cpu') # 0.66 of 0.6 GB, and 0.1 of 0.5
     assert machine.budget(model, 2 * n, float('nan'), accumulates)[0].startswith('memory   unknown: ')
 
 
