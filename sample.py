@@ -66,7 +66,7 @@ export = '' # write the model and its tokenizer to this new folder, for transfor
 # machine
 device = 'auto' # auto | cpu | cuda | cuda:1 | mps
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16', 'int8'] = 'auto' # int8: weights of Linear layers, on a CPU:
-    # decoding reads half the bytes, so one sequence is faster than in bfloat16; eight at once are not
+    # half the bytes of bfloat16, and about a tenth faster for one sequence; eight at once are slower
 compile = False # torch.compile; whether it pays here is not measured
 # ---------------------------------------------------------------------------------------------------------------------
 # a config file of training gives its mixer and its out_dir
