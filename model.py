@@ -1650,10 +1650,13 @@ def replace_linear(model, layer):
     weights: a token reads a row.
     """
     keep_freed_memory() # what is converted in each call, of a large head tens of MB
+    made = {} # a layer that several modules share stays shared
     for module in list(model.modules()):
         for name, linear in list(module.named_children()):
-            if type(linear) in (nn.Linear, Linear): # a subclass may compute something else
-                setattr(module, name, layer(linear))
+            # a subclass may compute something else, and a hook, as of weight_norm, make the weights anew
+            if type(linear) in (nn.Linear, Linear) and not linear._forward_pre_hooks and not linear._forward_hooks:
+                made[linear] = made[linear] if linear in made else layer(linear)
+                setattr(module, name, made[linear])
 
 
 def to_int8(model):
@@ -1685,7 +1688,8 @@ def pack(model):
     to 2 times as fast on an AMD EPYC. Not with AMX, where torch's own product is near the memory's bandwidth.
     """
     dtype = model.transformer.wte.weight.dtype
-    if torch.backends.cpu.get_cpu_capability() in ('AVX2', 'AVX512') and not HAS_AMX and (
+    x86 = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() in ('AVX2', 'AVX512')
+    if x86 and not HAS_AMX and (
             dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         fewest = PackedLinear.FEWEST
         replace_linear(model, lambda linear: PackedLinear(linear) if linear.weight.numel() >= fewest else linear)
@@ -1728,19 +1732,20 @@ def fused_attention_pays(q, v, dropout):
 def fused_attention(q, k, v, mask, dropout, is_causal):
     """
     torch's attention. On a CPU it trains in float32, since the bfloat16 backward pass takes 7 times as long, and so it
-    decodes: without AMX one token in bfloat16 takes 3 times as long. Row by row, as a row's copy fits into the cache.
+    decodes: without AMX one token of many takes 3 times as long in bfloat16. Row by row: a row's copy fits into a cache.
     """
     options, training = dict(attn_mask=mask, dropout_p=dropout, is_causal=is_causal), torch.is_grad_enabled()
-    decoding = not training and q.size(2) == 1 and not HAS_AMX
+    decoding = not training and q.size(2) == 1 and k.size(2) >= 64 and not HAS_AMX and not torch.compiler.is_compiling()
     if kind_of(q) != 'cpu' or q.dtype != torch.bfloat16 or not (training or decoding):
         return F.scaled_dot_product_attention(q, k, v, **options)
-    n = q.size(0) if training else 1
     if mask is not None and mask.dtype != torch.bool: # a number to add, of a cache
         options['attn_mask'] = mask.float()
+    def attend(*qkv):
+        return F.scaled_dot_product_attention(*(t.float() for t in qkv), **options).bfloat16()
     with torch.autocast('cpu', enabled=False):
-        rows = [F.scaled_dot_product_attention(*(t.float() for t in row), **options).bfloat16()
-                for row in zip(q.split(n), k.split(n), v.split(n))]
-    return rows[0] if len(rows) == 1 else torch.cat(rows)
+        if training or not q.size(0) == k.size(0) == v.size(0) or mask is not None and mask.dim() > 2:
+            return attend(q, k, v)
+        return torch.cat([attend(*row) for row in zip(q.split(1), k.split(1), v.split(1))])
 
 
 def keep_freed_memory():

@@ -218,8 +218,8 @@ class Machine:
             # DDP's buckets, laid out anew beside the first ones in the second step; gradients add up outside of them
             gradients *= 2 + accumulates
         fixed, rest, words = 4 * (n + gradients + state), 0.0, ''
-        if self.kind == 'cpu': # measured with glibc, whose heap keeps what was freed in pieces
-            rest = 0.6 * activations + max(0, (self.peak_memory or 0) - 4 * network.get_num_params(False))
+        if self.kind == 'cpu': # both measured on Linux; glibc's heap keeps what was freed in pieces
+            rest = 0.34e9 + 0.6 * activations
             words = f", {rest / 1e9:.3g} of libraries and gaps between these"
         need = fixed + activations + rest
         lines = [f"memory   about {need / 1e9:.3g} GB: {fixed / 1e9:.3g} of weights, gradients and optimizer, "

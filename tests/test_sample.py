@@ -483,7 +483,7 @@ def test_int8(int8):
 # ---------------------------------------------------------------------------------------------------------------------
 # packed weights and attention, on a CPU
 
-X86 = torch.backends.cpu.get_cpu_capability() in ('AVX2', 'AVX512')
+X86 = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() in ('AVX2', 'AVX512')
 packs = pytest.mark.skipif(not X86, reason='not packed on this processor')
 DTYPES = [torch.float32] + [torch.bfloat16] * (X86 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
@@ -536,14 +536,39 @@ def test_packed_network(name, dtype, monkeypatch):
 @pytest.mark.parametrize('amx', [False, True])
 @torch.inference_mode()
 def test_attention_of_one_token(amx, monkeypatch):
-    """In bfloat16, several rows, with the buffers and the mask of a cache: as in float64."""
+    """In bfloat16, by row in float32 where that pays, with masks and rows that broadcast: as in float64."""
     monkeypatch.setattr('model.HAS_AMX', amx)
     torch.manual_seed(0)
-    q, k, v = (torch.randn(3, 2, n, 8).bfloat16()[:, :, :m] for n, m in ((1, 1), (50, 40), (50, 40)))
-    for mask in None, torch.randn(1, 40).bfloat16():
+    calls, attend = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, 'scaled_dot_product_attention',
+                        lambda q, *args, **options: calls.append((len(q), q.dtype)) or attend(q, *args, **options))
+    for rows, mask in itertools.product([3, 1], [None, torch.randn(1, 70).bfloat16(), torch.ones(3, 1, 1, 70).bool()]):
+        q, k, v = torch.randn(3, 2, 1, 8).bfloat16(), *torch.randn(2, rows, 2, 80, 8).bfloat16()[:, :, :, :70]
+        calls.clear()
         y = fused_attention(q, k, v, mask, 0.0, is_causal=False)
-        scores = q.double() @ k.double().mT / math.sqrt(8) + (0.0 if mask is None else mask.double())
-        assert y.dtype == torch.bfloat16 and (y.double() - scores.softmax(-1) @ v.double()).abs().max() < 0.01
+        scores = q.double() @ k.double().mT / math.sqrt(8)
+        scores = scores if mask is None or mask.dtype == torch.bool else scores + mask.double()
+        assert y.shape == q.shape and y.dtype == torch.bfloat16
+        assert (y.double() - scores.softmax(-1) @ v.double()).abs().max() < 0.01
+        by_row = rows == 3 and (mask is None or mask.dim() == 2)
+        assert calls == ([(3, torch.bfloat16)] if amx else [(1, torch.float32)] * 3 if by_row else [(3, torch.float32)])
+
+
+@packs
+@torch.inference_mode()
+def test_layers_that_are_not_replaced(monkeypatch):
+    """One whose weights a hook makes anew; a layer that two modules share stays one."""
+    monkeypatch.setattr('model.HAS_AMX', False)
+    monkeypatch.setattr(PackedLinear, 'FEWEST', 0)
+    for replace in pack, to_int8:
+        model = random_model(V)
+        first, second = (block.mlp for block in list(model.transformer.h)[:2])
+        second.c_fc = first.c_fc
+        hook = first.c_proj.register_forward_pre_hook(lambda *_: None)
+        replace(model)
+        assert type(first.c_fc) in (PackedLinear, Int8Linear) and second.c_fc is first.c_fc
+        assert isinstance(first.c_proj, torch.nn.Linear) and not isinstance(second.c_proj, torch.nn.Linear)
+        hook.remove()
 
 
 def test_beams_of_any_length():
