@@ -1732,7 +1732,7 @@ def fused_attention_pays(q, v, dropout):
 def fused_attention(q, k, v, mask, dropout, is_causal):
     """
     torch's attention. On a CPU it trains in float32, since the bfloat16 backward pass takes 7 times as long, and so it
-    decodes: without AMX one token of many takes 3 times as long in bfloat16. Row by row: a row's copy fits into a cache.
+    decodes: without AMX one token of many takes 3 times as long in bfloat16. Row by row: its copy fits into a cache.
     """
     options, training = dict(attn_mask=mask, dropout_p=dropout, is_causal=is_causal), torch.is_grad_enabled()
     decoding = not training and q.size(2) == 1 and k.size(2) >= 64 and not HAS_AMX and not torch.compiler.is_compiling()
