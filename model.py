@@ -1655,7 +1655,8 @@ def replace_linear(model, layer):
         for name, linear in list(module.named_children()):
             # a subclass may compute something else, and a hook, as of weight_norm, make the weights anew
             if type(linear) in (nn.Linear, Linear) and not linear._forward_pre_hooks and not linear._forward_hooks:
-                made[linear] = made[linear] if linear in made else layer(linear)
+                if linear not in made:
+                    made[linear] = layer(linear)
                 setattr(module, name, made[linear])
 
 
@@ -1735,17 +1736,17 @@ def fused_attention(q, k, v, mask, dropout, is_causal):
     decodes: without AMX one token of many takes 3 times as long in bfloat16. Row by row: its copy fits into a cache.
     """
     options, training = dict(attn_mask=mask, dropout_p=dropout, is_causal=is_causal), torch.is_grad_enabled()
-    decoding = not training and q.size(2) == 1 and k.size(2) >= 64 and not HAS_AMX and not torch.compiler.is_compiling()
+    one_each = q.size(0) == k.size(0) == v.size(0) and (mask is None or mask.dim() <= 2) # rows that can be taken apart
+    # fewer than 64 tokens are not worth the calls, and a compiler would unroll the loop
+    decoding = q.size(2) == 1 and k.size(2) >= 64 and one_each and not HAS_AMX and not torch.compiler.is_compiling()
     if kind_of(q) != 'cpu' or q.dtype != torch.bfloat16 or not (training or decoding):
         return F.scaled_dot_product_attention(q, k, v, **options)
     if mask is not None and mask.dtype != torch.bool: # a number to add, of a cache
         options['attn_mask'] = mask.float()
-    def attend(*qkv):
-        return F.scaled_dot_product_attention(*(t.float() for t in qkv), **options).bfloat16()
+    rows = [(q, k, v)] if training else zip(q.split(1), k.split(1), v.split(1))
     with torch.autocast('cpu', enabled=False):
-        if training or not q.size(0) == k.size(0) == v.size(0) or mask is not None and mask.dim() > 2:
-            return attend(q, k, v)
-        return torch.cat([attend(*row) for row in zip(q.split(1), k.split(1), v.split(1))])
+        rows = [F.scaled_dot_product_attention(*(t.float() for t in row), **options).bfloat16() for row in rows]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def keep_freed_memory():

@@ -262,10 +262,10 @@ with torch.inference_mode(): # a few percent faster than no_grad where a token t
     if dtype == 'int8':
         to_int8(model) # from the weights as they were trained
     model.to(machine.device, machine.torch_dtype)
-    if machine.kind == 'cpu' and not compile and not export:
-        pack(model)
     if compile:
         model.hidden = torch.compile(model.hidden, dynamic=True)
+    elif machine.kind == 'cpu' and not export:
+        pack(model)
     static = Decoder.choose(model, torch.zeros(1, 1, device=machine.device), None) # one CUDA graph for all texts
     generator = torch.Generator(machine.device).manual_seed(seed % 2 ** 64) # all that it takes
     signal.signal(*END_WITH_READER)

@@ -499,7 +499,7 @@ def test_packed_layer(n_in, bias, dtype):
     assert (layer.weight == linear.weight).all()
     for n in 1, 2, 9, 40:
         x = torch.randn(n_in, n).to(dtype).t()[None] # (1, n, n_in), not contiguous
-        expected = torch.nn.functional.linear(x.double(), linear.weight.double(), linear.bias.double() if bias else None)
+        expected = x.double() @ linear.weight.double().t() + (linear.bias.double() if bias else 0.0)
         for given in x, aligned_nowhere(x), x[0]:
             y = layer(given)
             assert y.shape == (*given.shape[:-1], 13) and y.dtype == dtype
@@ -524,7 +524,8 @@ def test_packed_network(name, dtype, monkeypatch):
     cache = Cache()
     steps = torch.cat([model(token, cache=cache)[0] for token in idx.split(1, dim=1)], dim=1)
     for logits in model(idx)[0], steps:
-        assert (exact - logits.double().log_softmax(-1)).abs().max() < 500 * torch.finfo(dtype).eps
+        divergence = (exact.exp() * (exact - logits.double().log_softmax(-1))).sum(-1)
+        assert divergence.mean() < (1e-3 if dtype == torch.bfloat16 else 1e-9)
     other = random_model(V, n_embd=64, n_head=4)
     monkeypatch.setattr('model.HAS_AMX', True)
     pack(other)
@@ -542,16 +543,19 @@ def test_attention_of_one_token(amx, monkeypatch):
     calls, attend = [], torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(torch.nn.functional, 'scaled_dot_product_attention',
                         lambda q, *args, **options: calls.append((len(q), q.dtype)) or attend(q, *args, **options))
-    for rows, mask in itertools.product([3, 1], [None, torch.randn(1, 70).bfloat16(), torch.ones(3, 1, 1, 70).bool()]):
-        q, k, v = torch.randn(3, 2, 1, 8).bfloat16(), *torch.randn(2, rows, 2, 80, 8).bfloat16()[:, :, :, :70]
+    masks = [None, torch.randn(1, 70).bfloat16(), torch.ones(3, 1, 1, 70).bool()]
+    for rows, mask, S, compiling in [*itertools.product([3, 1], masks, [70], [False]), (3, None, 60, False),
+                                     (3, None, 70, True)]:
+        monkeypatch.setattr(torch.compiler, 'is_compiling', lambda compiling=compiling: compiling)
+        q, k, v = torch.randn(3, 2, 1, 8).bfloat16(), *torch.randn(2, rows, 2, 80, 8).bfloat16()[:, :, :, :S]
         calls.clear()
         y = fused_attention(q, k, v, mask, 0.0, is_causal=False)
         scores = q.double() @ k.double().mT / math.sqrt(8)
         scores = scores if mask is None or mask.dtype == torch.bool else scores + mask.double()
         assert y.shape == q.shape and y.dtype == torch.bfloat16
         assert (y.double() - scores.softmax(-1) @ v.double()).abs().max() < 0.01
-        by_row = rows == 3 and (mask is None or mask.dim() == 2)
-        assert calls == ([(3, torch.bfloat16)] if amx else [(1, torch.float32)] * 3 if by_row else [(3, torch.float32)])
+        by_row = rows == 3 and (mask is None or mask.dim() == 2) and S == 70 and not compiling and not amx
+        assert calls == ([(1, torch.float32)] * 3 if by_row else [(3, torch.bfloat16)])
 
 
 @packs
