@@ -196,7 +196,8 @@ def test_every_mixer_has_its_loss_in_the_table():
 
 
 @pytest.mark.parametrize('file', [
-    'mixers-compared-cpu', 'mixers-python-cpu', 'mixers-seconds-cpu', 'mixers-newer-cpu', 'mixers-newer-python-cpu'])
+    'mixers-compared-cpu', 'mixers-python-cpu', 'mixers-seconds-cpu', 'mixers-seconds-python-cpu', 'mixers-newer-cpu',
+    'mixers-newer-python-cpu'])
 def test_the_tables_of_mixers_are_what_their_runs_say(file):
     rows = json.loads((RESULTS / f'{file}.json').read_text(encoding='utf-8'))['tables'][0]['rows']
     for row in rows:
