@@ -47,7 +47,7 @@ from configurator import configure, explain_errors, fail, settings_of
 from data.causality import Proof, find_leak
 from data.checkpoints import GPT2_NAMES, architecture, find_weights, open_weights
 from data.dataset import Dataset
-from data.run import Run, git_commit
+from data.run import Run, git_commit, replace_file
 from data.tokenizers import load_tokenizer
 from data.tokens import Split, dataset_folder, find_path, hash_file, load_meta
 from data.writer import sealed_dataset
@@ -310,7 +310,7 @@ class Cell:
         for h in self.horizons:
             decay, end = round(DECAY * h), trunk.parent / str(h)
             stages.append((trunk, self.command(trunk, max_iters=h - decay, wsd_decay_iters=0), None))
-            stages.append((end, self.command(end, max_iters=h, wsd_decay_iters=decay), trunk))
+            stages.append((end, self.command(end, max_iters=h, lr_decay_iters=h, wsd_decay_iters=decay), trunk))
         return stages
 
     def command(self, folder, **settings):
@@ -387,9 +387,7 @@ def execute(stages, folder, env=None):
     if not keep:
         for path in folder.rglob('*.pt'):
             path.unlink()
-    new = folder / 'result.json.tmp'
-    new.write_text(dumps(result), encoding='utf-8')
-    os.replace(new, folder / 'result.json')
+    replace_file(folder / 'result.json', dumps(result))
 
 
 def run_stage(command, folder, env):
@@ -534,6 +532,8 @@ def set_steps(arms, base):
         for cell in timing:
             speed = cell.result()['tokens_per_s'] or 0.0
             speeds[cell.arm.name] = max(speed, speeds.get(cell.arm.name, 0.0))
+        if not speeds[base.name]:
+            raise ValueError(f"the first arm could not be timed: it {timing[0].result()['failed']}")
         for arm in arms:
             arm.steps = max(1, round(base.steps * tokens(base) / tokens(arm) * speeds[arm.name] / speeds[base.name]))
 
@@ -567,6 +567,10 @@ def make_arms(common, names):
     if horizons and horizons[-1] != everyone[0].steps:
         raise ValueError(f"horizons={','.join(map(str, horizons))} must end with max_iters={everyone[0].steps}")
     for arm in everyone:
+        warmup, decay = arm.config['warmup_iters'], round(DECAY * horizons[0]) if horizons else 0
+        if horizons and warmup + decay > horizons[0]:
+            raise ValueError(f"horizons={horizons[0]},… begins before the decay from warmup_iters={warmup} can end, "
+                             f"{decay} steps: leave out {horizons[0]}, or lower --warmup_iters")
         if equal in ('steps', 'params') and arm.steps != everyone[0].steps:
             raise ValueError(f"the arm {arm.name} has max_iters={arm.steps} and the first one {everyone[0].steps}, and "
                              f"--equal={equal} compares equal steps: give --max_iters for all, or --equal=flops or "
@@ -593,11 +597,11 @@ def compare(everyone):
     if horizons or confirm: # the search, whose runs decay otherwise, or on other text, promises nothing
         for arm in running:
             arm.rate.loss = math.inf
-    judged = on_sealed_text(*running[:2]) if confirm and len(running) > 1 else running
+    judged, text = on_sealed_text(*running[:2]) if confirm and len(running) > 1 else (running, text_of(base))
     rows = decide(judged)
     for arm, row in zip(running[1:], rows[1:]):
         if arm.name != AA:
-            enter(arm, text_of(judged[0]), row)
+            enter(arm, text, row)
     return rows + [dict(arm=arm.name, leak=arm.leak, word='refused', verdict=f'refused: it is not causal: {arm.leak}')
                    for arm in everyone if arm not in running and arm.leak]
 
@@ -653,7 +657,7 @@ def on_sealed_text(base, arm):
             raise ValueError(f"the sealed text of {folder} judged {line['arm']} on {line['date']}, and a second look "
                              "is no confirmation: seal other text, see --test_fraction of its prepare.py")
     enter(arm, sealed, dict(word='begun'))
-    return judged
+    return judged, sealed
 
 
 def decide(running):

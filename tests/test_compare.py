@@ -179,12 +179,12 @@ def test_horizons(run, tmp_path, words):
     assert re.fullmatch(r'-0.1\S+ ± \S+ at 4, -0.0\S+ ± \S+ at 8', gaps)
     assert re.fullmatch(r'it changes by .0.0[45]\S+ ± .* for twice the steps', change)
     cell = compare.Cell(compare.make_arm('', [str(words)]), 1.0, 1, 8, horizons=(4, 8))
-    places = [(place.name, [arg for arg in command if arg.startswith(('--max_iters', '--wsd'))], trunk and trunk.name)
+    places = [(place.name, [arg for arg in command if arg.startswith(('--max', '--wsd', '--lr_'))], trunk and trunk.name)
               for place, command, trunk in cell.stages()]
-    assert places == [('trunk', ['--max_iters=3', '--wsd_decay_iters=0'], None),
-                      ('4', ['--max_iters=4', '--wsd_decay_iters=1'], 'trunk'),
-                      ('trunk', ['--max_iters=6', '--wsd_decay_iters=0'], None),
-                      ('8', ['--max_iters=8', '--wsd_decay_iters=2'], 'trunk')]
+    assert places == [('trunk', ['--max_iters=3', '--lr_decay_iters=8', '--wsd_decay_iters=0'], None),
+                      ('4', ['--max_iters=4', '--lr_decay_iters=4', '--wsd_decay_iters=1'], 'trunk'),
+                      ('trunk', ['--max_iters=6', '--lr_decay_iters=8', '--wsd_decay_iters=0'], None),
+                      ('8', ['--max_iters=8', '--lr_decay_iters=8', '--wsd_decay_iters=2'], 'trunk')]
 
 
 def test_ledger(run, tmp_path):
@@ -390,7 +390,7 @@ def test_runs_begin_with_the_given_weights(run, words, tmp_path, monkeypatch):
     (['--until=decided'], 'needs a limit'), (['--until=decided', '--max_seeds=3'], 'max_seeds=3 is below seeds=5'),
     (['--max_seeds=9'], 'limits of --until=decided'), (['--ledger=/nowhere/x'], '/nowhere/x'),
     (['--seeds=51'], 'seeds=51'), (['--margin=0'], 'margin=0'), (['--lrs=1,auto'], 'lrs'),
-    (['--horizons=4,16'], 'must end with max_iters=8'), (['--horizons=8,4'], 'growing'),
+    (['--horizons=4,16'], 'must end with max_iters=8'), (['--horizons=1,8', '--warmup_iters=2'], 'leave out 1'), (['--horizons=8,4'], 'growing'),
     (['--equal=watts'], 'watts'), (['--arms=seed=5'], 'the same'), (['--arms=log_interval=3'], 'the same'),
     (['--arms=max_iters=20'], 'max_iters=20 and the first one 8'), (['--out='], "out='' is no folder"),
     (['--lrs=1,1.1'], 'must be clearly different factors'),
@@ -431,8 +431,10 @@ def run_directly(words, tmp_path, seed, *more):
 
 
 @pytest.mark.parametrize('more, same', [
-    ([], []),
-    (['--horizons=4,8'], ['--schedule=wsd', '--wsd_decay_iters=2'])]) # as if its trunk had no other branch
+    ([], {8: []}),
+    (['--max_iters=16', '--horizons=8,16'], { # each as if its trunk had no other branch
+        n: ['--schedule=wsd', f'--max_iters={n}', f'--lr_decay_iters={n}', f'--wsd_decay_iters={decay}']
+        for n, decay in ((8, 2), (16, 3))})])
 def test_each_run_is_what_train_py_makes_of_the_same_settings(words, tmp_path, monkeypatch, more, same):
     monkeypatch.setattr(compare, 'subprocess', ForkingSubprocess)
     monkeypatch.setattr(compare, 'STOPPING', compare.threading.Event())
@@ -443,8 +445,10 @@ def test_each_run_is_what_train_py_makes_of_the_same_settings(words, tmp_path, m
                       '--lrs=1,', '--jobs=2', '--device=cpu', '--dtype=float32', '--peak_flops=1e12', *more])
     rows = json.loads((tmp_path / 'out/compare.json').read_text())['tables'][0]['rows']
     assert all(1 < row['loss'] < 3.2 for row in rows) and not list(tmp_path.glob('out/runs/*/*.pt'))
-    text = run_directly(words, tmp_path, 1, *same)
-    assert 'step 8: train loss' in text and f"val loss {rows[1]['losses'][0]:.4f}" in text
+    for n, settings in same.items():
+        text = run_directly(words, tmp_path / str(n), 1, *settings)
+        loss = rows[1]['at'][str(n)]['losses'][0] if more else rows[1]['losses'][0]
+        assert f'step {n}: train loss' in text and f"val loss {loss:.4f}" in text
 
 
 @pytest.mark.long('eight processes')
