@@ -41,7 +41,7 @@ class GPTConfig:
     n_head: int = 12 # heads in every mixer
     n_embd: int = 768 # channels: the width of the residual stream
     dropout: float = 0.0 # 0 is good for pretraining, 0.1 or more for finetuning
-    recompute: bool | Literal['cheap'] = False # activation checkpointing: keep each block's input and rerun the
+    recompute: Literal[True, False, 'cheap'] = False # activation checkpointing: keep each block's input and rerun the
         # block in the backward pass; cheap: with torch.compile, recompute all but the matrix products
     bias: bool = True # biases in Linear and LayerNorm, as in GPT-2; False is slightly better and faster
     tie_weights: bool = True # one matrix for both the token embedding and the head
@@ -227,9 +227,9 @@ class TimeLinear(nn.Module):
 
 class Rope(nn.Module):
     """Rotary position embedding (arXiv 2104.09864): rotates the pairs (d, d + D/2) of x (B, T, H, D) by position."""
-    def __init__(self, D, block_size, base=10000.0):
+    def __init__(self, D, block_size):
         super().__init__()
-        frequency = base ** (-torch.arange(0, D, 2).float() / D)
+        frequency = 10000.0 ** (-torch.arange(0, D, 2).float() / D)
         angle = torch.outer(torch.arange(block_size).float(), frequency) # (block_size, D/2)
         self.register_buffer('cos', angle.cos(), persistent=False)
         self.register_buffer('sin', angle.sin(), persistent=False)
@@ -259,7 +259,7 @@ def causal_softmax(scores):
         return (scores + mask).softmax(dim=-1)
 
 
-def causal_attention(q, k, v, dropout=0.0, mask=None, window=None):
+def causal_attention(q, k, v, dropout, mask=None, window=None):
     """
     Attention of the last T of S tokens, each to the last `window` tokens: q (B, H, T, D), k and v (B, H, S, D) ->
     (B, H, T, D). A cache's mask replaces the causal mask.
@@ -337,7 +337,7 @@ class GatedMLP(Mixer):
         if self.attn_size:
             q, k, v = self.attn_qkv(x)[:, None].split(self.attn_size, dim=3) # (B, 1, T, D): one head
             dropout = self.resid_dropout.p if self.training else 0.0
-            y = causal_attention(q, cache.append('k', k), cache.append('v', v), dropout, cache.mask)
+            y = causal_attention(q, cache.append('k', k), cache.append('v', v), dropout)
             gate = gate + self.attn_proj(y[:, 0])
         if self.tanh:
             gate = torch.tanh(gate)
@@ -804,7 +804,7 @@ class Window:
         return logits.float()
 
 
-def penalize(logits, context, repetition_penalty=1.0, no_repeat_ngram=0):
+def penalize(logits, context, repetition_penalty, no_repeat_ngram):
     """
     Changes logits (B, V) by the tokens in context (B, S). repetition_penalty (arXiv 1909.05858) divides the positive
     logits of its tokens and multiplies the negative ones. no_repeat_ngram=n rules out what would complete n tokens in a
@@ -880,16 +880,15 @@ def declare_settings(cls):
     for name in own_settings(cls):
         if name not in vars(cls):
             raise ValueError(f"the setting {name} of {cls.__name__} needs a default, as in {name}: int = 4")
-        before = GPTConfig.declared_by.get(name) # another mixer may have the same setting
-        taken = hasattr(GPTConfig, name) if before is None else getattr(GPTConfig, name) != vars(cls)[name]
-        if taken and (before is None or before.__name__ != cls.__name__):
+        before = GPTConfig.declared_by.get(name) # another mixer may have the same setting, with the same default
+        if hasattr(GPTConfig, name) and (before is None or (
+                before.__name__ != cls.__name__ and getattr(GPTConfig, name) != vars(cls)[name])):
             raise ValueError(f"the setting {name} of {cls.__name__} is declared elsewhere, too: choose another name")
         GPTConfig.__annotations__[name] = hints[name]
         setattr(GPTConfig, name, vars(cls)[name])
         GPTConfig.declared_by[name] = cls
     for name in ('__init__', '__repr__', '__eq__', '__match_args__'): # dataclass makes new ones, with the new fields
-        if name in vars(GPTConfig):
-            delattr(GPTConfig, name)
+        delattr(GPTConfig, name)
     dataclass(GPTConfig)
 
 
@@ -928,8 +927,13 @@ def check_config(c):
     choices = {name: typing.get_args(hint) for name, hint in typing.get_type_hints(GPTConfig).items()
                if typing.get_origin(hint) is Literal}
     for name, allowed in choices.items():
-        if getattr(c, name) not in allowed:
-            raise ValueError(f"{name}={getattr(c, name)!r} is not one of {', '.join(allowed)}")
+        if repr(getattr(c, name)) not in map(repr, allowed): # 1 is not True
+            raise ValueError(f"{name}={getattr(c, name)!r} is not one of {', '.join(map(str, allowed))}")
+    kinds = dict(unet_layers=tuple, unet_up_layers=(tuple, type(None)), unet_factor=(tuple, int))
+    for name, kind in kinds.items():
+        value = getattr(c, name)
+        if not isinstance(value, kind) or isinstance(value, tuple) and not all(isinstance(n, int) for n in value):
+            raise ValueError(f"{name}={value!r} must be a tuple of whole numbers, such as (2, 2)")
     for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
         if getattr(c, name) < 1:
             raise ValueError(f"{name}={getattr(c, name)} must be at least 1")
@@ -948,7 +952,7 @@ def check_config(c):
     if c.n_embd % c.n_head:
         raise ValueError(f"n_embd={c.n_embd} is not divisible by n_head={c.n_head}: "
                          f"try n_embd={math.ceil(c.n_embd / c.n_head) * c.n_head}")
-    longest = max([c.n_layer, *c.unet_layers, *(c.unet_up_layers or ())]) if c.unet_layers else c.n_layer
+    longest = max([c.n_layer, *c.unet_layers, *(c.unet_up_layers or ())])
     if not c.mixers() or len(c.mixers()) > longest:
         raise ValueError(f"mixer={c.mixer!r} is a pattern of {len(c.mixers())} layers, but there are only {longest}")
     check_every_setting_is_read(c, longest)
@@ -957,13 +961,12 @@ def check_config(c):
                          f"{' or '.join(c.mixers()[0].pos_embs)}")
     for cls in c.mixers():
         cls.check(c)
-    check_unet(c)
+    if c.unet_layers:
+        check_unet(c)
 
 
 def check_every_setting_is_read(c, longest):
     """Refuses settings that the chosen architecture ignores: they would silently do nothing."""
-    if c.recompute != 'cheap' and not isinstance(c.recompute, bool):
-        raise ValueError(f"recompute={c.recompute!r} is not one of True, False, cheap")
     unread = {}
     for other, cls in MIXERS.items():
         for name in own_settings(cls):
@@ -985,13 +988,6 @@ def check_every_setting_is_read(c, longest):
 
 
 def check_unet(c):
-    kinds = dict(unet_layers=tuple, unet_up_layers=(tuple, type(None)), unet_factor=(tuple, int))
-    for name, kind in kinds.items():
-        value = getattr(c, name)
-        if not isinstance(value, kind) or isinstance(value, tuple) and not all(isinstance(n, int) for n in value):
-            raise ValueError(f"{name}={value!r} must be a tuple of whole numbers, such as (2, 2)")
-    if not c.unet_layers and not c.unet_up_layers:
-        return
     down, up, factors = c.unet_levels()
     if not len(down) == len(up) == len(factors):
         raise ValueError(f"unet_layers={c.unet_layers} has {len(down)} levels, unet_up_layers={up} has {len(up)}, "
@@ -1064,7 +1060,7 @@ def beam_search(model, idx, max_new_tokens, beams=4, length_penalty=1.0, repetit
         out = torch.cat([out[rows], tokens[:, None]], dim=1)
         window.cache.reorder(rows)
     if len(finished) < beams:
-        n = out.size(1) - idx.size(1)
+        n = max(1, out.size(1) - idx.size(1))
         finished += [(total.item() / n ** length_penalty, row) for total, row in zip(totals, out)]
     return max(finished, key=lambda pair: pair[0])[1][None]
 
@@ -1280,11 +1276,11 @@ def orthogonalize_together(matrices):
     return together[:len(matrices)]
 
 
-def orthogonalize(x, steps=5, eps=1e-7):
+def orthogonalize(x):
     """x (N, rows, columns), rows <= columns: each U S V^T -> about U V^T, in bfloat16, singular values near 1."""
     x = x.bfloat16()
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
-    for _ in range(steps): # the quintic's slope at zero is as large as possible, so small singular values grow fast
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5): # the quintic's slope at zero is as large as possible, so small singular values grow fast
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return x
@@ -1311,7 +1307,7 @@ class SM3(torch.optim.Optimizer):
 
     def step_of(self, p, lr, weight_decay):
         bad = getattr(self, 'found_inf', None) # 1 on the device: this step must change nothing
-        state, dims = self.state[p], range(p.dim())
+        state, dims = self.state[p], range(max(1, p.dim())) # a lone number has a sum, too
         if not state:
             state['momentum_buffer'] = torch.zeros_like(p)
             for d in dims: # one accumulator per dimension, shaped to broadcast
@@ -1389,10 +1385,9 @@ class MetaOperations(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         options = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            if all(a.dim() == 4 for a in args[:3]) and 'enable_gqa' not in options: # what the kernel takes
-                func = fused_on_meta
-            return func(*args, **options)
+        if func is F.scaled_dot_product_attention and 'enable_gqa' not in options and \
+                all(a.dim() == 4 for a in args[:3]): # what the kernel takes
+            func = fused_on_meta
         if func not in PRODUCTS:
             return func(*args, **options)
         args = [narrowed(a) if torch.is_tensor(a) and a.dtype == torch.float32 else a for a in args]
@@ -1725,9 +1720,8 @@ def fused_attention_pays(q, v, dropout):
     """
     if kind_of(q) != 'cpu':
         return True
-    if not torch.is_grad_enabled():
-        return q.size(3) == v.size(3)
-    return q.size(3) == v.size(3) and not dropout and (q.dtype != torch.bfloat16 or q.size(2) > 1024)
+    training_pays = not dropout and (q.dtype != torch.bfloat16 or q.size(2) > 1024)
+    return q.size(3) == v.size(3) and (training_pays or not torch.is_grad_enabled())
 
 
 def fused_attention(q, k, v, mask, dropout, is_causal):

@@ -93,9 +93,8 @@ def disturbed(model):
     Context in which every trainable weight is slightly perturbed: a leak may hide behind a weight that starts at zero
     or one. On exit, weights and buffers are restored.
     """
-    local = [getattr(t, 'to_local', lambda t=t: t)() for t in model.parameters()] # the local part of a shard
-    before = [(t, t.clone()) for t in [*local, *model.buffers()]]
-    for own, p in zip(local, model.parameters()):
+    before = [(t, t.clone()) for _, t in named_tensors(model)] # the parameters first
+    for (own, _), p in zip(before, model.parameters()):
         if p.requires_grad: # constants such as masks may be parameters too
             own += 0.02 * torch.randn_like(own)
     try:
@@ -362,6 +361,7 @@ class Search:
 
 
 def named_tensors(model):
+    """Names and tensors of parameters and buffers; of a shard the local part."""
     return [(name, getattr(t, 'to_local', lambda t=t: t)()) for name, t in [*model.named_parameters(),
                                                                             *model.named_buffers()]]
 

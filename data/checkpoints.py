@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from data.tokens import find_path
+from data.tokens import find_path, first_few
 from model import GPT, MIXERS, GPTConfig, optimizer_groups, own_settings
 
 GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
@@ -222,11 +222,6 @@ def crop_block_size(model, block_size):
     return cropped.train(model.training)
 
 
-def first_few(names, most=8):
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ', '.join(names[:most]) + more
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The state of a run
 
@@ -323,11 +318,14 @@ def full_state(model, optimizer):
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights, moments = get_state_dict(model, optimizer, options=options)
-    groups = moments.get('param_groups', ())
+    return weights, numbered(moments.get('state', {}), moments.get('param_groups', ()))
+
+
+def numbered(state, groups):
+    """An optimizer's state dict, in which numbers stand for the parameters' names."""
     index = {name: i for i, name in enumerate(name for group in groups for name in group['params'])}
-    return weights, dict(state={index[name]: state for name, state in moments.get('state', {}).items()},
-                         param_groups=[group | dict(params=[index[name] for name in group['params']])
-                                       for group in groups])
+    return dict(state={index[name]: moments for name, moments in state.items()},
+                param_groups=[group | dict(params=[index[name] for name in group['params']]) for group in groups])
 
 
 def load_optimizer(model, optimizer, stored, args):
@@ -350,6 +348,4 @@ def load_optimizer(model, optimizer, stored, args):
         set_optimizer_state_dict(model, optimizer, dict(state=moments, param_groups=groups),
                                  options=StateDictOptions(full_state_dict=True))
         return
-    index = {name: i for i, name in enumerate(name for group in groups for name in group['params'])}
-    groups = [group | dict(params=[index[name] for name in group['params']]) for group in groups]
-    optimizer.load_state_dict(dict(state={index[name]: state for name, state in moments.items()}, param_groups=groups))
+    optimizer.load_state_dict(numbered(moments, groups))

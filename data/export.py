@@ -17,9 +17,10 @@ from pathlib import Path
 
 import torch
 
-from data.checkpoints import GPT2_NAMES, first_few, stored_config
+from data.checkpoints import GPT2_NAMES, stored_config
 from data.tokenizers import (EOT, GPT2, CharTokenizer, JsonTokenizer, TiktokenTokenizer, import_tokenizers,
                              tokenizer_of)
+from data.tokens import first_few
 from model import BUILT_IN, MIXERS, GPTConfig
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -290,6 +291,6 @@ def save_pretrained(model, folder, meta=None):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(state, folder / 'model.safetensors', metadata={'format': 'pt'})
-    for name, content in {'config.json': config, 'meta.json': meta}.items():
-        if content:
-            (folder / name).write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
+    write_json(folder / 'config.json', config)
+    if meta:
+        write_json(folder / 'meta.json', meta)

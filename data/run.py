@@ -123,10 +123,11 @@ class Run:
         """Stores the scripts, the config files and git's diff. Returns the names of files changed since last time."""
         paths = [*(PROJECT / name for name in ('model.py', 'train.py', 'configurator.py')), *map(Path, files)]
         now = {path.name: path.read_bytes() for path in paths}
-        before = {path.name: path.read_bytes() for folder in self.code()[-1:] for path in folder.iterdir()}
+        folder = self.path / f'code-{step}'
+        made = [path for path in self.code() if path != folder][-1:] # what folder has made no step
+        before = {path.name: path.read_bytes() for last in made for path in last.iterdir()}
         changed = [name for name, text in now.items() if before.get(name) != text]
-        if changed:
-            folder = self.path / f'code-{step}'
+        if changed or folder.exists():
             folder.mkdir(exist_ok=True)
             for name, text in (now | {'changes.diff': git('diff', 'HEAD')}).items():
                 (folder / name).write_bytes(text)

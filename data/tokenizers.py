@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.tokens import DataError, Split, load_meta, split_files
+from data.tokens import DataError, Split, first_few, load_meta, split_files
 
 EOT = '<|endoftext|>'
 NOT_TEXT = '\ufffd'.encode() # bytes of an id without a meaning
@@ -165,11 +165,10 @@ class CharTokenizer(Tokenizer):
         try:
             return [self.ids[c] for c in text]
         except KeyError:
-            unknown = sorted(set(text) - self.ids.keys())
-            more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
-            raise DataError(f"the vocabulary of {len(self.characters)} characters lacks "
-                            f"{', '.join(repr(c) for c in unknown[:10])}{more}: leave them out, or prepare the data "
-                            "with another tokenizer (bytes can write anything)") from None
+            unknown = [*map(repr, sorted(set(text) - self.ids.keys()))]
+            raise DataError(f"the vocabulary of {len(self.characters)} characters lacks {first_few(unknown, 10)}: "
+                            "leave them out, or prepare the data with another tokenizer (bytes can write anything)"
+                            ) from None
 
     @cached_property
     def token_bytes(self):
@@ -335,15 +334,13 @@ class JsonTokenizer(Tokenizer):
         byte_of = self.byte_characters()
         tokens, added = [], self.fast.get_added_tokens_decoder()
         for i in range(self.vocab_size):
-            token = self.special.get(i) or self.fast.id_to_token(i)
+            token = self.fast.id_to_token(i)
             if token is None: # a gap
                 tokens.append(NOT_TEXT)
-            elif i in added:
+            elif i in added or self.byte_level and not byte_of.keys() >= set(token): # literal text
                 tokens.append(token.encode())
-            elif self.byte_level and byte_of.keys() >= set(token):
+            elif self.byte_level:
                 tokens.append(bytes(byte_of[c] for c in token))
-            elif self.byte_level: # a token with other characters is literal text
-                tokens.append(token.encode())
             elif byte := re.fullmatch('<0x([0-9A-F]{2})>', token):
                 tokens.append(bytes.fromhex(byte[1]))
             else:
@@ -433,7 +430,7 @@ def tokenizer_of(folder, known=None):
         tokenizer = load_tokenizer(known or GPT2)
     except DataError: # not available here: trust the weights, but do not guess
         return known or {}
-    looks_right = tokenizer and meta.get('vocab_size', 1 << 32) >= tokenizer.vocab_size and wrote(tokenizer, folder)
+    looks_right = meta.get('vocab_size', 1 << 32) >= tokenizer.vocab_size and wrote(tokenizer, folder)
     return (known or GPT2) if looks_right else {}
 
 

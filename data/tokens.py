@@ -60,6 +60,10 @@ def dataset_folder(name):
     return find_path(name)
 
 
+def first_few(names, most=8):
+    return ', '.join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
+
+
 def how_to_prepare(folder, flags=''):
     """End of an error message about a dataset folder: the command that prepares it, or the names of all datasets."""
     if folder.parent == PROJECT / 'data' and (folder / 'prepare.py').is_file():
@@ -231,8 +235,7 @@ def odd_masks(splits):
     shards = [shard for split in splits for shard in split.shards]
     masked = [shard.mask for shard in shards if shard.mask]
     bare = [os.path.basename(shard.path) for shard in shards if masked and not shard.mask]
-    more = f" and {len(bare) - 4} more" if len(bare) > 4 else ""
-    lines = [f"{', '.join(bare[:4])}{more}: no mask, so every token is a target, unlike in {masked[0]}"] if bare else []
+    lines = [f"{first_few(bare, 4)}: no mask, so every token is a target, unlike in {masked[0]}"] if bare else []
     folders = dict.fromkeys(split.folder for split in splits)
     unused = [path for folder in folders for path in sorted(folder.glob('*.mask'))
               if not path.with_suffix('.bin').exists()] # as a sealed split's file does

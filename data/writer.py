@@ -59,6 +59,7 @@ class Writer:
     """
     def __init__(self, folder, tokenizer, shard_tokens=None, job=None, about=None, test_fraction=0.0):
         self.folder, self.tokenizer, self.shard_tokens, self.job = Path(folder), tokenizer, shard_tokens, job
+        self.most = shard_tokens or 1 << 62 # tokens in a file
         self.about = about or {}
         self.dtype = np.dtype('<u2' if tokenizer.vocab_size <= 65536 else '<u4')
         self.tokens = {'train': 0, 'val': 0}
@@ -123,16 +124,14 @@ class Writer:
         self.n_bytes += self.tokenizer.n_bytes(ids)
         ids = ids.astype(self.dtype)
         while len(ids):
-            room = len(ids)
-            if self.shard_tokens:
-                room = self.shard_tokens - self.tokens[split] % self.shard_tokens
+            part = ids[:self.most - self.tokens[split] % self.most]
             if split not in self.files:
-                name = self.name(split, self.tokens[split] // (self.shard_tokens or 1))
+                name = self.name(split, self.tokens[split] // self.most)
                 self.files[split] = open(self.folder / f'{name}.tmp', 'ab') # append: a resumed file has tokens already
-            self.files[split].write(ids[:room].data)
-            self.tokens[split] += min(room, len(ids))
-            ids = ids[room:]
-            if self.shard_tokens and self.tokens[split] % self.shard_tokens == 0:
+            self.files[split].write(part.data)
+            self.tokens[split] += len(part)
+            ids = ids[len(part):]
+            if self.tokens[split] % self.most == 0:
                 flush_to_disk(self.files[split])
                 self.files.pop(split).close()
 
@@ -151,9 +150,8 @@ class Writer:
         """{name: number of tokens} of every file written so far."""
         sizes = {}
         for split, count in self.tokens.items():
-            step = self.shard_tokens or max(count, 1)
-            for shard, begin in enumerate(range(0, count, step)):
-                sizes[self.name(split, shard)] = min(step, count - begin)
+            for shard, begin in enumerate(range(0, count, self.most)):
+                sizes[self.name(split, shard)] = min(self.most, count - begin)
         return sizes
 
     def resume(self):

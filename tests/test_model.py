@@ -120,6 +120,8 @@ def test_dropout_acts_in_training_alone():
     (dict(unet_layers=(1,), unet_factor=1), ['unet_factor=1', '2 or more']),
     (dict(unet_layers=(1, 1), unet_factor=(2, 0)), ['unet_factor=(2, 0)', '2 or more']),
     (dict(unet_layers=(-1,)), ['unet_layers=(-1,)', 'negative']),
+    (dict(unet_layers=3), ['unet_layers=3', 'tuple']), (dict(unet_layers=(1, 'a')), ["unet_layers=(1, 'a')", 'tuple']),
+    (dict(unet_layers=(1,), unet_up_layers=3), ['unet_up_layers=3', 'tuple']),
     (dict(unet_layers=(1, 1), unet_up_layers=(1,)), ['unet_layers=(1, 1)', 'unet_up_layers=(1,)', 'as many']),
     (dict(unet_layers=(1, 1), unet_factor=(2,)), ['unet_factor=(2,)', 'as many']),
     (dict(unet_layers=(1, 1, 1, 1)), ['unet_layers=(1, 1, 1, 1)', 'one token of 16', 'block_size=12']),

@@ -91,23 +91,23 @@ def test_a_bad_step_changes_nothing(name):
     assert not any(torch.equal(v, before[k]) for k, v in model.named_parameters())
 
 
-@pytest.mark.parametrize('shape', [(5,), (4, 3), (2, 3, 4)])
+@pytest.mark.parametrize('shape', [(), (5,), (4, 3), (2, 3, 4)])
 def test_sm3_is_the_papers(shape):
     """Number by number in float64: nu = min of the sums of the slices that hold it, plus g^2; each sum = max of nus."""
     torch.manual_seed(0)
     p = torch.nn.Parameter(torch.randn(shape, dtype=torch.float64))
     optimizer = SM3([dict(params=[p], weight_decay=0.1)], 0.3, 0.8)
     w, m = p.detach().clone(), torch.zeros(shape, dtype=torch.float64)
-    sums = [[0.0] * n for n in shape]
+    sums = [[0.0] * n for n in shape or (1,)] # a lone number is a slice of itself
     for step in range(5):
         p.grad = torch.randn(shape, dtype=torch.float64)
         p.grad.view(-1)[0] = 0.0 # never a gradient here
         optimizer.step()
-        new = [[0.0] * n for n in shape]
+        new = [[0.0] * n for n in shape or (1,)]
         for at in itertools.product(*map(range, shape)):
             g = p.grad[at].item()
-            nu = min(sums[d][i] for d, i in enumerate(at)) + g * g
-            for d, i in enumerate(at):
+            nu = min(sums[d][i] for d, i in enumerate(at or (0,))) + g * g
+            for d, i in enumerate(at or (0,)):
                 new[d][i] = max(new[d][i], nu)
             u = g / math.sqrt(nu) if nu > 0 else 0.0
             m[at] = 0.8 * m[at] + 0.2 * u

@@ -581,6 +581,7 @@ def test_beams_of_any_length():
     for penalty in (1e6, math.inf, -1e6, -math.inf, 31):
         with pytest.raises(ValueError, match=f'length_penalty={penalty} must be from -30 to 30'):
             beam_search(model, idx, 5, length_penalty=penalty)
+    assert torch.equal(beam_search(model, idx, 0), idx)
     n = [beam_search(model, idx, 40, beams=8, length_penalty=penalty, eot=0).size(1) for penalty in (-30, 30)]
     assert n[0] < n[1]
 

@@ -350,3 +350,13 @@ def test_the_best_loss_of_an_old_checkpoint_counts_for_its_own_windows_only(chan
     state.restore(old, config | change)
     assert len(state.judge_by('new')) == bool(change)
     assert state.best_val_loss == (math.inf if change else 1.0)
+
+
+def test_code_that_made_no_step_is_replaced(tmp_path):
+    """A run may be resumed at the step at which it began, or was resumed before."""
+    this, file = Run(tmp_path), tmp_path / 'idea.py'
+    for step, text, changed, folders in [(0, 'a', [], 1), (0, 'b', [], 1), (6, 'b', [], 1), (6, 'c', ['idea.py'], 2),
+                                         (6, 'd', ['idea.py'], 2), (6, 'b', [], 2), (8, 'b', [], 2)]:
+        file.write_text(text)
+        assert this.keep_code([file], step) == changed and len(this.code()) == folders
+        assert (this.code()[-1] / 'idea.py').read_text() == text

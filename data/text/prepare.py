@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import configure, explain_errors
 from data.tokenizers import (EOT, CharTokenizer, JsonTokenizer, check_round_trip, choose_tokenizer, text_pieces,
                              warn_of_changes)
-from data.tokens import DataError, dataset_folder, hash_file
+from data.tokens import DataError, dataset_folder, first_few, hash_file
 from data.writer import Writer, cuts, settings_for_text, split_of, summarize
 
 input = '' # files and folders, separated by commas
@@ -193,11 +193,6 @@ def read_parts(label):
         document += ends
 
 
-def first_few(paths):
-    names = [str(path) for path in paths[:8]]
-    return ', '.join(names) + (f" and {len(paths) - 8:,} more" if len(paths) > 8 else '')
-
-
 explain_errors()
 codec = choose_tokenizer(tokenizer) if tokenizer not in ('char', 'bpe') else None
 if codec:
@@ -235,10 +230,10 @@ with Writer(dataset_folder(out), codec, test_fraction=test_fraction) as writer:
             for split in sorted(written):
                 writer.write(split, [codec.eot])
         written = set() if ends else written
-print(f"read {len(files):,} file{'s' if len(files) > 1 else ''}: {first_few(files)}")
+print(f"read {len(files):,} file{'s' if len(files) > 1 else ''}: {first_few([*map(str, files)])}")
 for why, paths in left_out.items():
     if paths:
-        print(f"skipped, {why}: {first_few(list(dict.fromkeys(paths)))}")
+        print(f"skipped, {why}: {first_few([*map(str, dict.fromkeys(paths))])}")
 if without_text:
     print(f"skipped, {field} is null: {first_few(sorted(without_text))}")
 print(f"{n_documents:,} document{'s' if several else ''}, {n_characters:,} characters; held out: "
