@@ -230,7 +230,7 @@ def mean_loss(batches):
     """Mean cross-entropy over (x, y) batches, split among the processes; every target has equal weight."""
     model.eval()
     losses, counts = [], []
-    for (x, y, *_), counts_here in machine.deal(batches):
+    for (x, y), counts_here in machine.deal(batches):
         run.tick(text=f"evaluating, batch {len(losses) + 1}")
         with machine.autocast:
             losses.append(model(*machine.put(x, y))[1]) # read at the end: no synchronization here
@@ -282,7 +282,7 @@ def evaluate():
 
 
 def bits_of(loss, batches):
-    return data.bits(loss, (y for _, y, *_ in batches)) if run.speaks else {}
+    return data.bits(loss, (y for _, y in batches)) if run.speaks else {}
 
 
 def in_words(bits):
@@ -377,7 +377,7 @@ def evaluate_all():
     """--eval_only: evaluates the whole validation split."""
     loss = mean_loss(data.val.all_batches(batch_size, block_size))
     bits = bits_of(loss, data.val.all_batches(batch_size, block_size))
-    n = sum(n for _, _, n in data.val.all_batches(batch_size, block_size))
+    n = sum(int((y >= 0).sum()) for _, y in data.val.all_batches(batch_size, block_size))
     run.say(f"whole validation split, {n:,} tokens: loss {loss:.4f}, perplexity "
             f"{torch.tensor(loss).exp():.4g}{in_words(bits)}")
     if state.step > 0: # resumed: the folder belongs to this run

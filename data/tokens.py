@@ -339,16 +339,14 @@ class Split:
 
     def all_batches(self, batch_size, block_size):
         """
-        Yields (x, y, n_targets) over the whole split. Each token is a target once, except the first of each shard: it
-        has no predecessor. If the last window of a shard is short, x is padded with 0 and y with -1; n_targets does not
-        count those.
+        Yields (x, y) over the whole split. Each token is a target once, except the first of each shard: it has no
+        predecessor. If the last window of a shard is short, x is padded with 0 and y with -1.
         """
         counts = -(-(self.sizes - 1) // block_size)
         total = self.sum_windows(counts, 1)
         for i in range(0, total, batch_size):
             shard, index = locate(np.arange(i, min(i + batch_size, total), dtype=np.int64), counts)
-            x, y = self.read(shard, index * block_size, block_size, pad=True)
-            yield x, y, int((y >= 0).sum())
+            yield self.read(shard, index * block_size, block_size, pad=True)
 
     def scan(self, vocab_size, progress=None):
         """

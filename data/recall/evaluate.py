@@ -32,7 +32,7 @@ def accuracy(model, split, batch_size=100):
     about = split.meta['recall']
     counts = {size: [0, 0, 0, 0] for size in about['sizes']}
     first = 0
-    for x, y, _ in split.all_batches(batch_size, about['length']):
+    for x, y in split.all_batches(batch_size, about['length']):
         x, y = (torch.from_numpy(t).to(model.lm_head.weight.device) for t in (x, y))
         answers = y >= 0
         right = (model(x)[0].argmax(dim=-1) == y) & answers
