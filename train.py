@@ -359,7 +359,7 @@ def describe():
     return lines + machine.budget(network, moments, activations, gradient_accumulation_steps > machine.world)
 
 
-def prove_causal():
+def prove_causal(when=''):
     """Looks for an output that depends on a later token, using real text, the real batch and the real networks."""
     windows, _ = machine.put(*data.train.batch(0, 2 * batch_size, block_size, sampling, seed))
     passes = 3 * max_iters * gradient_accumulation_steps / machine.world # length of the run in forward passes
@@ -368,9 +368,9 @@ def prove_causal():
     with machine.autocast: # test DDP's wrapper: it compiles the network its own way, to overlap the gradient exchange
         found = find_leak(state.model, windows, batch_size, machine.compiled and (model, model), *limits)
     if found.leak and not allow_leak:
-        raise ValueError(f"the network is not causal: {found.leak}; its losses would mean nothing. To train it "
+        raise ValueError(f"the network is not causal{when}: {found.leak}; its losses would mean nothing. To train it "
                          "anyway, --allow_leak=True")
-    run.say(f"causal   {found}{', with compiling' if machine.compiled else ''}")
+    run.say(f"causal   {found}{', with compiling' if machine.compiled else ''}{when}")
 
 
 def evaluate_all():
@@ -455,6 +455,8 @@ if dry_run:
     run.say(f"dry run passed: {planned:,} steps take about {duration(state.seconds / 3 * planned)} without "
             f"evaluations; a checkpoint has {size / 1e9:.3g} GB; peak memory {(machine.peak_memory or 0) / 1e9:.3g} GB")
 else:
+    explain_errors(settings.files, hint_at_memory)
+    prove_causal(', after training') # which may open a path that was closed at the start
     own_mixer = set(state.model.config.mixers()) - {MIXERS[name] for name in BUILT_IN}
     run.sum_up(state, settings.files if own_mixer else [])
 machine.exit(0)

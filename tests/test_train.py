@@ -508,7 +508,7 @@ def test_patience(overfitted):
     val = val_losses(folder / 'out')
     best = min(val, key=val.get)
     assert list(val) == list(range(0, best + 7, 3)) and max(losses(folder / 'out')) == best + 6 < 60
-    assert re.search(r'none better for 2 evaluations\n(warning: .*\n)?done ', text)
+    assert re.search(r'none better for 2 evaluations\n(warning: .*\n)?causal .*\ndone ', text)
     checkpoint = load_checkpoint(folder / 'out/ckpt.pt')
     assert checkpoint['best_val_loss'] == val[best] and checkpoint['iter_num'] == best + 6
     assert load_checkpoint(folder / 'out/best.pt')['iter_num'] == best > 0
@@ -935,9 +935,12 @@ class Ends(Mixer):
     def __init__(self, config, block_size):
         super().__init__(config, block_size)
         self.c_proj, self.when = torch.nn.Linear(config.n_embd, config.n_embd), config.when
+        self.register_buffer('seen', torch.zeros(()))
 
     def mix(self, x):
-        leaks = dict(always=True, evaluation=not self.training, no_grad=not torch.is_grad_enabled(), tiny=1e-7, never=0)
+        self.seen += self.training
+        leaks = dict(always=True, evaluation=not self.training, no_grad=not torch.is_grad_enabled(), tiny=1e-7, never=0,
+                     later=self.seen > 3)
         ends = (torch.arange(1, x.size(1) + 1, device=x.device) % 6 == 0)[:, None]
         y = self.c_proj(x.cumsum(dim=1) / 9)
         return y + (leaks[self.when] * ends * x.roll(-1, 1)).to(y.dtype)
@@ -952,6 +955,7 @@ def ends(folder):
     (folder / 'ends.py').write_text(ENDS)
     found = {}
     for way, settings in [('always', {}), ('evaluation', {}), ('no_grad', {}), ('tiny', dict(dtype='bfloat16')),
+                          ('later', {}), ('later', dict(allow_leak=True)),
                           ('never', dict(proof='quick')), ('never', dict(dtype='float16')),
                           ('never', dict(block_size=1)), ('never', dict(batch_size=1, proof=60.0))]:
         args = TINY | dict(dataset=folder / 'data', out_dir=folder / f'{len(found)}', max_iters=2, when=way) | settings
@@ -973,6 +977,16 @@ def test_a_leak_at_the_ends_of_chunks_is_refused_in_one_line(ends, way, words):
         r'error: the network is not causal: (position 5|position 11|a position up to \d+) sees position (6|12), '
         rf'first in transformer.h.0.attn \(Ends\){words}; its losses would mean nothing. To .*--allow_leak=True\n',
         process.stderr.decode())
+
+
+def test_a_leak_that_opens_in_training_is_found_at_its_end(ends):
+    process, allowed = ends[('later',)], ends['later', True]
+    assert process.returncode == 2 and re.fullmatch(
+        r'error: the network is not causal, after training: position \d+ sees position (6|12), first in '
+        r'transformer.h.0.attn \(Ends\); its losses would mean nothing. .*\n', process.stderr.decode())
+    said = process.stdout.decode()
+    assert 'causal   proven' in said and 'step 2: train loss' in said and 'done' not in said
+    assert re.search(r'causal   NO: position .*, after training\ndone ', well(allowed))
 
 
 def test_the_proof_says_what_it_looked_at(ends):
