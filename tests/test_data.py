@@ -280,7 +280,7 @@ def test_shards_with_header(tmp_path, names, magic, version, dtype):
     split = Split(tmp_path, 'train')
     assert split.n_tokens == 10 * len(names)
     batches = list(split.all_batches(8, 4))
-    assert np.concatenate([y[y >= 0] for _, y, _ in batches]).tolist() == [
+    assert np.concatenate([y[y >= 0] for _, y in batches]).tolist() == [
         i for s in range(len(names)) for i in range(10 * s + 1, 10 * s + 10)]
 
 
