@@ -1463,7 +1463,8 @@ def cost(model, T=None):
     FLOPs per token at length T (default: block_size), counted on a meta-device copy of the network, so for any mixer:
     the matrix products of the forward pass and triangular solves, times three for forward and backward. A product with
     a causal mask counts in full, as in arXiv 2204.02311, whichever mixer it is in and whatever a kernel skips. It does
-    not see what a compiler optimizes away. ValueError if a mixer changes the shape of its input.
+    not see what a compiler optimizes away. nan if a mixer does what the meta device cannot, such as nonzero() or
+    item(). ValueError if a mixer changes the shape of its input.
     """
     T = T or model.config.block_size
     with torch.device('meta'):
@@ -1476,7 +1477,10 @@ def cost(model, T=None):
     formulas = {torch.ops.aten.linalg_solve_triangular: solve_flops}
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter, torch.no_grad():
         with replaced(row_blocks=lambda T: [(0, T)]): # triangles as one block, as the counter takes attention's
-            model(idx)
+            try:
+                model(idx)
+            except RuntimeError:
+                return math.nan
     return 3 * counter.get_total_flops() / T
 
 

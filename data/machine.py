@@ -237,7 +237,8 @@ class Machine:
         """Returns (seconds since the last call, tokens per second, MFU or None if the peak is unknown)."""
         now = time.perf_counter()
         seconds, (peak, _) = now - self.lap_began, self.peak
-        speed, mfu = self.tokens / seconds, self.flops / seconds / (peak * self.world) if peak else None
+        known = peak and self.flops >= 0 # not nan
+        speed, mfu = self.tokens / seconds, self.flops / seconds / (peak * self.world) if known else None
         self.lap_began, self.tokens, self.flops = now, 0, 0.0
         return seconds, speed, mfu
 

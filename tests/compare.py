@@ -524,6 +524,10 @@ def set_steps(arms, base):
     """Sets each arm's steps so that it takes as many FLOPs, or seconds, as the first arm."""
     if equal == 'flops':
         for arm in arms:
+            if math.isnan(arm.flops):
+                raise ValueError(f"the FLOPs of {arm.name} cannot be counted on torch's meta device: "
+                                 "compare at --equal=seconds or params")
+        for arm in arms:
             arm.steps = max(1, round(base.steps * base.flops * tokens(base) / (arm.flops * tokens(arm))))
     if equal == 'seconds':
         timing = [Cell(arm, 1.0, seed, 60, timed=True) for seed in (1, 2) for arm in arms] # alternating

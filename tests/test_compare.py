@@ -187,6 +187,11 @@ def test_horizons(run, tmp_path, words):
                       ('8', ['--max_iters=8', '--lr_decay_iters=8', '--wsd_decay_iters=2'], 'trunk')]
 
 
+def test_flops_that_cannot_be_counted(run, monkeypatch):
+    monkeypatch.setattr(compare, 'cost', lambda network: math.nan)
+    assert 'the FLOPs of as it is cannot be counted' in run('--arms=mlp=relu2', '--equal=flops', refused=True)
+
+
 def test_ledger(run, tmp_path):
     """Each idea that was compared on a text is counted, in whichever comparison it was."""
     run('--arms=qk_norm=True', '--seeds=3', '--lrs=2,')

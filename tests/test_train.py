@@ -940,7 +940,8 @@ class Ends(Mixer):
     def mix(self, x):
         self.seen += self.training
         leaks = dict(always=True, evaluation=not self.training, no_grad=not torch.is_grad_enabled(), tiny=1e-7, never=0,
-                     later=self.seen > 3)
+                     later=self.seen > 3, asks=0)
+        assert self.when != 'asks' or x.sum().item() < 1e9
         ends = (torch.arange(1, x.size(1) + 1, device=x.device) % 6 == 0)[:, None]
         y = self.c_proj(x.cumsum(dim=1) / 9)
         return y + (leaks[self.when] * ends * x.roll(-1, 1)).to(y.dtype)
@@ -955,7 +956,7 @@ def ends(folder):
     (folder / 'ends.py').write_text(ENDS)
     found = {}
     for way, settings in [('always', {}), ('evaluation', {}), ('no_grad', {}), ('tiny', dict(dtype='bfloat16')),
-                          ('later', {}), ('later', dict(allow_leak=True)),
+                          ('later', {}), ('later', dict(allow_leak=True)), ('asks', dict(log_interval=1)),
                           ('never', dict(proof='quick')), ('never', dict(dtype='float16')),
                           ('never', dict(block_size=1)), ('never', dict(batch_size=1, proof=60.0))]:
         args = TINY | dict(dataset=folder / 'data', out_dir=folder / f'{len(found)}', max_iters=2, when=way) | settings
@@ -987,6 +988,12 @@ def test_a_leak_that_opens_in_training_is_found_at_its_end(ends):
     said = process.stdout.decode()
     assert 'causal   proven' in said and 'step 2: train loss' in said and 'done' not in said
     assert re.search(r'causal   NO: position .*, after training\ndone ', well(allowed))
+
+
+def test_a_mixer_that_the_meta_device_cannot_run_trains(ends):
+    """Its FLOPs are unknown, and so is its MFU."""
+    said = well(ends['asks', 1])
+    assert 'nan GFLOP a token' in said and 'causal   proven' in said and said.count('mfu n/a') == 2
 
 
 def test_the_proof_says_what_it_looked_at(ends):
