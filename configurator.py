@@ -421,7 +421,7 @@ def run_file(path, known, mistakes):
         with open(path, 'rb') as f:
             exec(compile(f.read(), place, 'exec'), assigned)
         return assigned
-    except Exception as e:
+    except (Exception, SystemExit) as e: # a file that ends the program would end it without a word
         # after a SyntaxError there are no frames, since nothing ran
         frames = traceback.extract_tb(e.__traceback__)
         lines = [f.lineno for f in frames if f.filename == place] or [getattr(e, 'lineno', None)]

@@ -414,6 +414,7 @@ PROCESSES, STOPPING = set(), threading.Event()
 def read_run(folder, status):
     """Curve and figures of a run. If it failed, loss is None and failed says how."""
     lines = Run(folder).read_metrics()
+    losses = [line['val_loss'] for line in lines if 'val_loss' in line] # None: not finite
     evaluated = [line for line in lines if line.get('val_loss') is not None]
     logged = [line for line in lines if 'tokens_per_s' in line]
     text = (folder / 'log.txt').read_text(encoding='utf-8', errors='replace').strip()
@@ -422,7 +423,7 @@ def read_run(folder, status):
     if status:
         failed = ('ran out of memory' if 'out of memory' in text else
                   'had no finite step' if 'stopping after' in text else f'ended with status {status}: {last}')
-    elif not evaluated or not math.isfinite(evaluated[-1]['val_loss']):
+    elif not losses or losses[-1] is None:
         failed = 'ended with a loss that is not finite'
     end = evaluated[-1] if evaluated and not failed else {}
     return dict(

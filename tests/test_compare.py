@@ -187,6 +187,19 @@ def test_horizons(run, tmp_path, words):
                       ('8', ['--max_iters=8', '--lr_decay_iters=8', '--wsd_decay_iters=2'], 'trunk')]
 
 
+@pytest.mark.parametrize('values, failed', [
+    ([5.0, 2.0], None), ([5.0, None], 'ended with a loss that is not finite'),
+    ([], 'ended with a loss that is not finite')])
+def test_a_run_that_diverges_after_an_evaluation_has_failed(values, failed, tmp_path):
+    """Its last finite loss is that of an earlier step."""
+    lines = [dict(step=i, tokens=i, seconds=i, val_loss=loss, train_loss=loss) for i, loss in enumerate(values)]
+    (tmp_path / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    (tmp_path / 'log.txt').write_text('done')
+    result = compare.read_run(tmp_path, 0)
+    assert result['failed'] == failed and result['loss'] == (None if failed else 2.0)
+    assert len(result['curve']) == sum(value is not None for value in values)
+
+
 def test_flops_that_cannot_be_counted(run, monkeypatch):
     monkeypatch.setattr(compare, 'cost', lambda network: math.nan)
     assert 'the FLOPs of as it is cannot be counted' in run('--arms=mlp=relu2', '--equal=flops', refused=True)

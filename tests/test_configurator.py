@@ -390,6 +390,7 @@ def test_mistakes_in_a_file(script, mistakes):
 @pytest.mark.parametrize('text, words', [
     ('max_iters = 1\nx = (', ":2: SyntaxError: '(' was never closed"),
     ('max_iters = 1\n1 / 0', ':2: ZeroDivisionError: division by zero'),
+    ('import sys\nsys.exit(0)', ':2: SystemExit: 0'),
     ('import nowhere_at_all', ":1: ModuleNotFoundError: No module named 'nowhere_at_all'"),
     ('\n\n_x = [][1]', ':3: IndexError: list index out of range'),
     ('max_iters = undefined', ":1: NameError: name 'undefined' is not defined"),
