@@ -262,6 +262,14 @@ def test_tiktoken(tiktoken):
     assert f'exported has {V} ids, and its tokenizer is not known' in line and '--dataset=NAME' in line
 
 
+def test_a_dataset_of_the_same_name_is_not_asked(tmp_path):
+    """What this project's checkpoints do not say was not known, and a folder in data/ may be of other ids."""
+    write_checkpoint(tmp_path / 'out/ckpt.pt', random_model(V), config=dict(dataset='/elsewhere/words'))
+    refused = run('sample.py', flags(out_dir=tmp_path / 'out', device='cpu'))
+    line = refused.stderr.decode().splitlines()[-1]
+    assert refused.returncode == 2 and 'its tokenizer is not known' in line and '--dataset=NAME' in line
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # streaming
 

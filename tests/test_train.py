@@ -1140,6 +1140,7 @@ MISTAKES = {
     'no such optimizer': (None, dict(optimizer='lion'), ["'lion'", 'adamw, muon, sm3']),
     'several at once': (None, dict(batch_size=0, eval_iters=-1, beta2=1.0),
                         ['error: batch_size=0', '\nerror: eval_iters=-1', '\nerror: beta2=1.0']),
+    'a decay that rises': (None, dict(learning_rate=1e-4), ['min_lr=0.001 is above learning_rate=0.0001', 'lower it']),
     'several that clash': (None, dict(min_block_size=20, momentum=0.8), ['min_block_size=20', '; momentum=0.8']),
     'a setting that AdamW lacks': (None, dict(momentum=0.8), ['momentum=0.8', "optimizer='adamw'", 'beta1']),
     'decay longer than the run': (None, dict(schedule='wsd', wsd_decay_iters=18), ['wsd_decay_iters=18', '20 - 3']),
