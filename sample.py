@@ -87,8 +87,8 @@ def load():
         about = f"step {stored['iter_num']}, best validation loss {float(stored.get('best_val_loss', 'nan')):.4f}"
     print(f"{source}: {about}", file=sys.stderr)
     before = str(stored.get('config', {}).get('dataset', ''))
-    # nanoGPT's checkpoints say nothing of the tokenizer, but their dataset may: a name in data/, never a path out of it;
-    # this project's say what was known
+    # nanoGPT's checkpoints say nothing of the tokenizer, but their dataset may: a name in data/, never a path out of
+    # it; this project's say what was known
     named = dataset or ('' if 'format' in stored else Path(before).name)
     settings.update(dataset=dataset or before)
     meta = stored.get('meta') or {}

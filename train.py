@@ -145,7 +145,7 @@ settings.refuse([
      "wsd_decay_iters={wsd_decay_iters} must be at most lr_decay_iters - warmup_iters = {lr_decay_iters} - "
      "{warmup_iters}"),
     (decay_lr and min_lr > learning_rate,
-     "min_lr={min_lr} is above learning_rate={learning_rate}, so the rate would rise: lower it, to about a tenth of that"),
+     "min_lr={min_lr} is above learning_rate={learning_rate}, so the rate would rise: lower it to a tenth of that"),
     (min_block_size > block_size, "min_block_size={min_block_size} must be at most block_size={block_size}"),
     (optimizer == 'adamw' and momentum != 0.95,
      "momentum={momentum}: only optimizer='muon' and 'sm3' read it, and optimizer='adamw' is set (its momentum is "
