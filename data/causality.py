@@ -57,23 +57,26 @@ def find_leak(model, windows, rows=None, compiled=None, seconds=math.inf, passes
     t0, T = time.perf_counter(), windows.size(1)
     rows = rows or max(1, len(windows) // 2)
     cuts, was_training = order_of_cuts(model.config, T), model.training
-    few = min(4, rows)
+    noise, few = 0.0, min(4, rows)
+
+    def look():
+        """(leak, number of cuts tested, noise), with the weights of now"""
+        # the eager network may need more memory than the compiled one
+        search = Search(model, windows, max(1, rows // 4) if compiled else rows, seconds, passes)
+        leak, looked = search.find_change(cuts)
+        leak = leak or search.find_gradient(cuts[1:9] + cuts[-8:] if looked == T else cuts[1:5])
+        if leak:
+            return leak, looked, 0.0
+        whole = Search(model, windows, rows if compiled else few, seconds if compiled else 0, passes)
+        leak, seen = whole.find_change_of_loss(cuts, compiled or (model, model))
+        return leak, min(looked, seen) if compiled else looked, max(*search.noise.values(), *whole.noise.values())
+
     leak, looked = Search(model, windows, few, 0, passes).find_change(cuts)
-    noise = 0.0
-    for scale in [] if leak else [0.02, 0.002, 0.0]:
+    for scale in [] if leak else [0.02, 0.002, 0.0]: # less where a weight leaves the domain of a root or a logarithm
         with disturbed(model, scale):
-            # the eager network may need more memory than the compiled one
-            search = Search(model, windows, max(1, rows // 4) if compiled else rows, seconds, passes)
-            leak, looked = search.find_change(cuts)
-            if leak == NOT_FINITE and scale: # such as the root of a weight, which it may not have any more
-                continue
-            leak = leak or search.find_gradient(cuts[1:9] + cuts[-8:] if looked == T else cuts[1:5])
-            if not leak:
-                whole = Search(model, windows, rows if compiled else few, seconds if compiled else 0, passes)
-                leak, seen = whole.find_change_of_loss(cuts, compiled or (model, model))
-                looked = min(looked, seen) if compiled else looked
-                noise = max(*search.noise.values(), *whole.noise.values())
-        break
+            leak, looked, noise = look()
+        if leak != NOT_FINITE:
+            break
     model.train(was_training)
     return Proof(leak, T, looked - 1, noise, time.perf_counter() - t0)
 

@@ -61,6 +61,7 @@ def dataset_folder(name):
 
 
 def first_few(names, most=8):
+    """The first names of a list, and how many more there are."""
     return ', '.join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 

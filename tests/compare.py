@@ -414,7 +414,7 @@ PROCESSES, STOPPING = set(), threading.Event()
 def read_run(folder, status):
     """Curve and figures of a run. If it failed, loss is None and failed says how."""
     lines = Run(folder).read_metrics()
-    losses = [line['val_loss'] for line in lines if 'val_loss' in line] # None: not finite
+    ends = [line['val_loss'] for line in lines if 'val_loss' in line] # None: not finite
     evaluated = [line for line in lines if line.get('val_loss') is not None]
     logged = [line for line in lines if 'tokens_per_s' in line]
     text = (folder / 'log.txt').read_text(encoding='utf-8', errors='replace').strip()
@@ -423,7 +423,7 @@ def read_run(folder, status):
     if status:
         failed = ('ran out of memory' if 'out of memory' in text else
                   'had no finite step' if 'stopping after' in text else f'ended with status {status}: {last}')
-    elif not losses or losses[-1] is None:
+    elif not ends or ends[-1] is None:
         failed = 'ended with a loss that is not finite'
     end = evaluated[-1] if evaluated and not failed else {}
     return dict(
@@ -528,7 +528,6 @@ def set_steps(arms, base):
             if math.isnan(arm.flops):
                 raise ValueError(f"the FLOPs of {arm.name} cannot be counted on torch's meta device: "
                                  "compare at --equal=seconds or params")
-        for arm in arms:
             arm.steps = max(1, round(base.steps * base.flops * tokens(base) / (arm.flops * tokens(arm))))
     if equal == 'seconds':
         timing = [Cell(arm, 1.0, seed, 60, timed=True) for seed in (1, 2) for arm in arms] # alternating
@@ -572,10 +571,10 @@ def make_arms(common, names):
     if horizons and horizons[-1] != everyone[0].steps:
         raise ValueError(f"horizons={','.join(map(str, horizons))} must end with max_iters={everyone[0].steps}")
     for arm in everyone:
-        warmup, decay = arm.config['warmup_iters'], round(DECAY * horizons[0]) if horizons else 0
-        if horizons and warmup + decay > horizons[0]:
-            raise ValueError(f"horizons={horizons[0]},… begins before the decay from warmup_iters={warmup} can end, "
-                             f"{decay} steps: leave out {horizons[0]}, or lower --warmup_iters")
+        warmup = arm.config['warmup_iters']
+        if horizons and warmup + round(DECAY * horizons[0]) > horizons[0]:
+            raise ValueError(f"horizons={horizons[0]},… has no room for warmup_iters={warmup} and the decay: leave out "
+                             f"{horizons[0]}, or lower --warmup_iters")
         if equal in ('steps', 'params') and arm.steps != everyone[0].steps:
             raise ValueError(f"the arm {arm.name} has max_iters={arm.steps} and the first one {everyone[0].steps}, and "
                              f"--equal={equal} compares equal steps: give --max_iters for all, or --equal=flops or "
