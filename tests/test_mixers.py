@@ -568,7 +568,8 @@ def test_what_disturbing_makes_infinite_is_proven_with_less(monkeypatch):
 
         def mix(self, x):
             return (x.cumsum(dim=1) + x.roll(-1, 1) * self.share) * (1 - self.decay ** 2).sqrt()
-    for cls, leak in (Fading, None), (FadingLeak, 'position '):
+    for cls, leak, start in (Fading, None, 0.985), (FadingLeak, 'position ', 0.985), (Fading, None, 1 - 1e-6):
+        monkeypatch.setattr(Decaying, 'start', start)
         model = long_network(cls, monkeypatch, random=False)
         found = find_leak(model, tokens(model, 8))
         assert found.words == 'proven at T=301' if leak is None else found.leak.startswith(leak)

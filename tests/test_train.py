@@ -936,11 +936,12 @@ class Ends(Mixer):
         super().__init__(config, block_size)
         self.c_proj, self.when = torch.nn.Linear(config.n_embd, config.n_embd), config.when
         self.register_buffer('seen', torch.zeros(()))
+        self.share = torch.nn.Parameter(torch.zeros(config.n_embd)) if config.when == 'share' else 0
 
     def mix(self, x):
         self.seen += self.training
         leaks = dict(always=True, evaluation=not self.training, no_grad=not torch.is_grad_enabled(), tiny=1e-7, never=0,
-                     later=self.seen > 3, asks=0)
+                     later=self.seen > 3, asks=0, share=self.share)
         assert self.when != 'asks' or x.sum().item() < 1e9
         ends = (torch.arange(1, x.size(1) + 1, device=x.device) % 6 == 0)[:, None]
         y = self.c_proj(x.cumsum(dim=1) / 9)
@@ -961,7 +962,9 @@ def ends(folder):
                           ('never', dict(block_size=1)), ('never', dict(batch_size=1, proof=60.0))]:
         args = TINY | dict(dataset=folder / 'data', out_dir=folder / f'{len(found)}', max_iters=2, when=way) | settings
         found[(way, *settings.values())] = run('train.py', [str(folder / 'ends.py'), *flags(**args)])
-    for way, settings in [('always', {}), ('tiny', dict(dtype='bfloat16'))]: # without and with gradients
+    args = TINY | dict(dataset=folder / 'data', out_dir=folder / 'share', max_iters=2, when='share', allow_leak=True)
+    found['share', True] = run('train.py', [str(folder / 'ends.py'), *flags(**args)])
+    for way, settings in [('always', {}), ('tiny', dict(dtype='bfloat16')), ('share', {})]: # how it is found differs
         for allow_leak in False, True:
             args = TINY | dict(dataset=folder / 'data', out_dir=folder / f'{len(found)}', max_iters=2, when=way,
                                parallel='fsdp', allow_leak=allow_leak) | settings
@@ -1003,12 +1006,14 @@ def test_the_proof_says_what_it_looked_at(ends):
         assert re.search(f'\ncausal   {words}', well(ends[case])), case
 
 
-@pytest.mark.parametrize('way', ['always', 'tiny'])
+@pytest.mark.parametrize('way', ['always', 'tiny', 'share'])
 def test_sharded_weights_that_leak_are_refused_or_train(ends, way):
     refused, allowed = ends[way, 'fsdp', False], ends[way, 'fsdp', True]
     line = refused.stderr.decode().splitlines()[-1]
     assert refused.returncode == 2 and 'position 12, first in transformer.h.0.attn (Ends)' in line
     assert 'causal   NO: ' in well(allowed) and 'step 2: train loss' in well(allowed)
+    first = [re.search('step 0: .*', well(process))[0] for process in (allowed, ends['share', True])]
+    assert way != 'share' or first[0] == first[1] # not with the weights that the proof has disturbed
 
 
 IDEAS_THAT_FAIL = {
