@@ -12,7 +12,8 @@ Measures the speed and memory of this project and, alternating with it, of a pee
     python tests/bench.py head                              loss of the head: in chunks, by torch, with all logits
     python tests/bench.py loss --peer=PATH                  loss from the same weights on the same batches
 
-Every measurement runs in a fresh process, ours and the peer's alternating: A B A B. Tables show medians over rounds.
+Ours and the peer's measurements alternate, each in a process of its own: A B A B. On a CPU every round starts fresh ones;
+on a GPU all are set up at once and stay for all rounds, so that each compiles once. Tables show medians over rounds.
 Ratios are computed within each round, with their range in brackets. Raw numbers go to tests/results/. GPTConfig's
 fields change the model of any command: --n_layer=2. On a CPU, memory is that of the whole process.
 """
@@ -99,13 +100,13 @@ report = dict(about={}, errors={}, tables={}) # the JSON file
 # Inside a worker process: a job is a dict of plain values; its result is a row of a table
 
 def work(job):
-    """Runs a job on the machine that train.py would choose."""
+    """Sets a job up on the machine that train.py would choose and yields {}; then measures it each time: a row."""
     job = SimpleNamespace(**job)
     on_cpu = torch.device(job.device).type == 'cpu'
     dtype = 'float32' if job.peer and on_cpu else job.dtype # nanoGPT has no autocast there
     machine = Machine(job.device, dtype if dtype != 'int8' else 'auto') # of the activations, as in sample.py
-    result = WORK[job.kind](job, machine)
-    return {'how': machine.dtype + (', compiled' if machine.compiled else '')} | result
+    for result in WORK[job.kind](job, machine):
+        yield result and {'how': machine.dtype + (', compiled' if machine.compiled else '')} | result
 
 
 def build(job, source):
@@ -191,18 +192,19 @@ def work_train(job, machine):
             losses.append(step(i, micro_batches))
     for _ in range(2): # warm up: compilation, first allocations, optimizer state
         seconds(take_steps)
-    if machine.kind == 'cuda':
-        torch.cuda.reset_peak_memory_stats()
-    times = [seconds(take_steps) / job.at_once for _ in range(job.steps)]
-    memory = machine.peak_memory
-    batches.close()
     model, peak = on_meta(job.config), machine.peak[0]
     flops = cost(model)
-    speed = job.accumulation * job.batch_size * job.config['block_size'] / median(times)
-    losses = torch.stack(losses).tolist()
-    return {'M parameters': model.get_num_params(False) / 1e6, 'MFLOP/token': flops / 1e6, 'tokens/s': speed,
-            'MFU': speed * flops / peak if peak else None, 'ms/step': median(times) * 1e3, 'GB': memory / 1e9,
-            'loss': sum(losses[-20:]) / len(losses[-20:]), 'losses': losses, 'times': times}
+    yield {}
+    while True:
+        if machine.kind == 'cuda':
+            torch.cuda.reset_peak_memory_stats()
+        times = [seconds(take_steps) / job.at_once for _ in range(job.steps)]
+        speed = job.accumulation * job.batch_size * job.config['block_size'] / median(times)
+        every = torch.stack(losses).tolist()
+        yield {'M parameters': model.get_num_params(False) / 1e6, 'MFLOP/token': flops / 1e6, 'tokens/s': speed,
+               'MFU': speed * flops / peak if peak else None, 'ms/step': median(times) * 1e3,
+               'GB': machine.peak_memory / 1e9, 'loss': sum(every[-20:]) / len(every[-20:]), 'losses': every,
+               'times': times}
 
 
 @torch.inference_mode()
@@ -234,7 +236,9 @@ def work_sample(job, machine):
             yield idx
 
     idx = torch.randint(bare.config.vocab_size, (job.batch_size, job.context), device=job.device)
-    for _ in range(2): # the first one warms up
+
+    def measure():
+        """-> tokens/s of the prompt, and decoding steps a second."""
         tokens, n = generate(idx), 0
         prompt = idx.numel() / seconds(lambda: next(tokens))
         if machine.kind == 'cuda':
@@ -245,24 +249,34 @@ def work_sample(job, machine):
             while time.perf_counter() < end and next(tokens, None) is not None:
                 n += 1
         decoding = seconds(decode)
+        return prompt, n / decoding
+
+    measure() # warms up
     # forward, and logits of the last position only
     flops = cost(bare, job.context) / 3 - 2 * bare.config.n_embd * bare.config.vocab_size
     size = 1 if job.dtype == 'int8' else machine.torch_dtype.itemsize
     n_bytes = bare.get_num_params(False) * (4 if job.peer else size) # autocast: float32
-    return {'prompt tokens/s': prompt, 'of matmul peak': prompt * flops / peak if peak else None,
-            'decode tokens/s': n * job.batch_size / decoding, 'of bandwidth': n / decoding * n_bytes / bandwidth}
+    yield {}
+    while True:
+        prompt, decoded = measure()
+        yield {'prompt tokens/s': prompt, 'of matmul peak': prompt * flops / peak if peak else None,
+               'decode tokens/s': decoded * job.batch_size, 'of bandwidth': decoded * n_bytes / bandwidth}
 
 
 def work_state(job, machine):
     """Decoding speed and bytes of state after a long context."""
-    model, cache = build(job, None).eval(), Cache()
+    model = build(job, None).eval()
     idx = torch.randint(job.config['vocab_size'], (job.batch_size, job.context), device=job.device)
-    with torch.inference_mode(), machine.autocast:
-        for part in idx.split(1024, dim=1):
-            model.hidden(part, cache)
-        kept, token = cache.n_bytes(), idx[:, -1:]
-        times = [seconds(lambda: model.lm_head(model.hidden(token, cache))) for _ in range(job.new_tokens)]
-    return {'decode tokens/s': job.batch_size / median(times), 'bytes of state': kept / job.batch_size, 'times': times}
+    yield {}
+    while True:
+        cache = Cache()
+        with torch.inference_mode(), machine.autocast:
+            for part in idx.split(1024, dim=1):
+                model.hidden(part, cache)
+            kept, token = cache.n_bytes(), idx[:, -1:]
+            times = [seconds(lambda: model.lm_head(model.hidden(token, cache))) for _ in range(job.new_tokens)]
+        yield {'decode tokens/s': job.batch_size / median(times), 'bytes of state': kept / job.batch_size,
+               'times': times}
 
 
 def work_head(job, machine):
@@ -287,9 +301,12 @@ def work_head(job, machine):
         losses[-1].backward()
 
     losses, before = [], machine.peak_memory
-    times = [seconds(step) for _ in range(job.steps + 1)][1:]
-    return {'ms': median(times) * 1e3, 'GB above the start': (machine.peak_memory - before) / 1e9,
-            'loss': losses[-1].item(), 'times': times}
+    step() # warms up
+    yield {}
+    while True:
+        times = [seconds(step) for _ in range(job.steps)]
+        yield {'ms': median(times) * 1e3, 'GB above the start': (machine.peak_memory - before) / 1e9,
+               'loss': losses[-1].item(), 'times': times}
 
 
 WORK = dict(train=work_train, sample=work_sample, state=work_state, head=work_head)
@@ -298,26 +315,54 @@ WORK = dict(train=work_train, sample=work_sample, state=work_state, head=work_he
 # Starting processes
 
 def both(kind, config, batch, theirs=True, **more):
-    """{'ours': a function that runs this job in a worker, 'peer': the same for the peer, if given}"""
+    """{'ours': a Worker with this job, 'peer': the same for the peer, if given}"""
     as_trained = device != 'cpu' and config.vocab_size > 50000 and kind == 'train'
     n = gradient_accumulation_steps or (40 if as_trained else 1)
     job = dict(kind=kind, config=stored_config(config), batch_size=batch, accumulation=n,
                data=write_data(config.vocab_size, dataset), device=device, dtype=dtype, compile=compile, peer=None,
                init=None, steps=steps, at_once=1 if device == 'cpu' else math.ceil(10 / n))
-    jobs = {'ours': partial(run_worker, job | more)}
+    jobs = {'ours': Worker(job | more)}
     if peer and theirs:
-        jobs['peer'] = partial(run_worker, job | dict(compile=peer_compile) | more | dict(peer=peer, init=None))
+        jobs['peer'] = Worker(job | dict(compile=peer_compile) | more | dict(peer=peer, init=None))
     return jobs
 
 
-def run_worker(job):
-    """The result of a job, from a fresh process. RuntimeError if it failed."""
-    command = [sys.executable, __file__, 'worker', json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, text=True, errors='replace')
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f'ended with status {done.returncode}, without a word']
+class Worker:
+    """A job in a process of its own. On a GPU it stays ready for more rounds, unless each begins with init."""
+    def __init__(self, job):
+        self.job, self.process, self.stays = job, None, job['device'] != 'cpu' and not job['init']
+
+    def start(self):
+        """Begins to set up, without waiting."""
+        self.errors = tempfile.TemporaryFile('w+', errors='replace')
+        self.process = subprocess.Popen([sys.executable, __file__, 'worker', json.dumps(self.job)], text=True,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors)
+
+    def read(self):
+        """The next row, {} when it is set up. RuntimeError if the process has failed."""
+        for line in self.process.stdout:
+            if line.startswith('{'): # the peer prints too
+                return json.loads(line)
+        status = self.stop()
+        self.errors.seek(0)
+        lines = self.errors.read().strip().splitlines() or [f'ended with status {status}, without a word']
         raise RuntimeError(next((line for line in lines if 'OutOfMemory' in line), lines[-1]))
-    return json.loads(done.stdout.splitlines()[-1]) # the peer prints too
+
+    def __call__(self):
+        """Measures once -> a row of a table."""
+        if not self.process:
+            self.start()
+            self.read()
+        print(file=self.process.stdin, flush=True)
+        row = self.read()
+        if not self.stays:
+            self.stop()
+        return row
+
+    def stop(self):
+        self.process.stdin.close()
+        status, self.process = self.process.wait(), None
+        return status
 
 
 def run_train(folder, *files, **flags):
@@ -368,18 +413,24 @@ def begin(command, device, out):
 
 def in_turn(title, jobs, rounds):
     """{name: function} -> {name: results of all rounds}, alternating A B A B. A failure is printed and gives []."""
-    results = {name: [] for name in jobs}
-    for r, name in itertools.product(range(rounds), jobs):
+    results, staying = {name: [] for name in jobs}, {name: job for name, job in jobs.items() if getattr(job, 'stays', 0)}
+    turns = [(f'round {r + 1} of {rounds}', name, jobs[name]) for r in range(rounds) for name in jobs]
+    for job in staying.values(): # together, since compiling takes longest
+        job.start()
+    for turn, name, call in [('set up', name, job.read) for name, job in staying.items()] + turns:
         if f'{title}: {name}' in report['errors']:
             continue
-        print(f'... {title}, round {r + 1} of {rounds}: {name}', flush=True)
+        print(f'... {title}, {turn}: {name}', flush=True)
         try:
-            results[name].append(jobs[name]())
+            results[name].append(call())
         except RuntimeError as e:
             print(f'    failed: {e}', flush=True)
             report['errors'][f'{title}: {name}'] = str(e)
             results[name] = []
-    return results
+    for job in staying.values():
+        if job.process:
+            job.stop()
+    return {name: list(filter(None, rows)) for name, rows in results.items()} # set up, they gave {}
 
 
 def compare(title, jobs, base='peer', ratios=()):
@@ -597,8 +648,10 @@ def choose(argv, commands, namespace):
 def main(argv):
     global given, device
     if argv[:1] == ['worker']:
-        print('\n' + json.dumps(work(json.loads(argv[1]))))
-        return
+        for row in work(json.loads(argv[1])):
+            print('\n' + json.dumps(row), flush=True)
+            if not sys.stdin.readline():
+                return
     name, given = choose(argv, COMMANDS, globals())
     explain_errors()
     device = Machine(device).device

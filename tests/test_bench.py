@@ -2,6 +2,7 @@
 import importlib.util
 import json
 import shutil
+from functools import partial
 
 import pytest
 
@@ -10,6 +11,12 @@ from helpers import ForkingSubprocess, PROJECT, mistake
 TINY = ['--device=cpu', '--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=32', '--vocab_size=11',
         '--batch_size=2', '--repeats=1', '--steps=1', '--iterations=4', '--new_tokens=3', '--contexts=1,8',
         '--batches=1,2', '--variants=gmlp,unet', '--lengths=16,32']
+
+
+def measure(work, job):
+    rows = work(job)
+    assert next(rows) == {}
+    return json.loads(json.dumps(next(rows)))
 
 
 @pytest.fixture
@@ -21,8 +28,8 @@ def bench(tmp_path, monkeypatch):
     script.WIDTHS, script.DEPTHS, script.READ = (16,), (1, 2), 2 ** 20
     script.UNET = dict(unet_layers=(1, 1), n_layer=2)
     monkeypatch.setattr('data.machine.find_peak_flops', lambda *setting: (1e12, 'a test'))
-    script.run_worker_afresh = script.run_worker
-    script.run_worker = lambda job: json.loads(json.dumps(script.work(json.loads(json.dumps(job))))) # no new torch
+    script.Process = script.Worker
+    script.Worker = lambda job: partial(measure, script.work, json.loads(json.dumps(job))) # no new torch
 
     def run(*arguments):
         script.main([arguments[0], *TINY, *arguments[1:], f'--out={tmp_path / "result.json"}'])
@@ -50,9 +57,9 @@ def positive(row, *columns):
 
 @pytest.mark.parametrize('afresh', [False, pytest.param(True, marks=pytest.mark.long('a worker of its own'))])
 def test_train(bench, peer, afresh):
-    in_process = bench.script.run_worker
+    within = bench.script.Worker
     if afresh:
-        bench.script.run_worker = lambda job: (in_process if job['peer'] else bench.script.run_worker_afresh)(job)
+        bench.script.Worker = lambda job: (within if job['peer'] else bench.script.Process)(job)
     (ours, theirs), = bench('train', peer, '--peer_compile=False', '--dropout=0.1').values()
     for row in ours, theirs:
         assert positive(row, 'tokens/s', 'MFU', 'GB', 'ms/step', 'loss', 'M parameters')
