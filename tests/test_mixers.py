@@ -1280,6 +1280,28 @@ def test_a_state_is_the_recurrence(mixer):
         assert (found - right).abs().max() < 1e-9
 
 
+class BytesWritten(torch.utils._python_dispatch.TorchDispatchMode):
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.total += sum(t.nbytes for t in (out if isinstance(out, (tuple, list)) else [out]) if torch.is_tensor(t))
+        return out
+
+
+@pytest.mark.parametrize('mixer', ['linear_attention', 'gated_delta', 'rwkv7'])
+def test_a_step_is_linear_in_the_length(mixer):
+    """Forwards and backwards: indexing a chunk, M[:, :, i], would have a gradient as large as all chunks."""
+    written = []
+    for T in 512, 2048:
+        with torch.device('meta'):
+            layer = MIXERS[mixer](GPTConfig(n_embd=32, n_head=2, mixer=mixer, pos_emb='none', block_size=T), T)
+            with BytesWritten() as count:
+                layer(torch.empty(1, T, 32)).sum().backward()
+        written.append(count.total)
+    assert written[1] < 4.1 * written[0]
+
+
 def naive_rwkv7(mixer, x):
     """As in the paper, token after token and head after head: x (T, C) -> (T, C)."""
     H, _, D = mixer.bonus.shape

@@ -72,9 +72,11 @@ class GatedDelta(Mixer):
         own, of_state = torch.linalg.solve_triangular(A, right, upper=False, unitriangular=True).chunk(2, dim=-1)
         scores, from_state = q @ k.mT * decay, q * since.exp()[..., None]
         to_end, kept = k * (since[..., -1:] - since).exp()[..., None], since[..., -1].exp()[..., None, None]
-        rows = []
-        for i in range(n):
-            u = own[:, :, i] - of_state[:, :, i] @ state # (B, H, c, D)
-            rows.append(from_state[:, :, i] @ state + scores[:, :, i] @ u)
-            state = kept[:, :, i] * state + to_end[:, :, i].mT @ u
-        return torch.cat(rows, dim=2)[:, :, :T], state
+        # a chunk makes (M state + added) of the state before it
+        M, added = kept * torch.eye(q.size(-1), dtype=q.dtype, device=q.device) - to_end.mT @ of_state, to_end.mT @ own
+        states = [state]
+        for m, a in zip(M.unbind(2), added.unbind(2)): # unbind: the gradient of M[:, :, i] would be as large as M
+            states.append(m @ states[-1] + a)
+        before = torch.stack(states[:-1], dim=2) # (B, H, n, D, D)
+        y = from_state @ before + scores @ (own - of_state @ before)
+        return y.flatten(2, 3)[:, :, :T], states[-1]

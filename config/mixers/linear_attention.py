@@ -69,8 +69,8 @@ class LinearAttention(Mixer):
         scores, from_state = q @ k.mT * decay, q * since.exp()[..., None]
         to_end = k * (since[..., -1:] - since).exp()[..., None]
         kept = since[..., -1].exp()[..., None, None]
-        rows = []
-        for i in range(n):
-            rows.append(scores[:, :, i] @ v[:, :, i] + from_state[:, :, i] @ state)
-            state = kept[:, :, i] * state + to_end[:, :, i].mT @ v[:, :, i]
-        return torch.cat(rows, dim=2)[:, :, :T], state
+        states = [state]
+        for g, a in zip(kept.unbind(2), (to_end.mT @ v).unbind(2)):
+            states.append(g * states[-1] + a)
+        y = scores @ v + from_state @ torch.stack(states[:-1], dim=2)
+        return y.flatten(2, 3)[:, :, :T], states[-1]

@@ -23,7 +23,7 @@ class RWKV7(Mixer):
     layer's values is left out, and all start near the reference's middle layer, decays from slow to fast in each head.
     """
     bounded = False
-    chunk = 16 # tokens. Not a setting: scan divides by the decay of a whole chunk, which is above exp(-0.61 * 16)
+    chunk = 32 # tokens. Not a setting: scan divides by the decay of a whole chunk, which is above exp(-0.61 * 32)
 
     def __init__(self, config, block_size):
         super().__init__(config, block_size)
@@ -68,13 +68,16 @@ class RWKV7(Mixer):
         r, k, v, log_w, e, b = (F.pad(t, (0, 0, 0, -T % c)).unflatten(2, (-1, c)) for t in (r, k, v, log_w, e, b))
         since = log_w.cumsum(3) # (B, H, n, c, D)
         r, e = r * since.exp(), e * (since - log_w).exp() # u is read before its own token's decay
-        k, b, kept = k * (-since).exp(), b * (-since).exp(), since[:, :, :, -1:].exp().mT
+        k, b, kept = k * (-since).exp(), b * (-since).exp(), since[:, :, :, -1:].exp()
         A, right = (e @ b.mT).tril(-1), torch.cat([(e @ k.mT).tril(-1) @ v, e], dim=-1)
         own, of_state = torch.linalg.solve_triangular(A, right, upper=False, unitriangular=True).chunk(2, dim=-1)
-        stored, removed = (r @ k.mT).tril() @ v, (r @ b.mT).tril()
-        rows = []
-        for i in range(r.size(2)):
-            u = own[:, :, i] + of_state[:, :, i] @ state # (B, H, c, D)
-            rows.append(r[:, :, i] @ state + stored[:, :, i] - removed[:, :, i] @ u)
-            state = kept[:, :, i] * (state + k[:, :, i].mT @ v[:, :, i] - b[:, :, i].mT @ u)
-        return torch.cat(rows, dim=2)[:, :, :T], state
+        k_end, b_end = (k * kept).mT, (b * kept).mT
+        # a chunk makes (M state + added) of the state before it
+        M = kept.mT * torch.eye(k.size(-1), dtype=k.dtype, device=k.device) - b_end @ of_state
+        added = k_end @ v - b_end @ own
+        states = [state]
+        for m, a in zip(M.unbind(2), added.unbind(2)): # unbind: the gradient of M[:, :, i] would be as large as M
+            states.append(m @ states[-1] + a)
+        before = torch.stack(states[:-1], dim=2) # (B, H, n, D, D)
+        y = r @ before + (r @ k.mT).tril() @ v - (r @ b.mT).tril() @ (own + of_state @ before)
+        return y.flatten(2, 3)[:, :, :T], states[-1]
