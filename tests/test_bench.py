@@ -55,16 +55,46 @@ def positive(row, *columns):
     return all(row[column] > 0 for column in columns)
 
 
-@pytest.mark.parametrize('afresh', [False, pytest.param(True, marks=pytest.mark.long('a worker of its own'))])
-def test_train(bench, peer, afresh):
-    within = bench.script.Worker
-    if afresh:
-        bench.script.Worker = lambda job: (within if job['peer'] else bench.script.Process)(job)
+def test_train(bench, peer):
     (ours, theirs), = bench('train', peer, '--peer_compile=False', '--dropout=0.1').values()
     for row in ours, theirs:
         assert positive(row, 'tokens/s', 'MFU', 'GB', 'ms/step', 'loss', 'M parameters')
     assert (theirs[''], theirs['how']) == ('peer', 'float32')
     assert len(ours['tokens/s to peer']) == len(ours['GB to peer']) == 3
+
+
+@pytest.mark.long('workers of their own')
+@pytest.mark.parametrize('stays', [False, True])
+def test_workers(bench, stays):
+    """As on a CPU, a fresh process for each round, which ends; and as on a GPU, one that goes on where it was."""
+    started = []
+
+    class Process(bench.script.Process):
+        def __init__(self, job):
+            super().__init__(job)
+            self.stays = stays
+
+        def start(self):
+            super().start()
+            started.append(self.process)
+    bench.script.Worker = Process
+    rows, = bench('train', '--repeats=2', '--dtype=float32').values()
+    first, second = rows[0]['raw']
+    assert len(started) == 2 - stays and all(process.returncode == 0 for process in started)
+    assert positive(rows[0], 'tokens/s', 'GB') and len(first['times']) == 1
+    assert first['losses'] == second['losses'][:len(first['losses'])]
+    assert len(second['losses']) == len(first['losses']) + stays
+
+
+@pytest.mark.long('a worker of its own')
+@pytest.mark.parametrize('stays', [False, True])
+def test_a_worker_that_fails_has_no_more_rounds(bench, stays):
+    worker = bench.script.Process(dict(kind='nonsense', device='cpu', dtype='float32', peer=None, init=None))
+    worker.stays = stays
+    bench.script.report['errors'] = {}
+    results = bench.script.in_turn('title', dict(good=lambda: dict(x=1.0), bad=worker), 2)
+    assert results == dict(good=[dict(x=1.0)] * 2, bad=[]) and worker.process is None
+    assert bench.script.report['errors'] == {'title: bad': "KeyError: 'nonsense'"}
 
 
 def test_a_step_takes_micro_batches(bench):
