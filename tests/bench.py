@@ -12,10 +12,10 @@ Measures the speed and memory of this project and, alternating with it, of a pee
     python tests/bench.py head                              loss of the head: in chunks, by torch, with all logits
     python tests/bench.py loss --peer=PATH                  loss from the same weights on the same batches
 
-Ours and the peer's measurements alternate, each in a process of its own: A B A B. On a CPU every round starts fresh ones;
-on a GPU all are set up at once and stay for all rounds, so that each compiles once. Tables show medians over rounds.
-Ratios are computed within each round, with their range in brackets. Raw numbers go to tests/results/. GPTConfig's
-fields change the model of any command: --n_layer=2. On a CPU, memory is that of the whole process.
+Ours and the peer's measurements alternate, each in a process of its own: A B A B. On a CPU every round starts them
+afresh; on a GPU they are set up together and stay for all rounds, so that each compiles once. Tables show medians over
+rounds. Ratios are computed within each round, with their range in brackets. Raw numbers go to tests/results/.
+GPTConfig's fields change the model of any command: --n_layer=2. On a CPU, memory is that of the whole process.
 """
 import importlib.util
 import itertools
@@ -413,7 +413,8 @@ def begin(command, device, out):
 
 def in_turn(title, jobs, rounds):
     """{name: function} -> {name: results of all rounds}, alternating A B A B. A failure is printed and gives []."""
-    results, staying = {name: [] for name in jobs}, {name: job for name, job in jobs.items() if getattr(job, 'stays', 0)}
+    results = {name: [] for name in jobs}
+    staying = {name: job for name, job in jobs.items() if getattr(job, 'stays', False)}
     turns = [(f'round {r + 1} of {rounds}', name, jobs[name]) for r in range(rounds) for name in jobs]
     for job in staying.values(): # together, since compiling takes longest
         job.start()

@@ -209,6 +209,26 @@ def test_the_tables_of_mixers_are_what_their_runs_say(file):
         assert said.replace('| | ', '|  |  | ') in TABLES
 
 
+def test_the_tables_of_the_h200_are_what_its_runs_say():
+    section = TABLES[TABLES.index('## On an H200'):TABLES.index('## Computed for an H100')]
+    tables = {file: json.loads((RESULTS / f'{file}-h200.json').read_text(encoding='utf-8'))['tables']
+              for file in ('train-gpt2', 'train-gpt2-32', 'mixers', 'mixers-weighted', 'profile-gpt2')}
+    for B, file in (12, 'train-gpt2'), (32, 'train-gpt2-32'):
+        (ours, theirs), = tables[file].values()
+        for name, row in ('this project', ours), ('nanoGPT', theirs):
+            assert f"| B={B}, {name} | {row['tokens/s']:,.0f} | {row['MFU']:.1%} | {row['ms/step']:,.0f} | " \
+                   f"{row['GB']:.2f} |" in section
+        middle, low, high = ours['tokens/s to peer']
+        assert f"| B={B}, ratio | {middle:.2f} ({low:.2f}-{high:.2f}) | | | {ours['GB to peer'][0]:.2f} | |" in section
+    rows = {row['']: row for file in ('mixers-weighted', 'mixers') for rows in tables[file].values() for row in rows}
+    assert len(rows) == 14
+    for name, row in rows.items():
+        ratio = '{:.2f} ({:.2f}-{:.2f})'.format(*row['tokens/s to attention']) if name != 'attention' else ''
+        assert f"| {row['M parameters']:.0f} | {row['tokens/s']:,.0f} | {row['MFU']:.1%} | {ratio} |" in section
+    ours, theirs = (tables['profile-gpt2'][who]['groups_ms'] for who in ('ours', 'peer'))
+    assert all(f'| {ours[name]} | {theirs[name]} |' in section for name in ours)
+
+
 def test_the_picture_is_what_its_script_draws(tmp_path):
     shutil.copy(RESULTS / 'draw.py', tmp_path)
     subprocess.run([sys.executable, 'draw.py'], cwd=tmp_path, check=True)
