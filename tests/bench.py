@@ -13,8 +13,9 @@ Measures the speed and memory of this project and, alternating with it, of a pee
     python tests/bench.py loss --peer=PATH                  loss from the same weights on the same batches
 
 Ours and the peer's measurements alternate, each in a process of its own: A B A B. On a CPU every round starts them
-afresh; on a GPU they are set up together and stay for all rounds, so that each compiles once. Tables show medians over
-rounds. Ratios are computed within each round, with their range in brackets. Raw numbers go to tests/results/.
+afresh; on a GPU all of a table stay in its memory for all rounds, so that each compiles once (--stay=False: afresh, for
+a small GPU). Tables show medians over rounds. Ratios are computed within each round, with their range in brackets,
+which does not show how compilations differ where programs stay. Raw numbers go to tests/results/.
 GPTConfig's fields change the model of any command: --n_layer=2. On a CPU, memory is that of the whole process.
 """
 import importlib.util
@@ -29,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -65,6 +67,7 @@ compile: bool | Literal['auto'] = 'auto' # as in train.py and sample.py
 batch_size = 0 # sequences per micro-batch; 0: the preset's
 gradient_accumulation_steps = 0 # micro-batches per training step; 0: 40 for GPT-2 on a GPU, as in its training, else 1
 dataset = '' # a folder in data/, or a path with a slash; '': synthetic tokens
+stay = True # on a GPU, all programs of a table stay in its memory; False: each round starts them afresh
 repeats = 5 # rounds
 steps = 5 # timings per round; for training on a GPU each is the mean over at least 10 micro-batches
 iterations = 0 # training steps for process and loss; 0: 2000 and 500
@@ -198,6 +201,7 @@ def work_train(job, machine):
     while True:
         if machine.kind == 'cuda':
             torch.cuda.reset_peak_memory_stats()
+        losses.clear()
         times = [seconds(take_steps) / job.at_once for _ in range(job.steps)]
         speed = job.accumulation * job.batch_size * job.config['block_size'] / median(times)
         every = torch.stack(losses).tolist()
@@ -211,9 +215,6 @@ def work_train(job, machine):
 def work_sample(job, machine):
     """Tokens/s of the prompt and of decoding, also as fractions of the machine's peak."""
     bare, peak = on_meta(job.config), machine.peak[0]
-    weights = torch.ones(READ // 2 ** 14, 2 ** 14, device=job.device)
-    bandwidth = weights.nbytes / min(seconds(lambda: weights @ weights[0]) for _ in range(5))
-    del weights
     model = build(job, job.peer).eval()
     if not job.peer:
         if job.dtype == 'int8':
@@ -257,6 +258,9 @@ def work_sample(job, machine):
     size = 1 if job.dtype == 'int8' else machine.torch_dtype.itemsize
     n_bytes = bare.get_num_params(False) * (4 if job.peer else size) # autocast: float32
     yield {}
+    weights = torch.ones(READ // 2 ** 14, 2 ** 14, device=job.device)
+    bandwidth = weights.nbytes / min(seconds(lambda: weights @ weights[0]) for _ in range(5))
+    del weights
     while True:
         prompt, decoded = measure()
         yield {'prompt tokens/s': prompt, 'of matmul peak': prompt * flops / peak if peak else None,
@@ -320,7 +324,7 @@ def both(kind, config, batch, theirs=True, **more):
     n = gradient_accumulation_steps or (40 if as_trained else 1)
     job = dict(kind=kind, config=stored_config(config), batch_size=batch, accumulation=n,
                data=write_data(config.vocab_size, dataset), device=device, dtype=dtype, compile=compile, peer=None,
-               init=None, steps=steps, at_once=1 if device == 'cpu' else math.ceil(10 / n))
+               init=None, stays=stay and device != 'cpu', steps=steps, at_once=1 if device == 'cpu' else math.ceil(10 / n))
     jobs = {'ours': Worker(job | more)}
     if peer and theirs:
         jobs['peer'] = Worker(job | dict(compile=peer_compile) | more | dict(peer=peer, init=None))
@@ -328,24 +332,26 @@ def both(kind, config, batch, theirs=True, **more):
 
 
 class Worker:
-    """A job in a process of its own. On a GPU it stays ready for more rounds, unless each begins with init."""
+    """A job in a process of its own, which stays ready for more rounds or ends after each."""
     def __init__(self, job):
-        self.job, self.process, self.stays = job, None, job['device'] != 'cpu' and not job['init']
+        self.job, self.process, self.stays = job, None, job['stays']
 
     def start(self):
         """Begins to set up, without waiting."""
         self.errors = tempfile.TemporaryFile('w+', errors='replace')
         self.process = subprocess.Popen([sys.executable, __file__, 'worker', json.dumps(self.job)], text=True,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors)
+                                        errors='replace', stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=self.errors)
 
     def read(self):
         """The next row, {} when it is set up. RuntimeError if the process has failed."""
         for line in self.process.stdout:
-            if line.startswith('{'): # the peer prints too
-                return json.loads(line)
+            if line.startswith('row '): # the peer prints too
+                return json.loads(line[4:])
         status = self.stop()
         self.errors.seek(0)
-        lines = self.errors.read().strip().splitlines() or [f'ended with status {status}, without a word']
+        lines = self.errors.read().strip().splitlines() if status > 0 else []
+        lines = lines or [f'ended with status {status}, without a word']
         raise RuntimeError(next((line for line in lines if 'OutOfMemory' in line), lines[-1]))
 
     def __call__(self):
@@ -353,14 +359,16 @@ class Worker:
         if not self.process:
             self.start()
             self.read()
-        print(file=self.process.stdin, flush=True)
+        with suppress(BrokenPipeError): # it has ended: read() says why
+            print(file=self.process.stdin, flush=True)
         row = self.read()
         if not self.stays:
             self.stop()
         return row
 
     def stop(self):
-        self.process.stdin.close()
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
         status, self.process = self.process.wait(), None
         return status
 
@@ -418,19 +426,21 @@ def in_turn(title, jobs, rounds):
     turns = [(f'round {r + 1} of {rounds}', name, jobs[name]) for r in range(rounds) for name in jobs]
     for job in staying.values(): # together, since compiling takes longest
         job.start()
-    for turn, name, call in [('set up', name, job.read) for name, job in staying.items()] + turns:
-        if f'{title}: {name}' in report['errors']:
-            continue
-        print(f'... {title}, {turn}: {name}', flush=True)
-        try:
-            results[name].append(call())
-        except RuntimeError as e:
-            print(f'    failed: {e}', flush=True)
-            report['errors'][f'{title}: {name}'] = str(e)
-            results[name] = []
-    for job in staying.values():
-        if job.process:
-            job.stop()
+    try:
+        for turn, name, call in [('set up', name, job.read) for name, job in staying.items()] + turns:
+            if f'{title}: {name}' in report['errors']:
+                continue
+            print(f'... {title}, {turn}: {name}', flush=True)
+            try:
+                results[name].append(call())
+            except RuntimeError as e:
+                print(f'    failed: {e}', flush=True)
+                report['errors'][f'{title}: {name}'] = str(e)
+                results[name] = []
+    finally:
+        for job in staying.values():
+            if job.process:
+                job.stop()
     return {name: list(filter(None, rows)) for name, rows in results.items()} # set up, they gave {}
 
 
@@ -630,7 +640,7 @@ def head():
 def loss():
     config, batch = model_of('readme' if device == 'cpu' else 'baby', dropout=0.0) # models would draw different masks
     n = iterations or 500
-    jobs = both('train', config, batch, init=peer, steps=n, at_once=1)
+    jobs = both('train', config, batch, init=peer, steps=n, at_once=1, stays=False) # each round from the same weights
     compare(f'loss of the last 20 of {n} steps', jobs, ratios=['loss'])
 
 
@@ -650,7 +660,7 @@ def main(argv):
     global given, device
     if argv[:1] == ['worker']:
         for row in work(json.loads(argv[1])):
-            print('\n' + json.dumps(row), flush=True)
+            print(f'\nrow {json.dumps(row)}', flush=True)
             if not sys.stdin.readline():
                 return
     name, given = choose(argv, COMMANDS, globals())

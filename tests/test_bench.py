@@ -82,15 +82,43 @@ def test_workers(bench, stays):
     first, second = rows[0]['raw']
     assert len(started) == 2 - stays and all(process.returncode == 0 for process in started)
     assert positive(rows[0], 'tokens/s', 'GB') and len(first['times']) == 1
-    assert first['losses'] == second['losses'][:len(first['losses'])]
-    assert len(second['losses']) == len(first['losses']) + stays
+    assert (first['losses'] == second['losses']) != stays and len(first['losses']) == len(second['losses'])
+
+
+@pytest.mark.long('workers of their own')
+def test_a_worker_that_is_killed_ends_alone(bench, tmp_path):
+    jobs = bench.script.both
+    bench.script.Worker, bench.script.device = bench.script.Process, 'cpu'
+    bench.script.begin('train', 'cpu', str(tmp_path / 'result.json'))
+    config, batch = bench.script.model_of('readme', n_layer=1, n_embd=16, n_head=2)
+    worker, = jobs('train', config, batch, stays=True, steps=1).values()
+
+    def kill():
+        if worker.process:
+            worker.process.kill()
+            worker.process.wait()
+        return dict(x=1.0)
+    results = bench.script.in_turn('title', dict(ours=worker, other=kill), 2)
+    assert results == dict(ours=[], other=[dict(x=1.0)] * 2) and worker.process is None
+    assert bench.script.report['errors']['title: ours'] == 'ended with status -9, without a word'
+
+
+def test_each_round_of_the_loss_begins_anew(bench, monkeypatch):
+    """On a GPU, where the programs of other commands stay."""
+    jobs = []
+    monkeypatch.setattr(bench.script, 'Worker', lambda job: jobs.append(job) or (lambda: dict(loss=1.0)))
+    monkeypatch.setattr(bench.script, 'compare', lambda *table, **ratios: None)
+    monkeypatch.setattr(bench.script, 'device', 'cuda')
+    monkeypatch.setattr(bench.script, 'write_data', lambda *setting: '')
+    bench.script.loss()
+    bench.script.head()
+    assert [job['stays'] for job in jobs] == [False] + [True] * (len(jobs) - 1)
 
 
 @pytest.mark.long('a worker of its own')
 @pytest.mark.parametrize('stays', [False, True])
 def test_a_worker_that_fails_has_no_more_rounds(bench, stays):
-    worker = bench.script.Process(dict(kind='nonsense', device='cpu', dtype='float32', peer=None, init=None))
-    worker.stays = stays
+    worker = bench.script.Process(dict(kind='nonsense', device='cpu', dtype='float32', peer=None, stays=stays))
     bench.script.report['errors'] = {}
     results = bench.script.in_turn('title', dict(good=lambda: dict(x=1.0), bad=worker), 2)
     assert results == dict(good=[dict(x=1.0)] * 2, bad=[]) and worker.process is None

@@ -56,26 +56,28 @@ def step(model, x, y, forward=None):
     return {name: (loss if name == 'loss' else p.grad).detach().double().cpu() for name, p in found.items()}
 
 
-def far(found, expected):
-    """The largest ||found - expected|| / ||expected||."""
-    return max(((found[name] - expected[name]).norm() / (expected[name].norm() + 1e-5 * expected[name].numel() ** 0.5),
-                name) for name in expected)
+def far(found, expected, limit):
+    """{name: ||found - expected|| / ||expected||}, where that is not below the limit."""
+    deviations = {name: ((found[name] - e).norm() / (e.norm() + 1e-5 * e.numel() ** 0.5)).item()
+                  for name, e in expected.items()}
+    return {name: deviation for name, deviation in deviations.items() if not deviation < limit} # nan too
 
 
 @pytest.mark.parametrize('name', SOME)
 def test_a_step_in_float32(name, exact):
     model, (x, y) = randomized(replace(SOME[name], block_size=64)), batch(4, 64)
     expected = step(copy.deepcopy(model).double(), x, y)
-    deviation, where = far(step(model.cuda(), x, y), expected)
-    assert deviation < 2e-4, where
+    assert not far(step(model.cuda(), x, y), expected, 2e-4)
 
 
 @pytest.mark.parametrize('name', SOME)
 def test_a_step_in_bfloat16(name):
     model, (x, y) = randomized(replace(SOME[name], block_size=64)), batch(32, 64)
-    expected = step(copy.deepcopy(model).double(), x, y)['loss'].item()
+    expected = step(copy.deepcopy(model).double(), x, y)
     with torch.autocast('cuda', torch.bfloat16):
-        assert step(model.cuda(), x, y)['loss'].item() == pytest.approx(expected, rel=0.01)
+        found = step(model.cuda(), x, y)
+    # together, as some gradients are sums of what rounding leaves
+    assert not far(*({'all': torch.cat([t.flatten() for t in s.values()])} for s in (found, expected)), 0.02)
 
 
 @pytest.mark.long('compiling')
@@ -84,8 +86,7 @@ def test_a_compiled_step(name, exact):
     torch._dynamo.reset()
     model, (x, y) = randomized(replace(SOME[name], block_size=64)), batch(4, 64)
     expected = step(copy.deepcopy(model).double(), x, y)
-    deviation, where = far(step(model.cuda(), x, y, torch.compile(model, dynamic=False)), expected)
-    assert deviation < 1e-3, where
+    assert not far(step(model.cuda(), x, y, torch.compile(model, dynamic=False)), expected, 1e-3)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
@@ -102,7 +103,7 @@ def test_no_false_alarm(name, dtype, record_property):
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('pos_emb', ['learned', 'rope', 'none'])
 def test_static_decoding(pos_emb, dtype, exact):
-    """The graph that is captured once gives the logits of a cache that grows, and both those of whole sequences."""
+    """The graph that is captured once draws the tokens of a cache that grows."""
     model = randomized(GPTConfig(block_size=96, vocab_size=61, n_layer=3, n_head=4, n_embd=128, pos_emb=pos_emb))
     model = model.cuda().to(dtype).eval()
     idx = torch.randint(61, (3, 5), device='cuda')
@@ -110,12 +111,14 @@ def test_static_decoding(pos_emb, dtype, exact):
     for static in True, False:
         generator = torch.Generator('cuda').manual_seed(1)
         found.append(model.generate(idx, 80, temperature=0.8, static=static, generator=generator))
-    same = (found[0] == found[1]).all(dim=0).tolist() # rounding in bfloat16 may change a draw, and then all after it
-    assert all(same) if dtype == torch.float32 else all(same[:20])
+    n = 85 if dtype == torch.float32 else 20 # rounding in bfloat16 may change a draw, and then all after it
+    assert torch.equal(found[0][:, :n], found[1][:, :n])
 
 
 def run(script, *args, cwd=None):
-    env = {name: value for name, value in (ENV | dict(OMP_NUM_THREADS='2')).items() if name != 'CUDA_VISIBLE_DEVICES'}
+    visible = {name: value for name, value in os.environ.items() if name == 'CUDA_VISIBLE_DEVICES'}
+    hidden = {name: value for name, value in ENV.items() if name != 'CUDA_VISIBLE_DEVICES'} # ENV hides all GPUs
+    env = hidden | visible | dict(OMP_NUM_THREADS='2')
     done = subprocess.run([sys.executable, PROJECT / script, *map(str, args)], env=env, cwd=cwd, capture_output=True,
                           text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr + done.stdout

@@ -72,11 +72,10 @@ class GatedDelta(Mixer):
         own, of_state = torch.linalg.solve_triangular(A, right, upper=False, unitriangular=True).chunk(2, dim=-1)
         scores, from_state = q @ k.mT * decay, q * since.exp()[..., None]
         to_end, kept = k * (since[..., -1:] - since).exp()[..., None], since[..., -1].exp()[..., None, None]
-        # a chunk makes (M state + added) of the state before it
-        M, added = kept * torch.eye(q.size(-1), dtype=q.dtype, device=q.device) - to_end.mT @ of_state, to_end.mT @ own
-        states = [state]
-        for m, a in zip(M.unbind(2), added.unbind(2)): # unbind: the gradient of M[:, :, i] would be as large as M
-            states.append(m @ states[-1] + a)
-        before = torch.stack(states[:-1], dim=2) # (B, H, n, D, D)
-        y = from_state @ before + scores @ (own - of_state @ before)
+        states, us = [state], []
+        # unbind: the gradient of own[:, :, i] would be as large as own
+        for keep, add, o, w in zip(*(t.unbind(2) for t in (kept, to_end.mT, own, of_state))):
+            us.append(o - w @ states[-1]) # (B, H, c, D)
+            states.append(keep * states[-1] + add @ us[-1])
+        y = from_state @ torch.stack(states[:-1], dim=2) + scores @ torch.stack(us, dim=2)
         return y.flatten(2, 3)[:, :, :T], states[-1]

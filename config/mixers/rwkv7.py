@@ -71,13 +71,11 @@ class RWKV7(Mixer):
         k, b, kept = k * (-since).exp(), b * (-since).exp(), since[:, :, :, -1:].exp()
         A, right = (e @ b.mT).tril(-1), torch.cat([(e @ k.mT).tril(-1) @ v, e], dim=-1)
         own, of_state = torch.linalg.solve_triangular(A, right, upper=False, unitriangular=True).chunk(2, dim=-1)
-        k_end, b_end = (k * kept).mT, (b * kept).mT
-        # a chunk makes (M state + added) of the state before it
-        M = kept.mT * torch.eye(k.size(-1), dtype=k.dtype, device=k.device) - b_end @ of_state
-        added = k_end @ v - b_end @ own
-        states = [state]
-        for m, a in zip(M.unbind(2), added.unbind(2)): # unbind: the gradient of M[:, :, i] would be as large as M
-            states.append(m @ states[-1] + a)
-        before = torch.stack(states[:-1], dim=2) # (B, H, n, D, D)
-        y = r @ before + (r @ k.mT).tril() @ v - (r @ b.mT).tril() @ (own + of_state @ before)
+        added, removed = (k * kept).mT @ v, (b * kept).mT
+        states, us = [state], []
+        # unbind: the gradient of own[:, :, i] would be as large as own
+        for keep, add, remove, o, w in zip(*(t.unbind(2) for t in (kept.mT, added, removed, own, of_state))):
+            us.append(o + w @ states[-1]) # (B, H, c, D)
+            states.append(keep * states[-1] + add - remove @ us[-1])
+        y = (r @ k.mT).tril() @ v + r @ torch.stack(states[:-1], dim=2) - (r @ b.mT).tril() @ torch.stack(us, dim=2)
         return y.flatten(2, 3)[:, :, :T], states[-1]
