@@ -6,7 +6,8 @@
 out_dir = 'out-gpt2'
 dataset = 'openwebtext'
 # Compiled, this takes 16 GB on each of eight GPUs and 15 GB on one; 12 and 5 * 8, as in nanoGPT, take 8.4 GB, 60 and 8
-# take 26 GB. Computed; one H200 took what was computed. 16 can also be shared by two machines of eight GPUs.
+# take 26 GB. Computed; one H200 took what is computed for batches of 12 and of 32. 16 can also be shared by two
+# machines of eight GPUs.
 batch_size = 30
 block_size = 1024
 gradient_accumulation_steps = 16 # summed over all GPUs

@@ -324,7 +324,8 @@ def both(kind, config, batch, theirs=True, **more):
     n = gradient_accumulation_steps or (40 if as_trained else 1)
     job = dict(kind=kind, config=stored_config(config), batch_size=batch, accumulation=n,
                data=write_data(config.vocab_size, dataset), device=device, dtype=dtype, compile=compile, peer=None,
-               init=None, stays=stay and device != 'cpu', steps=steps, at_once=1 if device == 'cpu' else math.ceil(10 / n))
+               init=None, steps=steps, stays=stay and device != 'cpu',
+               at_once=1 if device == 'cpu' else math.ceil(10 / n))
     jobs = {'ours': Worker(job | more)}
     if peer and theirs:
         jobs['peer'] = Worker(job | dict(compile=peer_compile) | more | dict(peer=peer, init=None))
