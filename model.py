@@ -13,6 +13,7 @@ C channels (n_embd), H heads, D channels of a head, V vocabulary.
 import ctypes
 import hashlib
 import inspect
+import itertools
 import math
 import re
 import sys
@@ -193,10 +194,11 @@ def causal_init(n_head, block_size, std=0.02):
     return (torch.randn(n_head, block_size, block_size) * std).tril()
 
 
-def row_blocks(T):
-    """Splits a triangle's T rows into at most 8 blocks (first, end); rows [first, end) only read columns below end."""
-    size = max(256, math.ceil(T / 8))
-    return [(i, min(i + size, T)) for i in range(0, T, size)]
+def row_blocks(rows, dim):
+    """Splits a triangle's rows into at most 8 blocks: [(block, end)], which only reads columns below end."""
+    size = max(256, math.ceil(rows.size(dim) / 8))
+    blocks = rows.split(size, dim) if size < rows.size(dim) else [rows] # a slice's gradient would be as large as rows
+    return list(zip(blocks, itertools.accumulate(block.size(dim) for block in blocks)))
 
 
 def mix_time(W, x):
@@ -206,7 +208,7 @@ def mix_time(W, x):
     W = W.tril(S - T)
     x = x.permute(1, 2, 0, 3).reshape(H, S, B * D) # one copy, in the layout that every product below reads
     # only the blocks on and below the diagonal are multiplied
-    rows = [W[:, i:j, :S - T + j] @ x[:, :S - T + j] for i, j in row_blocks(T)]
+    rows = [block[:, :, :S - T + end] @ x[:, :S - T + end] for block, end in row_blocks(W, 1)]
     return torch.cat(rows, dim=1).view(H, T, B, D).permute(2, 0, 1, 3)
 
 
@@ -422,7 +424,7 @@ class CausalSelfAttention(Mixer):
         T, past = q.size(2), k.size(2) - q.size(2)
         q, k, v = (t if past else t.contiguous() for t in (q, k, v)) # one copy for all blocks of rows
         # blocks skip most of the scores that the causal mask would remove
-        rows = [self.weights(q[:, :, i:j], k[:, :, :past + j]) @ v[:, :, :past + j] for i, j in row_blocks(T)]
+        rows = [self.weights(block, k[:, :, :past + end]) @ v[:, :, :past + end] for block, end in row_blocks(q, 2)]
         return rows[0] if len(rows) == 1 else torch.cat(rows, dim=2)
 
     def bias(self, T, S):
@@ -1476,7 +1478,7 @@ def cost(model, T=None):
             setattr(module, name, checked(module, name))
     formulas = {torch.ops.aten.linalg_solve_triangular: solve_flops}
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter, torch.no_grad():
-        with replaced(row_blocks=lambda T: [(0, T)]): # triangles as one block, as the counter takes attention's
+        with replaced(row_blocks=lambda rows, dim: [(rows, rows.size(dim))]): # triangles as one block, as the counter takes attention's
             try:
                 model(idx)
             except RuntimeError:
