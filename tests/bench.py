@@ -614,10 +614,10 @@ def scale():
 
 
 def small_run(max_iters=None):
-    """nanoGPT's small CPU run, the whole process; the time to the first step is the start-up time."""
+    """nanoGPT's small CPU run, on any device, the whole process; the time to the first step is the start-up time."""
     max_iters = max_iters or iterations or 2000
     flags = SMALL_RUN | {name: given[name] for name in NANOGPT_FIELDS if name in given and name != 'vocab_size'}
-    flags |= dict(max_iters=max_iters, dataset=write_data(model_of('readme')[0].vocab_size, dataset))
+    flags |= dict(device=device, max_iters=max_iters, dataset=write_data(model_of('readme')[0].vocab_size, dataset))
 
     def run(folder):
         with tempfile.TemporaryDirectory() as parent:

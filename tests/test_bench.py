@@ -196,6 +196,9 @@ def test_process(bench, peer, monkeypatch):
     assert ours['s to the end to peer'] == [1.0, 1.0, 1.0]
     assert [folder for folder, _ in taken] == [str(PROJECT), peer.partition('=')[2]]
     assert all(flags['max_iters'] == 4 and flags['n_embd'] == 16 for _, flags in taken)
+    bench.script.device = 'cuda:1' # asked for, and it is there
+    bench.script.small_run()
+    assert taken[-1][1]['device'] == 'cuda:1'
 
 
 def test_state(bench):
