@@ -1478,7 +1478,8 @@ def cost(model, T=None):
             setattr(module, name, checked(module, name))
     formulas = {torch.ops.aten.linalg_solve_triangular: solve_flops}
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter, torch.no_grad():
-        with replaced(row_blocks=lambda rows, dim: [(rows, rows.size(dim))]): # triangles as one block, as the counter takes attention's
+        # triangles as one block, as the counter takes attention's
+        with replaced(row_blocks=lambda rows, dim: [(rows, rows.size(dim))]):
             try:
                 model(idx)
             except RuntimeError:

@@ -425,9 +425,9 @@ def in_turn(title, jobs, rounds):
     results = {name: [] for name in jobs}
     staying = {name: job for name, job in jobs.items() if getattr(job, 'stays', False)}
     turns = [(f'round {r + 1} of {rounds}', name, jobs[name]) for r in range(rounds) for name in jobs]
-    for job in staying.values(): # together, since compiling takes longest
-        job.start()
     try:
+        for job in staying.values(): # together, since compiling takes longest
+            job.start()
         for turn, name, call in [('set up', name, job.read) for name, job in staying.items()] + turns:
             if f'{title}: {name}' in report['errors']:
                 continue

@@ -33,9 +33,9 @@ def exact():
     torch.set_float32_matmul_precision(before)
 
 
-def batch(B, T, V=11):
+def batch(B, T):
     torch.manual_seed(1)
-    return torch.randint(V, (2, B, T)).unbind()
+    return torch.randint(11, (2, B, T)).unbind()
 
 
 def randomized(config):
@@ -115,12 +115,11 @@ def test_static_decoding(pos_emb, dtype, exact):
     assert torch.equal(found[0][:, :n], found[1][:, :n])
 
 
-def run(script, *args, cwd=None):
-    visible = {name: value for name, value in os.environ.items() if name == 'CUDA_VISIBLE_DEVICES'}
-    hidden = {name: value for name, value in ENV.items() if name != 'CUDA_VISIBLE_DEVICES'} # ENV hides all GPUs
-    env = hidden | visible | dict(OMP_NUM_THREADS='2')
-    done = subprocess.run([sys.executable, PROJECT / script, *map(str, args)], env=env, cwd=cwd, capture_output=True,
-                          text=True, timeout=400, check=False)
+def run(script, *args):
+    # ENV hides all GPUs
+    env = ENV | dict(OMP_NUM_THREADS='2', CUDA_VISIBLE_DEVICES=os.environ.get('CUDA_VISIBLE_DEVICES', '0'))
+    done = subprocess.run([sys.executable, PROJECT / script, *map(str, args)], env=env, capture_output=True, text=True,
+                          timeout=400, check=False)
     assert done.returncode == 0, done.stderr + done.stdout
     return done.stdout
 

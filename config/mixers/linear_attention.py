@@ -70,7 +70,8 @@ class LinearAttention(Mixer):
         to_end = k * (since[..., -1:] - since).exp()[..., None]
         kept = since[..., -1].exp()[..., None, None]
         states = [state]
-        for keep, add in zip(kept.unbind(2), (to_end.mT @ v).unbind(2)): # the gradient of kept[:, :, i] would be large
+        # unbind: the gradient of kept[:, :, i] would be as large as kept
+        for keep, add in zip(kept.unbind(2), (to_end.mT @ v).unbind(2)):
             states.append(keep * states[-1] + add)
         y = scores @ v + from_state @ torch.stack(states[:-1], dim=2)
         return y.flatten(2, 3)[:, :, :T], states[-1]
