@@ -10,6 +10,9 @@ os.environ['HF_HUB_OFFLINE'] = '1' # no test asks the network
 import pytest
 import torch
 
+with torch.device('meta'): # lists torch's constructors, once a process; transformers later replaces one for a while
+    torch.empty(1)
+
 # where the tests run in a shell's background Ctrl-C is ignored, and every process that they start would inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
