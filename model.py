@@ -838,12 +838,10 @@ def pick(logits, temperature, top_k, top_p, min_p, generator):
     probs = logits.softmax(dim=1)
     if top_p is not None and top_p < 1.0:
         before = probs.cumsum(dim=1) - probs # the probability of the likelier ones
-        probs = probs.masked_fill(before >= top_p, 0.0)
+        probs = probs.masked_fill(before >= max(top_p, 1e-30), 0.0) # float32 has no less; the likeliest one stays
     if min_p > 0.0:
         probs = probs.masked_fill(probs < min_p * probs.amax(dim=1, keepdim=True), 0.0)
-    # the smallest of exponential times at these rates: what torch.multinomial draws, without its two waits for a GPU
-    times = torch.empty_like(probs).exponential_(generator=generator)
-    drawn = (probs / times).argmax(dim=1, keepdim=True)
+    drawn = draw(probs, generator)
     return (drawn if tokens is None else tokens.gather(1, drawn)).masked_fill(diverged, -1)
 
 
@@ -1626,24 +1624,24 @@ class Int8Linear(nn.Module):
         super().__init__()
         weight = linear.weight.detach().float()
         # rounded to what the kernel takes before it divides, so that no error comes of it; a row of zeros has any scale
-        scale = (weight.abs().amax(dim=1, keepdim=True) / 127).clamp(min=1e-30).bfloat16()
-        self.register_buffer('scale', scale) # (n_out, 1)
-        self.register_buffer('rows', (weight / scale).round().clamp(-127, 127).to(torch.int8)) # (n_out, n_in)
+        self.register_buffer('scale', (weight.abs().amax(dim=1) / 127).clamp(min=1e-30).bfloat16()) # (n_out,)
+        rows = (weight / self.scale[:, None]).round().clamp(-127, 127)
+        self.register_buffer('rows', rows.to(torch.int8)) # (n_out, n_in)
         self.bias = linear.bias
 
     @property
     def weight(self):
-        return self.rows * self.scale
+        return self.rows * self.scale[:, None]
 
     def forward(self, x):
-        n_in, scale = self.rows.size(1), self.scale.flatten()
+        n_in = self.rows.size(1)
         if x.numel() > self.MOST_TOKENS * n_in or n_in % 16:
-            y = F.linear(x, self.rows.to(x.dtype)) * scale
+            y = F.linear(x, self.rows.to(x.dtype)) * self.scale
         else: # a copy: the kernel reads 16 numbers at once, and crashes the process if they begin at any address
-            tokens = torch.empty(x.numel() // n_in, n_in, dtype=torch.bfloat16).copy_(x.reshape(-1, n_in))
-            y = torch.ops.aten._weight_int8pack_mm(tokens, self.rows, scale.bfloat16())
+            tokens = x.to(torch.bfloat16, copy=True, memory_format=torch.contiguous_format).view(-1, n_in)
+            y = torch._weight_int8pack_mm(tokens, self.rows, self.scale.bfloat16())
             y = y.view(*x.shape[:-1], -1).to(x.dtype)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y.add_(self.bias)
 
 
 def replace_linear(model, layer):
@@ -1748,6 +1746,19 @@ def fused_attention(q, k, v, mask, dropout, is_causal):
     with torch.autocast('cpu', enabled=False):
         rows = [F.scaled_dot_product_attention(*(t.float() for t in row), **options).bfloat16() for row in rows]
     return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
+def draw(probs, generator):
+    """
+    Draws a column of each row by its share of the row's sum: probs (B, V) -> (B, 1). Any column if there is nan.
+    Not by torch.multinomial, which waits for a GPU twice, and draws a number a column, on a CPU one after another.
+    """
+    if kind_of(probs) != 'cpu': # the smallest of exponential times at these rates
+        return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(dim=1, keepdim=True)
+    # one number a row: it falls into column i as often as i's share. float32 would lose the smallest shares
+    ends = probs.cumsum(dim=1, dtype=torch.float64)
+    at = torch.rand(probs.size(0), 1, dtype=torch.float64, generator=generator) * ends[:, -1:]
+    return torch.searchsorted(ends, at, right=True).clamp(max=probs.size(1) - 1)
 
 
 def keep_freed_memory():

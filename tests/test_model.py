@@ -25,7 +25,7 @@ from data.checkpoints import crop_block_size, load_checkpoint, load_model, load_
 from data.export import save_pretrained
 from helpers import SMALL, network, randomize
 from model import (GPT, MIXERS, Cache, Decoder, GPTConfig, LinearCrossEntropy, LiveBytes, Mixer, Window, beam_search,
-                   cost, peak_bytes, pick)
+                   cost, draw, peak_bytes, pick)
 
 PLACES = {mixer: dict(mixer=mixer) for mixer in MIXERS} # one architecture for each mixer, and then some
 PLACES |= dict(circulant=dict(time_weighting='circulant', pos_emb='relative'),
@@ -576,6 +576,11 @@ def naive_distribution(out, window, temperature=1.0, top_k=None, top_p=None, rep
     return torch.tensor([kept.get(token, 0.0) / sum(kept.values()) for token in range(len(out))])
 
 
+def naive_draw(p, generator):
+    at, ends = torch.rand(1, generator=generator, dtype=torch.float64).item(), itertools.accumulate(p.tolist())
+    return next(i for i, end in enumerate(ends) if end > at)
+
+
 @pytest.mark.parametrize('options', [
     dict(), dict(temperature=0.7), dict(top_k=5), dict(top_k=1), dict(top_k=1000), dict(top_p=0.6), dict(top_p=0.01),
     dict(top_p=1.0), dict(repetition_penalty=1.7), dict(vocab_size=50),
@@ -590,14 +595,34 @@ def test_sampling(options):
     def choose(out, window):
         if options.get('top_k', 61) < 61 or options.get('top_p', 1.0) < 1.0: # these draw from the candidates in order
             ranked, p = naive_distribution(out, window, **options, in_order=True)
-            return ranked[int(torch.multinomial(p, 1, generator=generator))]
-        return int(torch.multinomial(naive_distribution(out, window, **options), 1, generator=generator))
+            return ranked[naive_draw(p, generator)]
+        return naive_draw(naive_distribution(out, window, **options), generator)
     expected = naive_generate(model, idx, 40, choose)
     assert torch.equal(model.generate(idx, 40, generator=torch.Generator().manual_seed(3), **options), expected)
 
 
-def test_draws_as_multinomial_does():
+@pytest.mark.parametrize('kind', ['cpu', 'cuda'])
+def test_draws_by_probability(kind, monkeypatch):
+    """Of 200,000 draws, each column's share is as it should be, to five standard deviations; zeros are never drawn."""
+    monkeypatch.setattr('model.kind_of', lambda x: kind)
+    shares = torch.tensor([0.0, 0.5, 0.0, 0.003, 0.3, 0.0, 0.197, 0.0])
+    drawn = draw(3 * shares.expand(200_000, -1), torch.Generator().manual_seed(1)) # rows need not add up to one
+    counts = torch.bincount(drawn.flatten(), minlength=len(shares))
+    assert ((counts - 200_000 * shares).abs() <= 5 * (200_000 * shares).sqrt()).all()
+
+
+def test_smallest_probabilities_are_drawn():
+    """2^18 columns of 2^-26 beside one of 1 - 2^-8: a sum in float32 would lose them."""
+    shares = torch.full((1, 2 ** 18 + 1), 2.0 ** -26)
+    shares[0, 0] = 1 - 2.0 ** -8
+    generator = torch.Generator().manual_seed(1)
+    counts = sum(draw(shares, generator).item() > 0 for _ in range(3000))
+    assert abs(counts - 3000 / 256) < 3.5 * (3000 / 256) ** 0.5
+
+
+def test_a_gpu_draws_as_multinomial_does(monkeypatch):
     """The same tokens from the same generator, with probabilities of zero among them."""
+    monkeypatch.setattr('model.kind_of', lambda x: 'cuda')
     logits = torch.randn(5, 3000, generator=torch.Generator().manual_seed(1)) * 4
     logits[:, ::3] = -math.inf
     for seed in range(20):
