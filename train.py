@@ -166,7 +166,7 @@ if sample_tokens:
 # ---------------------------------------------------------------------------------------------------------------------
 # Build it
 
-torch.manual_seed(seed + init_offset)
+torch.manual_seed((seed + init_offset) % 2 ** 64) # all that it takes
 if checkpoint:
     changes = {name: value for name, value in settings.given.items() if name in GPTConfig.__dataclass_fields__}
     changes |= dict(dropout=dropout)

@@ -3,6 +3,7 @@ import math
 from contextlib import suppress
 from functools import cached_property
 
+import numpy as np
 from tqdm import tqdm
 
 from data.tokenizers import difference, load_tokenizer, read_argument, tokenizer_of, with_line_ends
@@ -40,10 +41,13 @@ class Dataset:
         return size if size < 1024 else math.ceil(size / 64) * 64
 
     def check(self, vocab_size, block_size, sampling):
-        """DataError unless the tokens fit a model. Small splits are scanned now, others as they are read. Returns
-        warnings about masks.
+        """DataError unless the tokens fit a model and masks leave targets. Small splits are scanned now, others as they
+        are read. Returns warnings about masks.
         """
         for split in (self.train, self.val):
+            if all(shard.mask and not np.memmap(shard.mask, bool, 'r').any() for shard in split.shards):
+                raise DataError(f"{split.shards[0].mask}: the masks of {split.split} are all 0, so no token is a target: "
+                                "prepare them again, with 1 for each target, or remove them")
             split.vocab_size = vocab_size # checked in every batch
             if split.n_tokens <= 1e8:
                 split.scan(vocab_size)

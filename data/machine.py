@@ -297,7 +297,7 @@ def resolve(device, dtype):
         device = (torch.accelerator.current_accelerator(check_available=True) or torch.device('cpu')).type
     try:
         kind = torch.device(device).type
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item() # 'meta' has no numbers
         if kind == 'cuda' and ':' in device: # torch refuses 'cuda', the current one
             torch.cuda.set_device(device) # streams, graphs and timings use the current device
     except (RuntimeError, AssertionError) as e: # torch's errors for a missing device

@@ -442,6 +442,17 @@ def test_odd_masks_are_told(tmp_path):
     assert two == f'{tmp_path}/val.mask is not read: there is no val.bin'
 
 
+def test_masks_must_leave_targets(tmp_path):
+    for name in 'train', 'val_0', 'val_1':
+        raw(tmp_path, name)
+        (tmp_path / f'{name}.mask').write_bytes(bytes(100))
+    for name, byte in ('train', 255), ('val_1', 1): # one shard with targets will do
+        with pytest.raises(DataError, match=rf'masks of {name.split("_")[0]} are all 0, so no token is a target'):
+            Dataset(str(tmp_path), {}).check(100, 4, 'random')
+        (tmp_path / f'{name}.mask').write_bytes(bytes([byte, *bytes(99)]))
+    assert Dataset(str(tmp_path), {}).check(100, 4, 'random') == []
+
+
 def test_missing_data(tmp_path, monkeypatch):
     monkeypatch.setattr(T, 'PROJECT', tmp_path)
     (tmp_path / 'data' / 'poems').mkdir(parents=True)
