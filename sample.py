@@ -43,7 +43,7 @@ dataset = '' # whose tokenizer a checkpoint of nanoGPT's needs; '': the one in d
 # (in start, stop and the prefixes, \n is a line end and \\n the two characters)
 start = '\n' # the prompt; FILE:path reads it from a file, - from standard input; of pictures: the number of a held-out
     # one, whose upper half is completed
-num_samples = 10 # [1, inf)
+num_samples = 10 # a beam search, which always finds the same text, prints one [1, inf)
 max_new_tokens = 500 # in each sample or answer [1, inf)
 temperature = 0.8 # 0 takes the most likely token, below 1 is less random, above 1 more [0, inf)
 top_k: int | None = 200 # keep only the k most likely tokens; None: all [1, inf)
@@ -240,7 +240,7 @@ def main():
         return chat()
     text_before = read_prompt()
     prompt = encode(text_before)
-    for _ in range(num_samples):
+    for _ in range(num_samples if beams == 1 else 1):
         show(text_before)
         for text in generate_text(prompt, [with_line_ends(s) for s in stop if s]):
             show(text)

@@ -56,8 +56,9 @@ def needed(folder, *names):
     """The path of the first of these files that the folder has. OSError says what it has instead."""
     found = [folder / name for name in names if (folder / name).is_file()]
     if not found:
-        others = first_few(sorted(path.name for path in folder.iterdir())) or 'nothing'
-        raise OSError(f"{folder} has no {' or '.join(names)}, but {others}: expected {', '.join(GPT2_NAMES)}, a run's "
+        others = first_few(sorted(path.name for path in folder.iterdir()))
+        others = f'but {others}' if others else 'and nothing else'
+        raise OSError(f"{folder} has no {' or '.join(names)}, {others}: expected {', '.join(GPT2_NAMES)}, a run's "
                       f"folder with best.pt or ckpt.pt, or one with config.json and {' or '.join(WEIGHTS[::2])}")
     return found[0]
 

@@ -473,7 +473,7 @@ def int8(folder):
     """The command line: bytes that only the head tells apart, a random model, beams and a chat."""
     settings = dict(dtype='int8', start='a', max_new_tokens=len(CYCLE))
     write_cycle(folder)
-    texts = [sample(folder, **settings)[0], sample(folder, **settings, beams=3)[0],
+    texts = [sample(folder, **settings)[0], sample(folder, **settings, beams=3, num_samples=4)[0],
              sample(folder, **settings | dict(interactive=True, text='xD\n', bot_prefix='', max_new_tokens=3))[0]]
     model, tokenizer = write_chars(folder)
     return texts, model, tokenizer, sample(folder, **settings | dict(start='one', max_new_tokens=30))[0]
