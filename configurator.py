@@ -245,11 +245,9 @@ def find_settings(namespace, dataclass):
         known[name] = Setting(default, hint, comment or notes.get(name, ('', '', ''))[1], group)
     own = list(known)
     for name in fields:
-        default = fields[name].default
-        if default is dataclasses.MISSING:
-            default = fields[name].default_factory()
         _, comment, group = notes.get(name, ('', '', ''))
-        known.setdefault(name, Setting(default, hints[name], comment, f'{dataclass.__name__}: {group}'.rstrip(': ')))
+        group = f'{dataclass.__name__}: {group}'.rstrip(': ')
+        known.setdefault(name, Setting(fields[name].default, hints[name], comment, group))
     for name, setting in known.items():
         try:
             known[name] = setting._replace(default=fit(setting.default, setting.hint))

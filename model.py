@@ -730,19 +730,18 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0,
-               repetition_window=None, no_repeat_ngram=0, min_p=0.0, vocab_size=None, use_cache=True, static=None,
-               generator=None):
+               repetition_window=None, no_repeat_ngram=0, min_p=0.0, vocab_size=None, static=None, generator=None):
         """
         Yields max_new_tokens times the next token (B, 1) after idx (B, T): -1 where the logits are not finite.
 
         temperature 0 takes the most likely token. top_k keeps the k most likely, top_p (arXiv 1904.09751) the smallest
         set that holds this much probability, min_p (arXiv 2407.01082) those with this share of the likeliest one's.
         repetition_penalty and no_repeat_ngram: see penalize. vocab_size leaves out a padded vocabulary's last ids.
-        use_cache=False recomputes the window for every token: slow, for comparison. static: see Decoder.
+        static: see Decoder.
         """
         options = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
         check_generation(self, idx, repetition_penalty, repetition_window, no_repeat_ngram, **options)
-        window, n, out = Window(self, use_cache, Decoder.choose(self, idx, use_cache and static)), idx.size(1), idx
+        window, n, out = Window(self, Decoder.choose(self, idx, static)), idx.size(1), idx
         for n in range(n, n + max_new_tokens):
             if n == out.size(1):
                 out = torch.cat([out, torch.empty_like(out)], dim=1) # memory as the text grows
@@ -771,10 +770,6 @@ class GPT(nn.Module):
     def configure_optimizers(self, *args, **options):
         return configure_optimizers(self, *args, **options)
 
-    def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops):
-        """Model FLOPs utilization (arXiv 2204.02311): fwdbwd_per_iter sequences in dt seconds, against peak_flops."""
-        return cost(self) * self.config.block_size * fwdbwd_per_iter / dt / peak_flops
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Generation
@@ -784,8 +779,8 @@ class Window:
     The part of a growing sequence that the model sees: at most block_size tokens. A full window restarts from its last
     half, which is read again. This works for every mixer and is much cheaper than sliding the window by one token.
     """
-    def __init__(self, model, use_cache=True, decoder=None):
-        self.model, self.use_cache, self.decoder, self.cache = model, use_cache, decoder, None
+    def __init__(self, model, decoder=None):
+        self.model, self.decoder, self.cache = model, decoder, None
 
     def next_logits(self, out):
         """Logits (B, V) of the token after out (B, T), which must extend the last call's."""
@@ -797,9 +792,8 @@ class Window:
         if self.decoder and n - 1 == self.done > self.start:
             logits = self.decoder(out[:, -1:])
         else:
-            cache, first = (self.cache, self.done) if self.use_cache else (NO_CACHE, self.start)
             with attention_for_every_length(out.device):
-                logits = self.model.lm_head(self.model.hidden(out[:, first:], cache)[:, -1])
+                logits = self.model.lm_head(self.model.hidden(out[:, self.done:], self.cache)[:, -1])
             if self.decoder:
                 self.decoder.load(self.cache, n - self.start)
         self.done = n

@@ -82,12 +82,7 @@ def open_weights(name):
     if name in GPT2_NAMES or path.is_dir():
         from data.export import open_hugging_face # that module imports this one
         return open_hugging_face(name if name in GPT2_NAMES else path)
-    checkpoint = load_checkpoint(path)
-    # an EMA of the weights, as in old runs, whose losses were measured on it. A tied head is the embedding
-    average = checkpoint.pop('average', None) or {}
-    if average:
-        checkpoint['model'].pop('lm_head.weight', None)
-    return checkpoint | dict(model=checkpoint['model'] | average)
+    return load_checkpoint(path)
 
 
 def stored_config(config):
@@ -213,13 +208,10 @@ def crop_block_size(model, block_size):
                          f"weights: use block_size={model.config.block_size} or less")
     if block_size == model.config.block_size:
         return model
-    weight = model.lm_head.weight
-    with weight.device:
-        cropped = GPT(replace(model.config, block_size=block_size)).to(weight.dtype)
-    old = model.state_dict()
+    cropped, old = GPT(replace(model.config, block_size=block_size)), model.state_dict()
     for k, v in cropped.state_dict().items():
         v.copy_(old[k][tuple(slice(n) for n in v.shape)])
-    return cropped.train(model.training)
+    return cropped
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,12 +267,12 @@ class State:
                     iter_num=self.step, best_val_loss=self.best_val_loss) # as nanoGPT's readers expect them
 
     def restore(self, checkpoint, config):
-        """Restores all but the weights, also from nanoGPT's and older checkpoints. Returns notes to print."""
+        """Restores all but the weights, also from nanoGPT's checkpoints. Returns notes to print."""
         notes, before = [], checkpoint['config'].get('block_size', config['block_size'])
         vars(self).update(stored_state(checkpoint, config))
         measured = ('dataset', 'eval_iters', 'eval_tokens', 'batch_size', 'block_size')
         if any(checkpoint['config'].get(name, config.get(name)) != config.get(name) for name in measured):
-            self.mark = self.mark or 'other settings' # older checkpoints have none
+            self.mark = self.mark or 'other settings' # nanoGPT's have none
         if config['sampling'] == 'epoch' and before != config['block_size']: # epochs are counted in windows
             self.samples = self.samples * before // config['block_size']
             notes.append("note     block_size has changed within an epoch, so its windows are different now: some "
@@ -291,20 +283,17 @@ class State:
         self.first_step, self.first_samples = self.step, self.samples
         self.scaler.load_state_dict(checkpoint.get('scaler') or self.scaler.state_dict())
         load_optimizer(self.model, self.optimizer, checkpoint['optimizer'], architecture(checkpoint))
-        if checkpoint.get('average'):
-            notes.append("note     the run continues without the EMA of its weights")
         return notes
 
 
 def stored_state(checkpoint, config):
-    """The counters of State, also from nanoGPT's checkpoints and from those older than State."""
+    """The counters of State, also from nanoGPT's checkpoints."""
     if 'state' in checkpoint:
         return checkpoint['state']
-    step, config = checkpoint['iter_num'], config | checkpoint.get('config', {})
-    samples = checkpoint.get('samples', step * config['gradient_accumulation_steps'] * config['batch_size'])
-    return dict(step=step, samples=samples, tokens=checkpoint.get('tokens', samples * config['block_size']),
-                seconds=checkpoint.get('seconds', 0.0), best_val_loss=float(checkpoint['best_val_loss']),
-                best_step=step, evals_since_best=checkpoint.get('stale', 0))
+    step, config = checkpoint['iter_num'], config | checkpoint['config']
+    samples = step * config['gradient_accumulation_steps'] * config['batch_size']
+    return dict(step=step, samples=samples, tokens=samples * config['block_size'],
+                best_val_loss=float(checkpoint['best_val_loss']), best_step=step)
 
 
 def is_sharded(model):

@@ -282,12 +282,11 @@ def save_pretrained(model, folder, meta=None):
         state |= {k.removesuffix('weight') + 'bias': v.new_zeros(v.size(0)) for k, v in state.items()
                   if k.endswith('weight') and '.h.' in k or k == 'transformer.ln_f.weight'}
     state = {k: (v.t() if k.endswith(CONV1D) else v).contiguous() for k, v in state.items()}
-    special = None if c.vocab_size <= 50256 else 50256 # another tokenizer's special tokens are not known here
     config = dict(architectures=['GPT2LMHeadModel'], model_type='gpt2', vocab_size=c.vocab_size,
                   n_positions=c.block_size, n_ctx=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
                   layer_norm_epsilon=1e-5, n_inner=round(c.mlp_ratio * c.n_embd),
                   activation_function=ACTIVATION_OF_MLP[c.mlp], resid_pdrop=c.dropout, embd_pdrop=c.dropout,
-                  attn_pdrop=c.dropout, tie_word_embeddings=c.tie_weights, bos_token_id=special, eos_token_id=special,
+                  attn_pdrop=c.dropout, tie_word_embeddings=c.tie_weights,
                   torch_dtype=str(model.lm_head.weight.dtype).removeprefix('torch.'))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -93,7 +93,7 @@ def write_shards(folder, stream, job, tokenizer, field, expected_tokens, max_tok
         n_documents, n_empty, n_changed, total = 0, 0, 0, sum(out.tokens.values())
         if out.state:
             n_documents = out.state['documents']
-            n_empty, n_changed = out.state.get('empty', 0), out.state.get('changed', 0)
+            n_empty, n_changed = out.state['empty'], out.state['changed']
             stream.load_state_dict(out.state['stream'])
             print(f"going on after {n_documents:,} documents and {total:,} tokens")
         wanted = max_tokens or expected_tokens

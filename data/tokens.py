@@ -250,17 +250,17 @@ class Split:
     shards      list of Shard, sorted by name
     n_tokens    total over all shards
     meta        the folder's metadata (load_meta)
-    vocab_size  every id must be below it; taken from meta if the argument is None, and not checked if meta has none
+    vocab_size  every id must be below it; from meta, and not checked if meta has none
 
     Opening takes a few system calls per shard, whatever its size. Raises DataError for missing or damaged files.
     """
-    def __init__(self, folder, split, vocab_size=None):
+    def __init__(self, folder, split):
         folder = Path(folder)
         self.folder, self.split = folder, split
         if not folder.is_dir():
             raise DataError(f"there is no dataset folder {folder}; {how_to_prepare(folder)}")
         self.meta = load_meta(folder)
-        self.vocab_size = vocab_size or self.meta.get('vocab_size')
+        self.vocab_size = self.meta.get('vocab_size')
         names = split_files(folder, dict.fromkeys(('train', 'val', split)))[split]
         if not names:
             flags = ' --test_fraction=0.1' if split == 'test' else ''
@@ -320,10 +320,6 @@ class Split:
         if not any(shard.mask for shard in self.shards):
             return batch_size * block_size
         return int((self.batch(first_sample, batch_size, block_size, **order)[1] >= 0).sum())
-
-    def n_windows(self, stride):
-        """Number of windows of `stride` tokens (with a target for each) in the split: the samples of an epoch."""
-        return int(((self.sizes - 1) // stride).sum())
 
     def fixed_batches(self, n_windows, batch_size, block_size):
         """

@@ -280,6 +280,24 @@ def random_model(vocab_size, seed=0, std=0.3, **settings):
     return model.eval()
 
 
+@torch.no_grad()
+def naive_generate(model, idx, n, choose):
+    """Recomputes everything for every token; choose(logits (V,), list of the last block_size tokens) -> next token."""
+    block_size = model.config.block_size
+    start = max(0, idx.size(1) - block_size)
+    for _ in range(n):
+        if idx.size(1) - start > block_size: # full: goes on from its last half
+            start = idx.size(1) - max(1, block_size // 2)
+        out = model(idx[:, start:])[0][:, -1]
+        new = [choose(out[b], idx[b, -block_size:].tolist()) for b in range(idx.size(0))]
+        idx = torch.cat([idx, torch.tensor(new)[:, None]], dim=1)
+    return idx
+
+
+def likeliest(out, window):
+    return int(out.argmax())
+
+
 def write_checkpoint(path, model, **more):
     path.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(path, dict(format=1, model=model.state_dict(), model_args=stored_config(model.config), iter_num=7,

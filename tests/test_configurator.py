@@ -71,7 +71,7 @@ class NetConfig:
                                  # resolution
     mixer: 'str | None' = 'attention'
     mlp: typing.Literal['gelu', 'none'] = 'gelu'
-    scales: list = dataclasses.field(default_factory=lambda: [1, 2.5])
+    scales: tuple = (1, 2.5)
 
     def method(self):
         local = 1
@@ -255,7 +255,7 @@ def test_file_sets_choices(script):
 
 
 def test_word_for_a_tuple_of_anything(mistakes):
-    assert mistakes('--scales=word', dataclass=NetConfig) == ["--scales='word': expected list, as in --scales=1,2.5"]
+    assert mistakes('--scales=word', dataclass=NetConfig) == ["--scales='word': expected tuple, as in --scales=1,2.5"]
 
 
 @pytest.mark.parametrize('argv, words', [
@@ -464,7 +464,7 @@ def test_help_shows_everything_in_order(script, capsys, monkeypatch):
         '--levels=() blocks at each resolution (tuple[int, ...])',
         '--mixer=attention (str | None)',
         '--mlp=gelu (gelu | none)',
-        '--scales=1,2.5 (list)',
+        '--scales=1,2.5 (tuple)',
     ]
 
 

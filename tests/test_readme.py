@@ -159,12 +159,6 @@ def test_settings_named_in_the_text_exist(page):
     assert words and words <= known, words - known
 
 
-def test_settings_that_were_removed_are_gone():
-    removed, = re.findall(r'^- Removed: (.*(?:\n  .*)*)', README, re.MULTILINE)
-    names = set(re.findall(r'`(\w+)`', removed)) - {'compile'} # which lost some of its modes
-    assert len(names) > 5 and not names & settings_of().keys()
-
-
 def test_settings_that_are_off_by_default_are():
     off, = re.findall(r'^- Off by default: (.*)', README, re.MULTILINE)
     named = {name: settings_of()[name] for name in re.findall(r'`(\w+)`', off)}

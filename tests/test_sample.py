@@ -17,8 +17,9 @@ from data.checkpoints import stored_config
 from data.export import save_pretrained
 from data.machine import Machine
 from data.tokenizers import ByteTokenizer, CharTokenizer, load_tokenizer
-from helpers import (ENV, JOBS, PROJECT, V, WORDS, Run, flags, job, jobs, random_model, run, train, tree,  # noqa: F401
-                     well, write_checkpoint, write_data, write_malicious, write_nano, write_nano_data)
+from helpers import (ENV, JOBS, PROJECT, V, WORDS, Run, flags, job, jobs, likeliest, naive_generate,  # noqa: F401
+                     random_model, run, train, tree, well, write_checkpoint, write_data, write_malicious, write_nano,
+                     write_nano_data)
 from model import (MIXERS, Cache, GPT, GPTConfig, Int8Linear, Mixer, PackedLinear, beam_search, fused_attention, pack,
                    pick, to_int8)
 
@@ -74,8 +75,7 @@ def sample(folder, text='', **settings):
 
 def greedy(model, tokenizer, prompt, n):
     """The n characters after prompt, every one from a forward pass of the whole window."""
-    ids = torch.tensor([prompt])
-    return tokenizer.decode(model.generate(ids, n, temperature=0, use_cache=False)[0, len(prompt):].tolist())
+    return tokenizer.decode(naive_generate(model, torch.tensor([prompt]), n, likeliest)[0, len(prompt):].tolist())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,7 +253,7 @@ def test_tiktoken(tiktoken):
     model, (text, _), (same, said), refused = tiktoken
     tokenizer = load_tokenizer(dict(tokenizer='tiktoken', encoding='gpt2'))
     prompt = tokenizer.encode('Tokyo is 東京')
-    ids = model.generate(torch.tensor([prompt]), 12, temperature=0, use_cache=False, vocab_size=50257)[0].tolist()
+    ids = naive_generate(model, torch.tensor([prompt]), 12, lambda out, _: int(out[:50257].argmax()))[0].tolist()
     ids = ids[:ids.index(50256)] if 50256 in ids else ids
     assert text == tokenizer.decode(ids) + RULE
     assert same == text and 'weights' in said
@@ -364,7 +364,7 @@ def test_memory_as_the_text_grows(static):
     model, idx = random_model(V), torch.tensor([[1, 2, 3]] * 2)
     stream = model.stream(idx, 10 ** 13, temperature=0, static=static)
     found = torch.cat([idx, *itertools.islice(stream, 40)], dim=1)
-    expected = model.generate(idx, 40, temperature=0, use_cache=False)
+    expected = naive_generate(model, idx, 40, likeliest)
     assert torch.equal(found, expected) and torch.equal(idx, torch.tensor([[1, 2, 3]] * 2))
 
 

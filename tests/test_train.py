@@ -375,28 +375,6 @@ def test_on_another_dataset_the_lowest_loss_begins_anew(another_dataset):
     assert load_checkpoint(folder / 'out/best.pt')['iter_num'] == state['best_step']
 
 
-@job
-def of_an_older_version(folder):
-    """A checkpoint with an EMA and settings that are no more."""
-    write_data(folder / 'data')
-    write_run(folder / 'out')
-    checkpoint = load_checkpoint(folder / 'out/ckpt.pt')
-    state = dict(step=7, samples=56, tokens=896, seconds=1.0, best_val_loss=1.5, best_step=7, evals_since_best=0)
-    write_checkpoint(folder / 'out/ckpt.pt', random_model(V), format=2, optimizer=checkpoint['optimizer'], state=state,
-                     config=dict(ema=0.9, tensorboard_log=True, snapshot_interval=5, compile='reduce-overhead'),
-                     average={name: torch.zeros_like(weight) for name, weight in checkpoint['model'].items()})
-    return folder, train(folder, init_from='resume', max_iters=8, learning_rate=0.0, decay_lr=False)
-
-
-def test_resumes_an_older_version_without_its_ema(of_an_older_version):
-    folder, text = of_an_older_version
-    assert 'note     the run continues without the EMA of its weights\n' in text
-    assert "compile='auto': the checkpoint's 'reduce-overhead' is no longer a choice" in text
-    checkpoint = load_checkpoint(folder / 'out/ckpt.pt')
-    assert checkpoint['iter_num'] == 8 and 'average' not in checkpoint
-    assert_same(checkpoint['model'], random_model(V).state_dict(), 'model') # the weights, not their mean
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # other beginnings
 
