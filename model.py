@@ -186,7 +186,9 @@ class Mixer(nn.Module):
         """Raises ValueError if this mixer cannot be built from config."""
 
     def forward(self, x, cache=NO_CACHE):
-        return self.mix(cache.append('x', x))[:, -x.size(1):]
+        if cache is NO_CACHE:
+            return self.mix(x)
+        return self.mix(cache.append('x', x).clone())[:, -x.size(1):] # mix may change it in place
 
 
 def causal_init(n_head, block_size, std=0.02):
@@ -870,7 +872,10 @@ def own_settings(cls):
 
 def declare_settings(cls):
     """Adds the settings of a Mixer class to the fields of GPTConfig. ValueError if a name is taken."""
-    hints = typing.get_type_hints(cls)
+    try:
+        hints = typing.get_type_hints(cls)
+    except Exception as e: # of whatever an annotation computes
+        raise ValueError(f"a setting of {cls.__name__} has a type that cannot be read: {e}") from None
     for name in own_settings(cls):
         if name not in vars(cls):
             raise ValueError(f"the setting {name} of {cls.__name__} needs a default, as in {name}: int = 4")
@@ -898,6 +903,12 @@ def add_mixer(cls):
         return known[0]
     if cls.forward is Mixer.forward and not callable(getattr(cls, 'mix', None)):
         raise ValueError(f"{cls.__name__} defines neither mix(x) nor forward(x, cache): see Mixer in model.py")
+    for name, arguments in ('__init__', ('config', 'block_size')), ('forward', ('x', 'cache')):
+        try:
+            inspect.signature(getattr(cls, name)).bind(None, *arguments)
+        except TypeError:
+            raise ValueError(f"{cls.__name__}.{name} must take ({', '.join(arguments)}): see Mixer in model.py"
+                             ) from None
     name = re.sub(r'(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])', '_', cls.__name__).lower()
     if name in BUILT_IN:
         raise ValueError(f"mixer={name!r} is model.py's own: choose another name than {cls.__name__}")
@@ -1002,6 +1013,7 @@ def check_generation(model, idx, repetition_penalty, repetition_window, no_repea
     """Raises ValueError for options that are out of range."""
     block_size = model.config.block_size
     in_window = repetition_window is None or 1 <= repetition_window <= block_size
+    seen = repetition_window or block_size
     for name, value, right, rule in [
             ('prompt', idx.size(1), idx.size(1) > 0, 'at least one token'),
             ('temperature', temperature, temperature >= 0, 'at least 0'),
@@ -1010,7 +1022,7 @@ def check_generation(model, idx, repetition_penalty, repetition_window, no_repea
             ('min_p', min_p, 0 <= min_p <= 1, 'from 0 to 1'),
             ('repetition_penalty', repetition_penalty, repetition_penalty > 0, 'above 0'),
             ('repetition_window', repetition_window, in_window, f'from 1 to block_size={block_size}, or None'),
-            ('no_repeat_ngram', no_repeat_ngram, no_repeat_ngram >= 0, 'at least 0'),
+            ('no_repeat_ngram', no_repeat_ngram, 0 <= no_repeat_ngram <= seen, f'from 0 to {seen}, the tokens it sees'),
             ('length_penalty', length_penalty, -30 <= length_penalty <= 30, 'from -30 to 30')]: # n ** 99 may overflow
         if not right:
             raise ValueError(f"{name}={value} must be {rule}")
@@ -1440,7 +1452,7 @@ def replaced(**values):
 
 
 def checked(mixer, name):
-    """The mixer's method, with a ValueError if it does not return a tensor of x's shape."""
+    """The mixer's method, with a ValueError if it does not return a tensor of x's shape and no wider type."""
     method = getattr(mixer, name)
     def call(x, *args, **options):
         y = method(x, *args, **options)
@@ -1448,6 +1460,8 @@ def checked(mixer, name):
             what = f'a tensor of shape {tuple(y.shape)}' if torch.is_tensor(y) else type(y).__name__
             raise ValueError(f"{type(mixer).__name__}.{name} returned {what}, and must return one of x's shape, "
                              f"{tuple(x.shape)}")
+        if y.dtype == torch.float64 != x.dtype:
+            raise ValueError(f"{type(mixer).__name__}.{name} returned float64: return .to(x.dtype)")
         return y
     return call
 
@@ -1610,7 +1624,7 @@ class Int8Linear(nn.Module):
     """
     A Linear layer whose weights take one byte each, for generation on a CPU: (..., n_in) -> (..., n_out). Each output
     row has a scale, its largest absolute weight / 127. Up to MOST_TOKENS tokens, torch's kernel reads these bytes
-    alone; beyond, and where n_in is no multiple of 16, each call first converts them to the dtype of the activations.
+    alone; beyond, and where n_in is no multiple of 16, each call first converts them.
     """
     MOST_TOKENS = 8 # the kernel reads the weights again for every 4 tokens, and is slow at arithmetic
 
@@ -1630,7 +1644,7 @@ class Int8Linear(nn.Module):
     def forward(self, x):
         n_in = self.rows.size(1)
         if x.numel() > self.MOST_TOKENS * n_in or n_in % 16:
-            y = F.linear(x, self.rows.to(x.dtype)) * self.scale
+            y = F.linear(x, self.weight) # scaled afterwards, a compiler would take the kernel for it
         else: # a copy: the kernel reads 16 numbers at once, and crashes the process if they begin at any address
             tokens = x.to(torch.bfloat16, copy=True, memory_format=torch.contiguous_format).view(-1, n_in)
             y = torch._weight_int8pack_mm(tokens, self.rows, self.scale.bfloat16())
@@ -1651,6 +1665,7 @@ def replace_linear(model, layer):
             if type(linear) in (nn.Linear, Linear) and not linear._forward_pre_hooks and not linear._forward_hooks:
                 if linear not in made:
                     made[linear] = layer(linear)
+                made[linear].in_features, made[linear].out_features = linear.in_features, linear.out_features
                 setattr(module, name, made[linear])
 
 

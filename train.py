@@ -297,7 +297,7 @@ def sample():
     with machine.autocast:
         text = state.model.generate(prompt, sample_tokens, vocab_size=data.tokenizer.vocab_size,
                                     static=False if machine.sharded else None,
-                                    generator=torch.Generator(machine.device).manual_seed(seed))
+                                    generator=torch.Generator(machine.device).manual_seed(seed % 2 ** 64))
     model.train()
     return data.tokenizer.decode(text[0].tolist())
 
@@ -372,7 +372,7 @@ def prove_causal(when=''):
     if found.leak and found.leak != NOT_FINITE and not allow_leak: # of those, evaluations and steps will say more
         raise ValueError(f"the network is not causal{when}: {found.leak}; its losses would mean nothing. To train it "
                          "anyway, --allow_leak=True")
-    run.say(f"causal   {found}{', with compiling' if machine.compiled else ''}{when}")
+    run.say('\n'.join([f"causal   {found}{', with compiling' if machine.compiled else ''}{when}", *found.warnings]))
 
 
 def evaluate_all():
@@ -395,6 +395,7 @@ prove_causal()
 if eval_only:
     evaluate_all()
     machine.exit(0)
+data.check_targets(eval_batches)
 if dry_run: # read all data and take three steps in a temporary folder
     data.scan(state.model.config.vocab_size, run.speaks)
     planned, max_iters, eval_tokens, sample_tokens = max_iters - state.step, state.step + 3, 1, 0

@@ -7,7 +7,8 @@ all T - 1 cuts, each in its own row; fewer rows cannot do, since two rows first 
 through the network as a batch, once in evaluation mode and once in training mode, as the training step runs it.
 
 The same passes find outputs that depend on anything but the tokens so far: a mixer that draws random numbers in
-evaluation, that keeps state from call to call, or that looks at other rows of the batch.
+evaluation, that keeps state from call to call, or that looks at other rows of the batch. Last, a text is read in pieces
+through a cache, as generation does: losses count even if that gives other outputs, but samples do not.
 """
 import itertools
 import math
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from model import MLP, Block, Mixer, ShortConv, TimeMixing, UNet, own_settings
+from model import MLP, Block, Cache, Mixer, ShortConv, TimeMixing, UNet, own_settings
 
 MODES = 'evaluation', 'training'
 NOT_FINITE = 'some of its outputs are not finite numbers, and hide what they depend on'
@@ -33,6 +34,7 @@ class Proof(NamedTuple):
     cuts: int # number of cuts tested, of T - 1
     noise: float # smaller changes are rounding by kernels that are not deterministic
     seconds: float
+    decoding: str = '' # what is wrong with it
 
     @property
     def words(self):
@@ -44,6 +46,10 @@ class Proof(NamedTuple):
 
     def __str__(self):
         return self.words if self.leak else f'{self.words} in {1000 * self.seconds:,.0f} ms'
+
+    @property
+    def warnings(self):
+        return [f'warning: samples will be wrong: {self.decoding}'] if self.decoding else []
 
 
 def find_leak(model, windows, rows=None, compiled=None, seconds=math.inf, passes=math.inf):
@@ -57,7 +63,7 @@ def find_leak(model, windows, rows=None, compiled=None, seconds=math.inf, passes
     t0, T = time.perf_counter(), windows.size(1)
     rows = rows or max(1, len(windows) // 2)
     cuts, was_training = order_of_cuts(model.config, T), model.training
-    noise, few = 0.0, min(4, rows)
+    noise, few, decoding = 0.0, min(4, rows), ''
 
     def look():
         """(leak, number of cuts tested, noise), with the weights of now"""
@@ -75,10 +81,11 @@ def find_leak(model, windows, rows=None, compiled=None, seconds=math.inf, passes
     for scale in [] if leak else [0.02, 0.002, 0.0]: # less where a weight leaves the domain of a root or a logarithm
         with disturbed(model, scale):
             leak, looked, noise = look()
+            decoding = '' if leak else Search(model, windows, few, 0, passes).find_wrong_decoding()
         if leak != NOT_FINITE:
             break
     model.train(was_training)
-    return Proof(leak, T, looked - 1, noise, time.perf_counter() - t0)
+    return Proof(leak, T, looked - 1, noise, time.perf_counter() - t0, decoding)
 
 
 def order_of_cuts(config, T):
@@ -305,6 +312,30 @@ class Search:
         """Number of a module's outputs to compare at cut c: inside a UNet, coarse token i covers those up to i * f."""
         level = re.match(r'(transformer\.h(\.inner)*)?', name)[0].count('inner')
         return c // math.prod(self.model.config.unet_levels()[2][:level]) + 1
+
+    def find_wrong_decoding(self):
+        """How outputs of a text read in pieces differ from those of the whole, beyond rounding; '' if they do not."""
+        if any(hasattr(module, 'reshard') for module in self.model.modules()):
+            return '' # FSDP computes in 16 bits, whose rounding would need a wider limit
+        n, kind = self.T // 2, self.device.type
+
+        def read(idx):
+            cache = Cache()
+            pieces = [piece for piece in idx.tensor_split((n, n + 1), dim=1) if piece.size(1)]
+            return torch.cat([self.model.hidden(piece, cache) for piece in pieces], dim=1)
+        with torch.autocast(kind, enabled=False):
+            whole = self.hidden('evaluation', self.idx)
+            try:
+                found = gap(self.run('evaluation', read, self.idx), whole).amax(0)
+            except Exception as e: # of the mixer, which trains all the same
+                return f"with a cache, a pass ends in {type(e).__name__}: {e}"
+        most = whole.abs().max().item()
+        wrong = (found > (1e-3 if kind == 'cpu' else 1e-2) * most).nonzero() # a GPU may multiply as TF32
+        if not len(wrong):
+            return ''
+        t = int(wrong[0])
+        return (f"with a cache, the output at position {t} is off by {found[t]:.1g} (outputs are up to {most:.1g}): a "
+                "mixer's forward does not use its cache as it should, or depends on the length of the text")
 
     # -----------------------------------------------------------------------------------------------------------------
     # Gradients reveal leaks that are too small to change a rounded output

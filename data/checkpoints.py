@@ -175,7 +175,7 @@ def load_weights(model, state, grow=False):
     matrices = [state[k] for k in TIED if k in state]
     state = {k: v for v in matrices[:1] for k in TIED} | state # of two tied ones a file may have either
     if tied and matrices:
-        if not torch.equal(matrices[0], matrices[-1]):
+        if not torch.equal(*(matrix.nan_to_num() for matrix in (matrices[0], matrices[-1]))):
             raise ValueError("the checkpoint's head differs from its embedding: set tie_weights=False")
         del state['lm_head.weight']
     surplus, missing = sorted(state.keys() - own.keys()), sorted(own.keys() - state.keys())
@@ -268,6 +268,9 @@ class State:
 
     def restore(self, checkpoint, config):
         """Restores all but the weights, also from nanoGPT's checkpoints. Returns notes to print."""
+        if 'optimizer' not in checkpoint:
+            raise ValueError("the checkpoint has no optimizer state, so it cannot be resumed: start a new run from "
+                             "its weights, --init_from=FOLDER")
         notes, before = [], checkpoint['config'].get('block_size', config['block_size'])
         vars(self).update(stored_state(checkpoint, config))
         measured = ('dataset', 'eval_iters', 'eval_tokens', 'batch_size', 'block_size')

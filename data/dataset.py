@@ -3,7 +3,6 @@ import math
 from contextlib import suppress
 from functools import cached_property
 
-import numpy as np
 from tqdm import tqdm
 
 from data.tokenizers import difference, load_tokenizer, read_argument, tokenizer_of, with_line_ends
@@ -41,19 +40,23 @@ class Dataset:
         return size if size < 1024 else math.ceil(size / 64) * 64
 
     def check(self, vocab_size, block_size, sampling):
-        """DataError unless the tokens fit a model and masks leave targets. Small splits are scanned now, others as they
-        are read. Returns warnings about masks.
+        """DataError unless the tokens fit a model. Small splits are scanned now, others as they are read. Returns
+        warnings about masks.
         """
         for split in (self.train, self.val):
-            if all(shard.mask and not np.memmap(shard.mask, bool, 'r').any() for shard in split.shards):
-                raise DataError(f"{split.shards[0].mask}: the masks of {split.split} are all 0, so no token is a target: "
-                                "prepare them again, with 1 for each target, or remove them")
             split.vocab_size = vocab_size # checked in every batch
             if split.n_tokens <= 1e8:
                 split.scan(vocab_size)
         self.train.batch(0, 1, block_size, sampling) # long enough for a window?
         next(self.val.fixed_batches(1, 1, block_size))
         return [f'warning: {line}' for line in odd_masks((self.train, self.val))]
+
+    def check_targets(self, batches):
+        """DataError if masks leave no target in what evaluations read of a split, batches(split)."""
+        for split in (self.train, self.val):
+            if not any((y >= 0).any() for _, y in batches(split)):
+                raise DataError(f"{split.shards[0].mask}: of the tokens of {split.split} that evaluations read, none "
+                                "is a target: raise eval_iters, or prepare masks with 1 for each target")
 
     def scan(self, vocab_size, shown):
         """Reads all tokens. DataError at the first one that is not below vocab_size."""

@@ -300,7 +300,7 @@ def resolve(device, dtype):
         torch.zeros(1, device=device).item() # 'meta' has no numbers
         if kind == 'cuda' and ':' in device: # torch refuses 'cuda', the current one
             torch.cuda.set_device(device) # streams, graphs and timings use the current device
-    except (RuntimeError, AssertionError) as e: # torch's errors for a missing device
+    except (RuntimeError, AssertionError, ImportError) as e: # torch's errors for a missing device
         raise ValueError(f"device={device!r} is not there ({str(e).splitlines()[0]}): use --device=auto") from None
     return device, fast_dtype(kind) if dtype == 'auto' else dtype
 

@@ -197,16 +197,22 @@ def check_width(shard):
                     f"numbers of {bits} bits, and they would be read as {shard.dtype.name}: {way_out}")
 
 
+def map_file(path, dtype, start, n):
+    """n numbers of a file as a memory map. DataError if it has become too short, as reading a map beyond the end of its
+    file would kill the process with SIGBUS.
+    """
+    if os.path.getsize(path) < start + n * np.dtype(dtype).itemsize:
+        raise DataError(f"{path} has become shorter while in use: start again when it is complete")
+    return np.memmap(path, dtype, 'r', start, (n,))
+
+
 def map_tokens(shard, windows=False):
     """
     The tokens of a shard as a memory map, opened anew for each batch. Every page read through a map counts as memory of
     this process until the map is closed, so a map that stays open looks like a memory leak. windows: only short, random
     pieces are read.
     """
-    # reading a map beyond the end of its file would kill the process with SIGBUS
-    if os.path.getsize(shard.path) < shard.start + shard.n_tokens * shard.dtype.itemsize:
-        raise DataError(f"{shard.path} has become shorter while in use: start again when it is complete")
-    tokens = np.memmap(shard.path, shard.dtype, 'r', shard.start, (shard.n_tokens,))
+    tokens = map_file(shard.path, shard.dtype, shard.start, shard.n_tokens)
     # the kernel would read megabytes ahead for each window; for a small file that helps, as it is soon in memory
     if windows and shard.n_tokens > 1e8 and hasattr(mmap, 'MADV_RANDOM'):
         tokens.base.madvise(mmap.MADV_RANDOM)
@@ -380,7 +386,8 @@ class Split:
         x = np.zeros((len(shards), block_size), dtype=np.int64)
         y = np.full_like(x, -1)
         maps = {shard: map_tokens(self.shards[shard], windows=True) for shard in set(shards.tolist())}
-        masks = {shard: np.memmap(self.shards[shard].mask, np.uint8, 'r') for shard in maps if self.shards[shard].mask}
+        masks = {shard: map_file(self.shards[shard].mask, np.uint8, 0, self.shards[shard].n_tokens)
+                 for shard in maps if self.shards[shard].mask}
         for row, (shard, offset) in enumerate(zip(shards.tolist(), offsets.tolist())):
             n = min(block_size, len(maps[shard]) - 1 - offset) if pad else block_size
             tokens = maps[shard][offset:offset + n + 1]

@@ -628,7 +628,7 @@ def test_settings_of_a_script_are_read_without_running_it():
 def test_device_and_dtype():
     assert resolve('cpu', 'auto') in [('cpu', 'float32'), ('cpu', 'bfloat16')]
     assert resolve('cpu', 'float16') == ('cpu', 'float16')
-    for device in ('cuda:99', 'toaster', 'meta'):
+    for device in ('cuda:99', 'toaster', 'meta', 'hpu'):
         with pytest.raises(ValueError, match=f"device='{device}' is not there .*--device=auto"):
             resolve(device, 'auto')
 

@@ -442,14 +442,18 @@ def test_odd_masks_are_told(tmp_path):
 
 
 def test_masks_must_leave_targets(tmp_path):
+    """In what is read for an evaluation; a shard's first token is never a target."""
     for name in 'train', 'val_0', 'val_1':
         raw(tmp_path, name)
-        (tmp_path / f'{name}.mask').write_bytes(bytes(100))
-    for name, byte in ('train', 255), ('val_1', 1): # one shard with targets will do
-        with pytest.raises(DataError, match=rf'masks of {name.split("_")[0]} are all 0, so no token is a target'):
-            Dataset(str(tmp_path), {}).check(100, 4, 'random')
-        (tmp_path / f'{name}.mask').write_bytes(bytes([byte, *bytes(99)]))
-    assert Dataset(str(tmp_path), {}).check(100, 4, 'random') == []
+        (tmp_path / f'{name}.mask').write_bytes(bytes([1, *bytes(99)]))
+    data = Dataset(str(tmp_path), {})
+    for name, place in ('train', 99), ('val_1', 1): # one target will do
+        with pytest.raises(DataError, match=rf'tokens of {name.split("_")[0]} that evaluations read, none is '):
+            data.check_targets(lambda split: split.all_batches(2, 9))
+        (tmp_path / f'{name}.mask').write_bytes(bytes([*bytes(place), 255, *bytes(99 - place)]))
+    data.check_targets(lambda split: split.all_batches(2, 9))
+    with pytest.raises(DataError, match='tokens of train that'):
+        data.check_targets(lambda split: split.fixed_batches(1, 1, 9))
 
 
 def test_missing_data(tmp_path, monkeypatch):
@@ -595,10 +599,13 @@ def test_ids_beyond_the_vocabulary(tmp_path, monkeypatch):
         Split(tmp_path, 'train').batch(0, 100, 30)
 
 
-def test_file_that_shrinks_while_in_use(tmp_path):
-    split = Split(raw(tmp_path), 'train')
-    os.truncate(tmp_path / 'train.bin', 20)
-    with pytest.raises(DataError, match='shorter while in use'):
+@pytest.mark.parametrize('name', ['train.bin', 'train.mask'])
+@pytest.mark.parametrize('size', [20, 0])
+def test_file_that_shrinks_while_in_use(tmp_path, name, size):
+    (raw(tmp_path) / 'train.mask').write_bytes(bytes(100))
+    split = Split(tmp_path, 'train')
+    os.truncate(tmp_path / name, size)
+    with pytest.raises(DataError, match=rf'{name} has become shorter while in use'):
         split.batch(0, 1, 50)
 
 
@@ -1741,7 +1748,7 @@ def test_training_ignores_the_sealed_split(tmp_path):
     """Whatever stands in it: training sees the same dataset, and says nothing."""
     for split in 'train', 'val':
         raw(tmp_path, f'test_{split}_0', range(100 + len(split))) # test_: of the dataset's name
-        (tmp_path / f'test_{split}_0.mask').write_bytes(b'\1' * (100 + len(split)))
+        (tmp_path / f'test_{split}_0.mask').write_bytes(bytes(100 + len(split)))
 
     def seen():
         data = Dataset(str(tmp_path), {})

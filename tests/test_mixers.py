@@ -162,6 +162,7 @@ def check_at_length(model, seconds=math.inf):
     idx = tokens(model, 64)
     proof = find_leak(model, idx, seconds=seconds)
     assert proof.leak is None, f"{proof.leak} ({idx.size(1)} tokens)"
+    assert not proof.decoding, proof.decoding
     assert proof.cuts >= min(31 if seconds == 0 else math.inf, idx.size(1) - 1) and not proof.noise
     T, largest = idx.size(1), 0.0
     with torch.no_grad():
@@ -470,6 +471,37 @@ def test_a_leak_in_training_mode_is_refused(monkeypatch):
 def test_a_leak_without_a_gradient_is_refused(monkeypatch):
     with pytest.raises(AssertionError, match=r'position 0 sees position \d+, first in .*h.[01].attn \(Rounded\)'):
         check_at_length(long_network(Rounded, monkeypatch))
+
+
+class InPlace(Mixer):
+    def mix(self, x):
+        return x.mul_(0.5).cumsum(dim=1)
+
+
+class WithoutCache(Mixer):
+    def forward(self, x, cache=None):
+        return x.cumsum(dim=1)
+
+
+class OfOneLength(Mixer):
+    def mix(self, x):
+        if x.size(1) < 301:
+            raise IndexError("of 301 tokens only")
+        return x.cumsum(dim=1)
+
+
+@pytest.mark.parametrize('cls, words', [
+    (InPlace, '$'), (AverageOfPastAndFuture, 'with a cache, the output at position 0 is off by'),
+    (WithoutCache, 'with a cache, the output at position 150 is off by'),
+    (OfOneLength, 'with a cache, a pass ends in IndexError: of 301 tokens only')])
+def test_wrong_decoding_is_told(cls, words, monkeypatch):
+    """Of causal mixers, in 16 bits, too, which round more than the difference must be."""
+    model = long_network(cls, monkeypatch).float()
+    for autocast in False, True:
+        with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+            proof = find_leak(model, tokens(model, 16))
+        assert proof.leak is None and re.match(words, proof.decoding), proof
+        assert len(proof.warnings) == (words != '$')
 
 
 FOUND = { # how what is said of these leaks begins; of the others: that a position sees a later one

@@ -332,6 +332,9 @@ def test_weights_that_do_not_fit_are_named():
         assert words in str(e.value)
     for k, p in network().named_parameters(): # and a refused load changes nothing
         assert torch.equal(p, dict(model.named_parameters())[k])
+    state['transformer.wte.weight'][0] = math.nan # diverged, but tied all the same
+    load_weights(model, state)
+    assert model.lm_head.weight[0].isnan().all() and model.lm_head.weight is model.transformer.wte.weight
 
 
 def test_untying_starts_from_the_tied_matrix():

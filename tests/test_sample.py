@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -427,14 +428,25 @@ def test_int8_layer(n_in):
             assert ((y.detach().double() - expected).abs() / size).max() < 2 ** -7
 
 
+@pytest.mark.long('a C++ compiler')
+@pytest.mark.skipif(not any(map(shutil.which, ('g++', 'clang++', 'cl'))), reason='inductor needs a C++ compiler')
+@torch.inference_mode()
+def test_int8_layer_compiled():
+    """Inductor takes some products of bytes for the kernel's, which crashes with 36 inputs."""
+    torch.compiler.reset()
+    for n_in, n in (36, 3), (144, 12):
+        layer, x = Int8Linear(torch.nn.Linear(n_in, 5)).bfloat16(), torch.randn(1, n, n_in).bfloat16()
+        assert torch.equal(torch.compile(layer, dynamic=True)(x), layer(x))
+
+
 class Shared(Mixer):
-    """Multiplies with torch's Linear, once by its weight alone."""
+    """Multiplies with torch's Linear, once by its weight alone, and reads its size."""
     def __init__(self, config, block_size):
         super().__init__(config, block_size)
         self.fc = torch.nn.Linear(config.n_embd, config.n_embd)
 
     def mix(self, x):
-        return self.fc(x) + x @ self.fc.weight.t()
+        return self.fc(x) * self.fc.in_features / self.fc.out_features + x @ self.fc.weight.t()
 
 
 NETWORKS = {

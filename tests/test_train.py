@@ -14,6 +14,7 @@ from data.checkpoints import load_checkpoint, load_model
 from data.export import save_pretrained
 from data.machine import Machine
 from data.tokenizers import CharTokenizer
+from data.tokens import Split
 from data.writer import Writer
 from helpers import (assert_same, assert_same_run, corpus, flags, history, job, JOBS, jobs, losses, metrics,
                      naive_nats, NANO_ARGS, NANO_GAINS, NANO_MATRICES, NO_PICTURES, PROJECT, random_model, Run, run,
@@ -177,22 +178,6 @@ def test_terminal(again):
     _, text, shown = again
     assert '20/20' in shown and re.search(r'loss \d\.\d+, [\d,]+ tokens/s, mfu', shown)
     assert 'step 1: loss' not in text # the bar is in its place
-
-
-@job
-def without_targets(folder):
-    """Everything is masked but the first token, which no window has as a target."""
-    write_data(folder / 'data')
-    for split in ('train', 'val'):
-        n_tokens = (folder / f'data/{split}.bin').stat().st_size // 2
-        (folder / f'data/{split}.mask').write_bytes(bytes([1, *bytes(n_tokens - 1)]))
-    return folder, train(folder, max_iters=2)
-
-
-def test_an_evaluation_without_targets_has_no_loss(without_targets):
-    folder, text = without_targets
-    assert 'step 0: train loss nan, val loss nan' in text and 'the best so far' not in text
-    assert val_losses(folder / 'out') == {0: None, 2: None} and not (folder / 'out/best.pt').exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -776,6 +761,8 @@ def mistaken(folder):
     wrong = dict(shape=IDEA.replace('nn.Linear(config.n_embd, Helper(config.n_embd).size)', 'nn.Linear(16, 32)'),
                  nothing=IDEA.replace('return self.c_proj', 'self.c_proj'), method=IDEA.replace('cumsum', 'cumsumm'),
                  setting=IDEA.replace('config.memory', 'config.memmory'),
+                 wide=IDEA.replace('return self.c_proj(', 'return self.c_proj.double()(x.double() + '),
+                 decoding=IDEA.replace('mix(self, x)', 'forward(self, x, cache=None)'),
                  unused=IDEA[:IDEA.index('mixer =')])
     found = {}
     for name, text in wrong.items():
@@ -813,6 +800,7 @@ def test_a_mistake_in_a_mixer_at_a_later_step_keeps_its_traceback(mistaken_later
 @pytest.mark.parametrize('name, words', [
     ('shape', "MovingAverage.mix returned a tensor of shape (1, 16, 32), and must return one of x's shape, (1, 16,"),
     ('nothing', "MovingAverage.mix returned NoneType, and must"),
+    ('wide', "MovingAverage.mix returned float64: return .to(x.dtype)"),
     ('method', "idea.py:18: AttributeError: 'Tensor' object has no attribute 'cumsumm'"),
     ('setting', "idea.py:15: AttributeError: 'GPTConfig' object has no attribute 'memmory'")])
 def test_a_mistake_in_a_mixer_is_one_line(mistaken, name, words):
@@ -824,6 +812,12 @@ def test_a_mixer_that_nothing_names_is_said(mistaken):
     status, text = mistaken['unused']
     assert status == 0 and ("moving_average of a config file is not used: mixer = MovingAverage in the file, or "
                             "--mixer=moving_average, instead of 'attention'") in text
+
+
+def test_a_mixer_that_decodes_otherwise_than_it_trains_is_warned_of(mistaken):
+    status, text = mistaken['decoding']
+    warning = 'ms(, after training)?\nwarning: samples will be wrong: with a cache, the output at position [89] is off by'
+    assert status == 0 and len(re.findall(warning, text)) == 2, text
 
 
 @job
@@ -998,6 +992,12 @@ IDEAS_THAT_FAIL = {
     'class that is no mixer': ('class Other: pass\nmixer = Other', ['mixer = Other', 'Mixer']),
     'neither mix nor forward': ('from model import Mixer\nclass Empty(Mixer): pass\nmixer = Empty',
                                 ['Empty', 'mix(x)', 'forward(x, cache)']),
+    'forward without a cache': ('from model import Mixer\nclass Own(Mixer):\n    def forward(self, x): return x\n'
+                                'mixer = Own', ['Own.forward must take (x, cache)']),
+    'other arguments': ('from model import Mixer\nclass Own(Mixer):\n    def __init__(self, config): pass\n'
+                        '    def mix(self, x): return x\nmixer = Own', ['Own.__init__ must take (config, block_size)']),
+    'an unknown type': ('from model import Mixer\nclass Own(Mixer):\n    size: "Size" = 3\n'
+                        '    def mix(self, x): return x\nmixer = Own', ['Own', "name 'Size' is not defined"]),
     'unknown name in a pattern': ('mixer = "attention", "gone"', ["mixer='gone'", 'attention, container']),
     'pattern too long': ('mixer = "attention", "gmlp", "attention"', ['pattern of 3', 'there are only 2']),
     'window below 1': ('attention_window = 0', ['attention_window=0', 'at least 1']),
@@ -1061,6 +1061,13 @@ def not_prepared():
                if not list(path.parent.glob('*.bin')))
 
 
+def mask_all(folder):
+    for name in 'train', 'val':
+        path = folder / f'data/{name}.bin'
+        path.with_suffix('.mask').write_bytes(bytes(path.stat().st_size // 2))
+    Split(folder / 'data', 'val').fingerprint() # keeps its hashes in a file
+
+
 IDS = list(range(16)) * 20
 RUN = 'out/ckpt.pt'
 # name -> (what makes the folder so, settings, what the message must say)
@@ -1087,6 +1094,10 @@ MISTAKES = {
                           ['val.bin', 'token 20 is 16']),
     'malicious meta.pkl': (lambda f: (bare(f, train=IDS, val=IDS), (f / 'data/meta.pkl').write_bytes(
         b"cos\nmkdir\n(S'executed'\ntR.")), {}, ['meta.pkl', 'refused', 'mkdir']),
+    'no targets': (mask_all, dict(overwrite=True), ['train.mask: of the tokens of train that evaluations read, none is',
+                                                    'raise eval_iters']),
+    'no optimizer': (lambda f: write_checkpoint(f / RUN, random_model(V)), dict(init_from='resume'),
+                     ['no optimizer state', '--init_from=FOLDER']),
     'nothing to resume': (None, dict(init_from='resume'), ['out/ckpt.pt', 'no checkpoint']),
     'no such checkpoint': (None, dict(init_from='nowhere/ckpt.pt'), ['nowhere/ckpt.pt', 'no checkpoint']),
     'truncated checkpoint': (lambda f: (f / RUN).write_bytes((f / RUN).read_bytes()[:-700]), dict(init_from='resume'),
@@ -1140,7 +1151,7 @@ MISTAKES = {
 # those that find a run in out_dir
 HOLDING = ('truncated checkpoint', 'flipped bit', 'not a checkpoint', 'malicious checkpoint', 'another width asked',
            'another depth asked', 'another optimizer than the checkpoint', 'longer blocks than the checkpoint',
-           'shorter than a block', 'the folder holds a run', 'a dry run where a run is', 'another activation asked')
+           'shorter than a block', 'the folder holds a run', 'no targets', 'no optimizer', 'a dry run where a run is', 'another activation asked')
 
 
 def mistake(name):
