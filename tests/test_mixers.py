@@ -491,7 +491,7 @@ class OfOneLength(Mixer):
 
 
 @pytest.mark.parametrize('cls, words', [
-    (InPlace, '$'), (AverageOfPastAndFuture, 'with a cache, the output at position 0 is off by'),
+    (InPlace, '$'), (MIXERS['attention'], '$'), (AverageOfPastAndFuture, 'with a cache, the output at position 0 is off by'),
     (WithoutCache, 'with a cache, the output at position 150 is off by'),
     (OfOneLength, 'with a cache, a pass ends in IndexError: of 301 tokens only')])
 def test_wrong_decoding_is_told(cls, words, monkeypatch):

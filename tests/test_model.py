@@ -571,6 +571,15 @@ def test_sampling(options):
     assert torch.equal(model.generate(idx, 40, generator=torch.Generator().manual_seed(3), **options), expected)
 
 
+@pytest.mark.parametrize('options', [
+    dict(temperature=-1.0), dict(top_k=0), dict(top_p=0.0), dict(min_p=2.0), dict(repetition_penalty=0.0),
+    dict(repetition_window=13), dict(no_repeat_ngram=13), dict(repetition_window=2, no_repeat_ngram=3)], ids=str)
+def test_options_out_of_range_are_refused(options):
+    *_, (name, value) = options.items()
+    with pytest.raises(ValueError, match=f'^{name}={value} must be '):
+        network().generate(tokens(1, 3), 2, **options)
+
+
 @pytest.mark.parametrize('kind', ['cpu', 'cuda'])
 def test_draws_by_probability(kind, monkeypatch):
     """Of 200,000 draws, each column's share is as it should be, to five standard deviations; zeros are never drawn."""
@@ -582,12 +591,18 @@ def test_draws_by_probability(kind, monkeypatch):
 
 
 def test_smallest_probabilities_are_drawn():
-    """2^18 columns of 2^-26 beside one of 1 - 2^-8: a sum in float32 would lose them."""
+    """2^18 columns of 2^-26 beside one of 1 - 2^-8: sums in float32 would leave every fourth of them."""
     shares = torch.full((1, 2 ** 18 + 1), 2.0 ** -26)
     shares[0, 0] = 1 - 2.0 ** -8
     generator = torch.Generator().manual_seed(1)
-    counts = sum(draw(shares, generator).item() > 0 for _ in range(3000))
-    assert abs(counts - 3000 / 256) < 3.5 * (3000 / 256) ** 0.5
+    small = [column for _ in range(3000) if (column := draw(shares, generator).item())]
+    assert abs(len(small) - 3000 / 256) < 3.5 * (3000 / 256) ** 0.5 and len({column % 4 for column in small}) == 4
+
+
+@pytest.mark.parametrize('at, column', [(0.0, 1), (0.25, 3), (math.nextafter(1.0, 0.0), 3)])
+def test_zeros_are_not_drawn_at_the_edges(at, column, monkeypatch):
+    monkeypatch.setattr('torch.rand', lambda *size, **options: torch.full(size, at, dtype=torch.float64))
+    assert draw(torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]]), None).item() == column
 
 
 def test_a_gpu_draws_as_multinomial_does(monkeypatch):

@@ -221,7 +221,8 @@ def test_eval_only(evaluated):
 def killed(folder):
     """kill -9 somewhere after step 12, then init_from=resume with no further flags."""
     write_data(folder / 'data')
-    settings = dict(max_iters=60, eval_interval=10, dropout=0.2, sample_tokens=5, sample_prompt='o')
+    settings = dict(max_iters=60, eval_interval=10, dropout=0.2, sample_tokens=5, sample_prompt='o',
+                    seed=-10 ** 19)
     train(folder, 'whole', **settings)
     args = flags(**TINY | settings | dict(dataset=folder / 'data', out_dir=folder / 'cut'))
     process = Run('train.py', args, live=True)
