@@ -491,7 +491,7 @@ class OfOneLength(Mixer):
 
 
 @pytest.mark.parametrize('cls, words', [
-    (InPlace, '$'), (MIXERS['attention'], '$'), (AverageOfPastAndFuture, 'with a cache, the output at position 0 is off by'),
+    (InPlace, '$'), (AverageOfPastAndFuture, 'with a cache, the output at position 0 is off by'),
     (WithoutCache, 'with a cache, the output at position 150 is off by'),
     (OfOneLength, 'with a cache, a pass ends in IndexError: of 301 tokens only')])
 def test_wrong_decoding_is_told(cls, words, monkeypatch):
@@ -502,6 +502,13 @@ def test_wrong_decoding_is_told(cls, words, monkeypatch):
             proof = find_leak(model, tokens(model, 16))
         assert proof.leak is None and re.match(words, proof.decoding), proof
         assert len(proof.warnings) == (words != '$')
+
+
+def test_decoding_is_compared_in_32_bits():
+    """In 16, rounding is more than the smallest difference that counts."""
+    model = randomized(GPTConfig(block_size=64, vocab_size=11, n_layer=4, n_head=2, n_embd=64)).float()
+    with torch.autocast('cpu', torch.bfloat16):
+        assert not find_leak(model, tokens(model, 16)).decoding
 
 
 FOUND = { # how what is said of these leaks begins; of the others: that a position sees a later one
