@@ -10,6 +10,7 @@ Generates text from a checkpoint. From any directory:
     python sample.py --out_dir=out-quick --export=FOLDER              weights, code and tokenizer for transformers
 """
 import codecs
+import gc
 import math
 import os
 import shlex
@@ -24,6 +25,7 @@ from configurator import END_WITH_READER, answer_early, configure, explain_error
 explain_errors()
 answer_early('sample.py')
 yield_if_busy()
+gc.disable() # until it is loaded: torch makes a million objects, which would be looked through again and again
 import torch
 
 from data.checkpoints import GPT2_NAMES, find_weights, load_model
@@ -268,6 +270,7 @@ with torch.inference_mode(): # a few percent faster than no_grad where a token t
     elif machine.kind == 'cpu' and not export:
         pack(model)
     static = Decoder.choose(model, torch.zeros(1, 1, device=machine.device), None) # one CUDA graph for all texts
+    gc.enable()
     generator = torch.Generator(machine.device).manual_seed(seed % 2 ** 64) # all that it takes
     signal.signal(*END_WITH_READER)
     main()

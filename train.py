@@ -9,6 +9,7 @@ Trains a GPT on a dataset folder of token files. From any directory:
 Config files and --key=value change the settings below; --help lists them all. The run writes to out_dir: ckpt.pt (the
 latest state), best.pt (the lowest validation loss), config.json, metrics.jsonl and loss.png.
 """
+import gc
 import math
 import random
 import shutil
@@ -21,6 +22,7 @@ from configurator import answer_early, configure, explain_errors, yield_if_busy
 explain_errors() # also for a missing package, or Ctrl-C while torch is imported
 answer_early('train.py', 'model.py')
 yield_if_busy()
+gc.disable() # until it is built: torch makes a million objects, which would be looked through again and again
 import torch
 
 from data.causality import NOT_FINITE, find_leak
@@ -186,6 +188,7 @@ if resuming:
     notes += state.restore(checkpoint, settings.config)
 notes += state.judge_by(f'{data.val.fingerprint()} {eval_tokens or eval_iters * batch_size} {block_size}')
 del checkpoint, network # frees the checkpoint's memory
+gc.enable()
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What the loop calls

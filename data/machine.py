@@ -350,7 +350,7 @@ def measure_flops(device, dtype):
             if sum(times) > 0.5:
                 break
         found.append((2 * n ** 3 / min(times), n))
-        if n >= largest or 8 * min(times) > 0.03: # larger ones would take half a second and reach no more
+        if n >= largest or 8 * min(times) > 0.015: # a larger one would add 0.15 s to the start and reach no more
             flops, n = max(found)
             return n, flops
         n *= 2
