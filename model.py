@@ -834,7 +834,7 @@ def pick(logits, temperature, top_k, top_p, min_p, generator):
     probs = logits.softmax(dim=1)
     if top_p is not None and top_p < 1.0:
         before = probs.cumsum(dim=1) - probs # the probability of the likelier ones
-        probs = probs.masked_fill(before >= max(top_p, 1e-30), 0.0) # float32 has no less; the likeliest one stays
+        probs = probs.masked_fill(before >= max(top_p, 1e-30), 0.0) # the likeliest one stays, if top_p rounds to 0
     if min_p > 0.0:
         probs = probs.masked_fill(probs < min_p * probs.amax(dim=1, keepdim=True), 0.0)
     drawn = draw(probs, generator)
@@ -907,8 +907,8 @@ def add_mixer(cls):
         try:
             inspect.signature(getattr(cls, name)).bind(None, *arguments)
         except TypeError:
-            raise ValueError(f"{cls.__name__}.{name} must take ({', '.join(arguments)}): see Mixer in model.py"
-                             ) from None
+            raise ValueError(f"{cls.__name__}.{name} must take ({', '.join(arguments)}) by position: see Mixer "
+                             "in model.py") from None
     name = re.sub(r'(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])', '_', cls.__name__).lower()
     if name in BUILT_IN:
         raise ValueError(f"mixer={name!r} is model.py's own: choose another name than {cls.__name__}")
@@ -1624,7 +1624,7 @@ class Int8Linear(nn.Module):
     """
     A Linear layer whose weights take one byte each, for generation on a CPU: (..., n_in) -> (..., n_out). Each output
     row has a scale, its largest absolute weight / 127. Up to MOST_TOKENS tokens, torch's kernel reads these bytes
-    alone; beyond, and where n_in is no multiple of 16, each call first converts them.
+    alone; beyond, and where n_in is no multiple of 16, each call first converts them to the dtype of the activations.
     """
     MOST_TOKENS = 8 # the kernel reads the weights again for every 4 tokens, and is slow at arithmetic
 
@@ -1644,7 +1644,7 @@ class Int8Linear(nn.Module):
     def forward(self, x):
         n_in = self.rows.size(1)
         if x.numel() > self.MOST_TOKENS * n_in or n_in % 16:
-            y = F.linear(x, self.weight) # scaled afterwards, a compiler would take the kernel for it
+            y = F.linear(x, self.rows.to(x.dtype)) * self.scale
         else: # a copy: the kernel reads 16 numbers at once, and crashes the process if they begin at any address
             tokens = x.to(torch.bfloat16, copy=True, memory_format=torch.contiguous_format).view(-1, n_in)
             y = torch._weight_int8pack_mm(tokens, self.rows, self.scale.bfloat16())
@@ -1764,7 +1764,7 @@ def draw(probs, generator):
     """
     if kind_of(probs) != 'cpu': # the smallest of exponential times at these rates
         return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(dim=1, keepdim=True)
-    # one number a row: it falls into column i as often as i's share. float32 would lose the smallest shares
+    # one number a row, which falls into a column with the probability of its share. float32 would lose small shares
     ends = probs.cumsum(dim=1, dtype=torch.float64)
     at = torch.rand(probs.size(0), 1, dtype=torch.float64, generator=generator) * ends[:, -1:]
     return torch.searchsorted(ends, at, right=True).clamp(max=probs.size(1) - 1)

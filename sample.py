@@ -25,14 +25,14 @@ from configurator import END_WITH_READER, answer_early, configure, explain_error
 explain_errors()
 answer_early('sample.py')
 yield_if_busy()
-gc.disable() # until it is loaded: torch makes a million objects, which would be looked through again and again
+gc.disable() # until the model is loaded: it would look through torch's million objects again and again
 import torch
 
 from data.checkpoints import GPT2_NAMES, find_weights, load_model
 from data.machine import Machine
 from data.tokenizers import GPT2, GPT2_SIZES, load_tokenizer, read_argument, read_text, tokenizer_of, with_line_ends
 from data.tokens import dataset_folder, find_path
-from model import Decoder, GPTConfig, add_mixer, beam_search, finite, pack, to_int8
+from model import Decoder, GPTConfig, add_mixer, beam_search, check_generation, finite, pack, to_int8
 
 # ---------------------------------------------------------------------------------------------------------------------
 # where the weights come from
@@ -251,14 +251,12 @@ def main():
 
 with torch.inference_mode(): # a few percent faster than no_grad where a token takes a millisecond
     machine = Machine(device, dtype if dtype != 'int8' else 'auto') # of the activations
-    if dtype == 'int8' and (export or machine.kind != 'cpu'):
-        what = f"export={export!r}" if export else f"device={machine.device!r}"
+    if dtype == 'int8' and (export or compile or machine.kind != 'cpu'): # Inductor calls the kernel where it crashes
+        what = f"export={export!r}" if export else 'compile=True' if compile else f"device={machine.device!r}"
         raise ValueError(f"dtype='int8' is for generation on a CPU, not for {what}: use --dtype=auto")
     settings.update(user_prefix=with_line_ends(user_prefix), bot_prefix=with_line_ends(bot_prefix))
     model, tokenizer = load()
-    if (repetition_window or 0) > model.config.block_size:
-        raise ValueError(f"repetition_window={repetition_window} must be at most this model's block_size="
-                         f"{model.config.block_size}")
+    check_generation(model, torch.zeros(1, 1), repetition_penalty, repetition_window, no_repeat_ngram)
     small = machine.kind == 'cpu' and model.get_num_params() < 5e7 # only large weights are worth halving
     if dtype == 'auto' and (small or export): # exported as they were trained
         machine = Machine(device, 'float32')

@@ -22,7 +22,7 @@ from configurator import answer_early, configure, explain_errors, yield_if_busy
 explain_errors() # also for a missing package, or Ctrl-C while torch is imported
 answer_early('train.py', 'model.py')
 yield_if_busy()
-gc.disable() # until it is built: torch makes a million objects, which would be looked through again and again
+gc.disable() # until the network is built: it would look through torch's million objects again and again
 import torch
 
 from data.causality import NOT_FINITE, find_leak

@@ -175,7 +175,7 @@ def load_weights(model, state, grow=False):
     matrices = [state[k] for k in TIED if k in state]
     state = {k: v for v in matrices[:1] for k in TIED} | state # of two tied ones a file may have either
     if tied and matrices:
-        if not torch.equal(*(matrix.nan_to_num() for matrix in (matrices[0], matrices[-1]))):
+        if not torch.equal(*(matrix.nan_to_num(-1e30) for matrix in (matrices[0], matrices[-1]))): # nan is nan
             raise ValueError("the checkpoint's head differs from its embedding: set tie_weights=False")
         del state['lm_head.weight']
     surplus, missing = sorted(state.keys() - own.keys()), sorted(own.keys() - state.keys())

@@ -286,7 +286,7 @@ def save_pretrained(model, folder, meta=None):
                   n_positions=c.block_size, n_ctx=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
                   layer_norm_epsilon=1e-5, n_inner=round(c.mlp_ratio * c.n_embd),
                   activation_function=ACTIVATION_OF_MLP[c.mlp], resid_pdrop=c.dropout, embd_pdrop=c.dropout,
-                  attn_pdrop=c.dropout, tie_word_embeddings=c.tie_weights,
+                  attn_pdrop=c.dropout, tie_word_embeddings=c.tie_weights, bos_token_id=None, eos_token_id=None,
                   torch_dtype=str(model.lm_head.weight.dtype).removeprefix('torch.'))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -504,11 +504,28 @@ def test_wrong_decoding_is_told(cls, words, monkeypatch):
         assert len(proof.warnings) == (words != '$')
 
 
-def test_decoding_is_compared_in_32_bits():
-    """In 16, rounding is more than the smallest difference that counts."""
-    model = randomized(GPTConfig(block_size=64, vocab_size=11, n_layer=4, n_head=2, n_embd=64)).float()
-    with torch.autocast('cpu', torch.bfloat16):
-        assert not find_leak(model, tokens(model, 16)).decoding
+class InSixteenBits(Mixer):
+    """Computes in bfloat16 by itself, or only under autocast."""
+    def __init__(self, config, block_size):
+        super().__init__(config, block_size)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def mix(self, x):
+        weight = self.c_proj.weight if self.needs_autocast else self.c_proj.weight.bfloat16()
+        count = torch.arange(1, x.size(1) + 1)[:, None]
+        return (nn.functional.linear(x.bfloat16(), weight).cumsum(1) / count).bfloat16().to(x.dtype)
+
+
+@pytest.mark.parametrize('pattern', [('attention',), ('attention', 'half'), ('half', 'attention')])
+@pytest.mark.parametrize('needs_autocast', [False, True])
+def test_rounding_is_no_wrong_decoding(pattern, needs_autocast, monkeypatch):
+    monkeypatch.setitem(MIXERS, 'half', InSixteenBits)
+    monkeypatch.setattr(InSixteenBits, 'needs_autocast', needs_autocast, raising=False)
+    config = GPTConfig(block_size=64, vocab_size=11, n_layer=4, n_head=2, n_embd=64, mixer=pattern)
+    for model in GPT(config), randomized(config).float():
+        with torch.autocast('cpu', torch.bfloat16):
+            proof = find_leak(model, tokens(model, 16))
+        assert proof.leak is None and not proof.decoding, proof
 
 
 FOUND = { # how what is said of these leaks begins; of the others: that a position sees a later one

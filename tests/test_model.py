@@ -489,7 +489,7 @@ def test_crop_block_size(place):
 
 @pytest.mark.parametrize('place', PLACES)
 def test_greedy_generation(place):
-    """At once and token by token, against a network without a cache; past block_size, and from a prompt that is longer than that."""
+    """At once and token by token, as without a cache; past block_size, and from a prompt that is longer than that."""
     model, drawn = network(**PLACES[place], tie_weights=False), set()
     with torch.no_grad(): # random weights repeat one token for ever, unless the tokens count for more than the biases
         model.transformer.wte.weight.mul_(5.0)
@@ -506,7 +506,8 @@ def test_greedy_generation(place):
 
 def test_a_block_of_one_token():
     model = network(block_size=1)
-    assert torch.equal(model.generate(tokens(1, 3), 5, temperature=0.0), naive_generate(model, tokens(1, 3), 5, likeliest))
+    expected = naive_generate(model, tokens(1, 3), 5, likeliest)
+    assert torch.equal(model.generate(tokens(1, 3), 5, temperature=0.0), expected)
 
 
 def test_the_stream_is_lazy_and_sampling_is_repeatable():

@@ -4,7 +4,6 @@ import itertools
 import math
 import os
 import select
-import shutil
 import signal
 import subprocess
 import sys
@@ -428,17 +427,6 @@ def test_int8_layer(n_in):
             assert ((y.detach().double() - expected).abs() / size).max() < 2 ** -7
 
 
-@pytest.mark.long('a C++ compiler')
-@pytest.mark.skipif(not any(map(shutil.which, ('g++', 'clang++', 'cl'))), reason='inductor needs a C++ compiler')
-@torch.inference_mode()
-def test_int8_layer_compiled():
-    """Inductor takes some products of bytes for the kernel's, which crashes with 36 inputs."""
-    torch.compiler.reset()
-    for n_in, n in (36, 3), (144, 12):
-        layer, x = Int8Linear(torch.nn.Linear(n_in, 5)).bfloat16(), torch.randn(1, n, n_in).bfloat16()
-        assert torch.equal(torch.compile(layer, dynamic=True)(x), layer(x))
-
-
 class Shared(Mixer):
     """Multiplies with torch's Linear, once by its weight alone, and reads its size."""
     def __init__(self, config, block_size):
@@ -701,6 +689,8 @@ MISTAKES = {
     'sample: device': (dict(device='cuda:7'), ['cuda:7', '--device=auto']),
     'sample: int8': (dict(dtype='int8', export='new'), ["dtype='int8' is for generation on a CPU, not for export='new'",
                                                         '--dtype=auto']),
+    'sample: int8, compiled': (dict(dtype='int8', compile=True), ["not for compile=True", '--dtype=auto']),
+    'sample: ngram': (dict(no_repeat_ngram=99), ['no_repeat_ngram=99 must be from 0 to 16']),
     'sample: which checkpoint': (dict(checkpoint='newest'), ["'newest'", 'best', 'latest']),
     'sample: missing': (dict(out_dir='/nowhere/out'), ['nowhere', 'no checkpoint']),
     'sample: missing file': (dict(init_from='nowhere.pt'), ['nowhere.pt', 'no checkpoint']),

@@ -204,8 +204,8 @@ def test_a_file_is_replaced_or_stays(tmp_path, monkeypatch):
 
 def test_damaged_metrics_are_left_out(tmp_path):
     lines = [b'{"step": 1, "tokens": 2, "loss": 3.0}', b'{"step": 2, "tok', b'\xff\xfe\x00', b'[1, 2]', b'null', b'7',
-             b'{"loss": 1.0}', b'', b'{"step": "3", "tokens": 3}', b'{"step": null, "tokens": 1}', b'[' * 100_000, b'[1]',
-             b'{"step": 1}', b'{"step": 1e999, "tokens": 1}', b'"step tokens"', b'\0', b'{"step": 3, "tokens": 4}']
+             b'{"loss": 1.0}', b'', b'{"step": "3", "tokens": 3}', b'{"step": null, "tokens": 1}', b'[1]',
+             b'[' * 100_000, b'{"step": 1}', b'{"step": 1e999, "tokens": 1}', b'"step tokens"', b'\0', b'{"step": 3, "tokens": 4}']
     (tmp_path / 'metrics.jsonl').write_bytes(b'\n'.join(lines))
     assert [line['step'] for line in Run(tmp_path).read_metrics()] == [1, 3]
 
