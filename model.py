@@ -903,9 +903,9 @@ def add_mixer(cls):
         return known[0]
     if cls.forward is Mixer.forward and not callable(getattr(cls, 'mix', None)):
         raise ValueError(f"{cls.__name__} defines neither mix(x) nor forward(x, cache): see Mixer in model.py")
-    for name, arguments in ('__init__', ('config', 'block_size')), ('forward', ('x', 'cache')):
+    for name, arguments in ('__init__', ('config', 'block_size')), ('forward', ('x', 'cache')), ('mix', ('x',)):
         try:
-            inspect.signature(getattr(cls, name)).bind(None, *arguments)
+            inspect.signature(getattr(cls, name, lambda self, x: x)).bind(None, *arguments)
         except TypeError:
             raise ValueError(f"{cls.__name__}.{name} must take ({', '.join(arguments)}) by position: see Mixer "
                              "in model.py") from None
@@ -1370,8 +1370,8 @@ def apart(build, *args):
 # ---------------------------------------------------------------------------------------------------------------------
 # Cost, memory and diagnosis
 
-PRODUCTS = {F.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.baddbmm,
-            torch.einsum}
+PRODUCTS = {F.linear, F.conv1d, F.conv2d, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm,
+            torch.addmm, torch.bmm, torch.baddbmm, torch.einsum} # which autocast computes in 16 bits
 
 
 def fused_on_meta(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):

@@ -49,7 +49,7 @@ class Proof(NamedTuple):
 
     @property
     def warnings(self):
-        return [f'warning: samples will be wrong: {self.decoding}'] if self.decoding else []
+        return [f'warning: samples will be wrong or fail: {self.decoding}'] if self.decoding else []
 
 
 def find_leak(model, windows, rows=None, compiled=None, seconds=math.inf, passes=math.inf):
@@ -331,14 +331,14 @@ class Search:
             try:
                 found = gap(self.run('evaluation', read, self.idx), whole).amax(0)
             except Exception as e: # of the mixer, which trains all the same
-                return f"with a cache, a pass ends in {type(e).__name__}: {e}"
+                return f"read in pieces of {n}, 1 and {self.T - n - 1} tokens, it ends in {type(e).__name__}: {e}"
         most = whole.abs().max().item()
         wrong = (found > 20 * rounding + 1e-4 * most).nonzero()
         if not len(wrong):
             return ''
         t = int(wrong[0])
-        return (f"with a cache, the output at position {t} is off by {found[t]:.1g} (outputs are up to {most:.1g}): a "
-                "mixer's forward does not use its cache as it should, or depends on the length of the text")
+        return (f"read in pieces, the output at position {t} is off by {found[t]:.1g} (outputs are up to {most:.1g}): "
+                "a mixer's forward does not use its cache as it should, or depends on the length of the text")
 
     # -----------------------------------------------------------------------------------------------------------------
     # Gradients reveal leaks that are too small to change a rounded output

@@ -491,9 +491,9 @@ class OfOneLength(Mixer):
 
 
 @pytest.mark.parametrize('cls, words', [
-    (InPlace, '$'), (AverageOfPastAndFuture, 'with a cache, the output at position 0 is off by'),
-    (WithoutCache, 'with a cache, the output at position 150 is off by'),
-    (OfOneLength, 'with a cache, a pass ends in IndexError: of 301 tokens only')])
+    (InPlace, '$'), (AverageOfPastAndFuture, 'read in pieces, the output at position 0 is off by'),
+    (WithoutCache, 'read in pieces, the output at position 150 is off by'),
+    (OfOneLength, 'read in pieces of 150, 1 and 150 tokens, it ends in IndexError: of 301 tokens only')])
 def test_wrong_decoding_is_told(cls, words, monkeypatch):
     """Of causal mixers, in 16 bits, too, which round more than the difference must be."""
     model = long_network(cls, monkeypatch).float()
@@ -502,6 +502,22 @@ def test_wrong_decoding_is_told(cls, words, monkeypatch):
             proof = find_leak(model, tokens(model, 16))
         assert proof.leak is None and re.match(words, proof.decoding), proof
         assert len(proof.warnings) == (words != '$')
+
+
+class Convolution(Mixer):
+    def __init__(self, config, block_size):
+        super().__init__(config, block_size)
+        self.conv = nn.Conv1d(config.n_embd, config.n_embd, 4, padding=3, groups=config.n_embd)
+
+    def mix(self, x):
+        return self.conv(x.transpose(1, 2))[..., :x.size(1)].transpose(1, 2)
+
+
+def test_a_convolution_with_a_bias_has_a_size(monkeypatch):
+    model = long_network(Convolution, monkeypatch, random=False)
+    assert peak_bytes(model, 2, 301, torch.bfloat16, 'cuda') > 0 and cost(model) > 0 # not nan
+    proof = find_leak(model, tokens(model, 4), seconds=0.0, passes=0)
+    assert proof.leak is None and not proof.decoding, proof
 
 
 class InSixteenBits(Mixer):

@@ -817,7 +817,7 @@ def test_a_mixer_that_nothing_names_is_said(mistaken):
 
 def test_a_mixer_that_decodes_otherwise_than_it_trains_is_warned_of(mistaken):
     status, text = mistaken['decoding']
-    warning = 'ms(, after training)?\nwarning: samples will be wrong: with a cache, the output at position [89] is off'
+    warning = 'ms(, after training)?\nwarning: samples will be wrong or fail: read in pieces, the output at position [89] is'
     assert status == 0 and len(re.findall(warning, text)) == 2, text
 
 
@@ -997,6 +997,8 @@ IDEAS_THAT_FAIL = {
                                 ['Empty', 'mix(x)', 'forward(x, cache)']),
     'forward without a cache': ('from model import Mixer\nclass Own(Mixer):\n    def forward(self, x): return x\n'
                                 'mixer = Own', ['Own.forward must take (x, cache) by position']),
+    'mix with a mask': ('from model import Mixer\nclass Own(Mixer):\n    def mix(self, x, mask): return x\n'
+                        'mixer = Own', ['Own.mix must take (x) by position']),
     'other arguments': ('from model import Mixer\nclass Own(Mixer):\n    def __init__(self, config): pass\n'
                         '    def mix(self, x): return x\nmixer = Own', ['Own.__init__ must take (config, block_size) by ']),
     'an unknown type': ('from model import Mixer\nclass Own(Mixer):\n    size: "Size" = 3\n'
