@@ -199,7 +199,7 @@ def make_arm(name, common, params=None):
     if params:
         fit_params(arm, params)
     proof = known_proof(arm) # now: the next arm's file may have a mixer of the same name
-    arm.leak, arm.proof = proof.leak, proof.words
+    arm.leak, arm.proof = proof.leak, proof.words + bool(proof.decoding) * '; but samples will be wrong or fail'
     return arm
 
 
